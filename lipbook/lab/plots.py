@@ -1,0 +1,200 @@
+"""The look of the figures, and the two drawings that several chapters share."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
+from matplotlib.rcsetup import cycler
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+__all__ = ["COLOURS", "WIDTH", "style", "ball_image", "image_row"]
+
+#: The colours of lines in their order, blue, orange, green, purple and black. Each has a contrast
+#: above 3.5:1 on white and, inverted, on a dark page, and on both pages any two differ for
+#: colour-blind readers too.
+COLOURS = ("#1F4FB0", "#DD6000", "#159A62", "#803A6B", "#000000")
+
+#: The width of a figure in inches. Text of 12 points is then 16 pixels high on a wide page and
+#: still 11 where the page, 390 pixels wide, leaves 358 to the figure.
+WIDTH = 5.5
+
+
+def style() -> None:
+    """Set the look of every figure of the book; call it once, in the first cell.
+
+    Black on white (the page inverts figures in dark mode), lines in ``COLOURS``, text that is
+    legible on a telephone. Figures become SVG whose bytes depend on the drawing alone: without
+    a date, without the version of matplotlib, with a fixed salt for the identifiers. Where
+    IPython runs, notebooks show figures in that form.
+
+    Examples
+    --------
+    >>> import io
+    >>> import matplotlib.pyplot as plt
+    >>> from lipbook.lab import plots
+    >>> plots.style()
+    >>> def drawing():
+    ...     figure, axes = plt.subplots()
+    ...     _ = axes.plot([0, 1], [1, 0])
+    ...     svg = io.BytesIO()
+    ...     no_date = {"Date": None, "Creator": None}
+    ...     figure.savefig(svg, format="svg", metadata=no_date)
+    ...     plt.close(figure)
+    ...     return svg.getvalue()
+    >>> drawing() == drawing()
+    True
+    """
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (WIDTH, 3.4),
+            "figure.constrained_layout.use": True,
+            "font.size": 12,
+            "axes.labelsize": 12,
+            "axes.titlesize": 12,
+            "xtick.labelsize": 11,
+            "ytick.labelsize": 11,
+            "legend.fontsize": 11,
+            "legend.frameon": False,
+            "axes.prop_cycle": cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "lines.linewidth": 1.8,
+            "image.cmap": "gray_r",
+            "image.interpolation": "none",
+            "svg.fonttype": "path",
+            "svg.hashsalt": "lipbook",
+        }
+    )
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats  # noqa: PLC0415
+
+        set_matplotlib_formats("svg", metadata={"Date": None, "Creator": None})
+
+
+def ball_image(axes: Axes, matrix: ArrayLike | Tensor, p: float = 2, **patch: Any) -> Polygon:
+    r"""Draw the image of the unit ball of :math:`\ell_p` in the plane under a 2×2 matrix.
+
+    .. math::
+
+        \{ M x : x \in \mathbb R^2, \ \|x\|_p \le 1 \}
+
+    For :math:`p = 2` this is a disc turned into an ellipse whose half-axes are the singular
+    values of :math:`M`; the identity draws the ball itself.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Where to draw. Both axes get the same scale.
+    matrix : array_like
+        :math:`M`, (2, 2).
+    p : float
+        Exponent of the norm, from 1 to ``math.inf``.
+    **patch
+        Properties of matplotlib's ``Polygon``, such as ``edgecolor`` and ``label``.
+
+    Returns
+    -------
+    matplotlib.patches.Polygon
+        The patch, already on the axes.
+
+    Raises
+    ------
+    ValueError
+        `matrix` is not a finite 2×2 matrix, or `p` is below 1.
+
+    Examples
+    --------
+    The farthest point of the ellipse is at the spectral norm.
+
+    >>> import matplotlib.pyplot as plt
+    >>> import numpy as np
+    >>> from lipbook.lab.plots import ball_image
+    >>> figure, axes = plt.subplots()
+    >>> ellipse = ball_image(axes, [[3.0, 0.0], [4.0, 5.0]])
+    >>> reach = np.linalg.norm(ellipse.get_xy(), axis=1).max()
+    >>> round(float(reach), 3), round(45**0.5, 3)
+    (6.708, 6.708)
+    >>> plt.close(figure)
+    """
+    m = np.asarray(matrix.detach().cpu() if isinstance(matrix, Tensor) else matrix, float)
+    if m.shape != (2, 2) or not np.isfinite(m).all():
+        raise ValueError(f"matrix: expected a finite 2×2 matrix, got {m}")
+    if not p >= 1:
+        raise ValueError(f"p: expected a number from 1 to inf, got {p}")
+    angle = np.arange(200) * (2 * math.pi / 200)  # a multiple of 8: the corners are drawn
+    circle = np.stack([np.cos(angle), np.sin(angle)])  # (2, 200)
+    boundary = m @ (circle / np.linalg.norm(circle, p, axis=0))
+    outline: dict[str, Any] = {"facecolor": "none", "edgecolor": COLOURS[0], "linewidth": 1.8}
+    (polygon,) = axes.fill(*boundary, **(outline | patch))
+    axes.set_aspect("equal")
+    return polygon
+
+
+def image_row(
+    images: Tensor, titles: Sequence[str] | None = None, *, signed: bool = False
+) -> Figure:
+    r"""Draw images side by side: digits in ink on paper, or signed maps in two colours.
+
+    Parameters
+    ----------
+    images : Tensor
+        (n, h, w) or (n, 1, h, w). Digits are shown from 0 (white) to 1 (black), whatever they
+        contain.
+    titles : sequence of str, optional
+        One for each image.
+    signed : bool
+        Show negative values in blue and positive ones in red, zero nearly white, on one scale for
+        the whole row, so that the images can be compared.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A figure of n axes.
+
+    Raises
+    ------
+    ValueError
+        `images` has another shape, or `titles` another length.
+
+    Examples
+    --------
+    >>> import matplotlib.pyplot as plt
+    >>> from lipbook.lab.data import mnist
+    >>> from lipbook.lab.plots import image_row
+    >>> digits = mnist()
+    >>> titles = [f"{label}" for label in digits.test_labels[:3]]
+    >>> figure = image_row(digits.test_images[:3], titles)
+    >>> len(figure.axes)
+    3
+    >>> plt.close(figure)
+    """
+    shown = images.detach().cpu()
+    if shown.ndim == 4 and shown.shape[1] == 1:
+        shown = shown.squeeze(1)
+    if shown.ndim != 3 or len(shown) == 0:
+        raise ValueError(
+            f"images: expected shape (n, h, w) or (n, 1, h, w), got {tuple(images.shape)}"
+        )
+    if titles is not None and len(titles) != len(shown):
+        raise ValueError(f"titles: expected {len(shown)}, got {len(titles)}")
+    limit = shown.abs().max().item() or 1.0
+    low, high, colours = (-limit, limit, "RdBu_r") if signed else (0.0, 1.0, "gray_r")
+    height = WIDTH / len(shown) + (0.35 if titles else 0.0)
+    figure, row = plt.subplots(1, len(shown), figsize=(WIDTH, height), squeeze=False)
+    for index, axes in enumerate(row[0]):
+        axes.imshow(shown[index].numpy(), cmap=colours, vmin=low, vmax=high, interpolation="none")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(True)
+        if titles:
+            axes.set_title(titles[index])
+    return figure
