@@ -1,0 +1,757 @@
+r"""Jacobians of networks: products, factors and closed forms.
+
+A network :math:`f : \mathbb R^n \to \mathbb R^m` is, near one input, the linear map
+:math:`f(x + \delta) = f(x) + J\,\delta + o(\lVert\delta\rVert)`. This module computes
+:math:`J`, multiplies by it without forming it, splits it into layers, and writes it down
+for the layers whose Jacobian is known on paper.
+
+One definition holds throughout: the Jacobian at sample :math:`x` is that of
+``lambda x: module(x[None])[0]``. The module sees a batch of one, so nothing another sample does
+can enter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+__all__ = [
+    "jacobian",
+    "jvp",
+    "vjp",
+    "jacobian_operator",
+    "singular_values",
+    "layer_jacobians",
+    "linear_jacobian",
+    "elementwise_jacobian",
+    "softmax_jacobian",
+    "residual_jacobian",
+    "batch_norm_jacobian",
+    "convolution_matrix",
+]
+
+Function = Callable[[Tensor], Tensor]
+
+
+def jacobian(
+    module: Function, inputs: Tensor, flatten: bool = False, chunk_size: int | None = None
+) -> Tensor:
+    r"""Jacobian of a module at every sample of a batch.
+
+    .. math:: J_{ij}(x) = \frac{\partial f_i}{\partial x_j}(x)
+
+    All :math:`\min(m, n)` products are taken: one VJP per row when :math:`m \le n`, one JVP per
+    column otherwise. The result is exact up to rounding and differentiable in the parameters.
+    Where :math:`f` has a kink (ReLU at 0) it is the value that PyTorch's derivative rules give,
+    which need not be the Jacobian of anything.
+
+    Parameters
+    ----------
+    module : Callable
+        A :class:`torch.nn.Module` or function from a batch to a batch, one output per sample.
+    inputs : torch.Tensor
+        The samples, (batch, \*inputs).
+    flatten : bool, default False
+        Give matrices: outputs and inputs flattened in row-major order.
+    chunk_size : int, optional
+        How many samples to differentiate at once; all of them by default.
+
+    Returns
+    -------
+    torch.Tensor
+        (batch, \*outputs, \*inputs), or (batch, m, n) if ``flatten``.
+
+    Raises
+    ------
+    TypeError
+        If ``inputs`` is not a floating-point tensor or ``module`` does not return a tensor.
+    ValueError
+        If ``inputs`` is empty or not finite, or if ``module`` mixes samples (batch normalisation
+        on batch statistics), is random (dropout in training) or does not keep the batch.
+
+    Examples
+    --------
+    The Jacobian of a linear layer is its weight, whatever the input:
+
+    >>> layer = torch.nn.Linear(3, 2, dtype=torch.float64)
+    >>> J = jacobian(layer, torch.randn(5, 3, dtype=torch.float64))
+    >>> J.shape
+    torch.Size([5, 2, 3])
+    >>> bool((J - layer.weight).abs().max() < 1e-15)
+    True
+
+    References
+    ----------
+    :cite:t:`baydin2018`, section 3.
+    """
+    function = _sample_function(module)
+    _check_batch(inputs)
+    with torch.no_grad():
+        outputs = function(inputs[0])
+    rows, columns = outputs.numel(), inputs[0].numel()
+    differentiate = torch.func.jacrev if rows <= columns else torch.func.jacfwd
+    full: Tensor = torch.func.vmap(differentiate(function), chunk_size=chunk_size)(inputs)
+    return full.reshape(len(inputs), rows, columns) if flatten else full
+
+
+def jvp(module: Function, inputs: Tensor, tangents: Tensor) -> Tensor:
+    r"""Jacobian–vector product :math:`J(x)\,v` of every sample, in one forward pass.
+
+    Forward mode: the cost is a small constant times that of the module, whatever :math:`m`
+    and :math:`n`, and :math:`J` is never formed.
+
+    Parameters
+    ----------
+    module : Callable
+        As in :func:`jacobian`.
+    inputs, tangents : torch.Tensor
+        The samples and one direction :math:`v` for each, both (batch, \*inputs).
+
+    Returns
+    -------
+    torch.Tensor
+        The products, (batch, \*outputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`jacobian`, and if ``tangents`` differs from ``inputs`` in shape or dtype.
+
+    Examples
+    --------
+    The derivative of sin at 0 in direction 2:
+
+    >>> jvp(torch.sin, torch.zeros(1, 1), torch.tensor([[2.0]]))
+    tensor([[2.]])
+
+    References
+    ----------
+    :cite:t:`baydin2018`, section 3.1; :cite:t:`pearlmutter1994`.
+    """
+    function = _sample_function(module)
+    _check_batch(inputs)
+    _check_vector("tangents", tangents, inputs.shape, inputs)
+    return torch.func.jvp(torch.func.vmap(function), (inputs,), (tangents,))[1]
+
+
+def vjp(module: Function, inputs: Tensor, cotangents: Tensor) -> Tensor:
+    r"""Vector–Jacobian product :math:`J(x)^\top u` of every sample, in one backward pass.
+
+    Reverse mode, also called backpropagation: the gradient of :math:`\langle u, f(x)\rangle`.
+    The cost is a small constant times that of the module, whatever :math:`m` and :math:`n`.
+
+    Parameters
+    ----------
+    module : Callable
+        As in :func:`jacobian`.
+    inputs : torch.Tensor
+        The samples, (batch, \*inputs).
+    cotangents : torch.Tensor
+        One vector :math:`u` for each sample, (batch, \*outputs).
+
+    Returns
+    -------
+    torch.Tensor
+        The products, (batch, \*inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`jacobian`, and if ``cotangents`` has another shape than the outputs or another
+        dtype than the inputs.
+
+    Examples
+    --------
+    :math:`\langle u, Jv\rangle = \langle J^\top u, v\rangle`:
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh()).double()
+    >>> x, v = torch.randn(2, 6, 4, dtype=torch.float64)
+    >>> u = torch.randn(6, 3, dtype=torch.float64)
+    >>> gap = (u * jvp(net, x, v)).sum() - (vjp(net, x, u) * v).sum()
+    >>> bool(gap.abs() < 1e-14)
+    True
+
+    References
+    ----------
+    :cite:t:`baydin2018`, section 3.2.
+    """
+    function = _sample_function(module)
+    _check_batch(inputs)
+    outputs, pullback = torch.func.vjp(torch.func.vmap(function), inputs)[:2]
+    _check_vector("cotangents", cotangents, outputs.shape, inputs)
+    return pullback(cotangents)[0]
+
+
+def jacobian_operator(module: Function, x: Tensor) -> LinearOperator:
+    r"""Jacobian at one input as a SciPy linear operator, never formed.
+
+    ``operator @ v`` is a JVP and ``operator.T @ u`` a VJP, in the dtype and on the device of
+    ``x``; vectors come and go as NumPy arrays, outputs and inputs flattened in row-major order.
+
+    Parameters
+    ----------
+    module : Callable
+        As in :func:`jacobian`.
+    x : torch.Tensor
+        One input, without the batch dimension.
+
+    Returns
+    -------
+    scipy.sparse.linalg.LinearOperator
+        Of shape (m, n).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`jacobian`.
+
+    Examples
+    --------
+    >>> operator = jacobian_operator(torch.nn.Flatten(), torch.randn(2, 3, dtype=torch.float64))
+    >>> operator.shape
+    (6, 6)
+    >>> bool((operator @ np.eye(6) == np.eye(6)).all())
+    True
+    """
+    function = _sample_function(module)
+    _check_tensor("x", x)
+    x = x.detach()
+    torch.func.vmap(function)(x.unsqueeze(0))  # refuses randomness, as the batched products do
+    outputs, pullback = torch.func.vjp(function, x)[:2]
+
+    def array(tensor: Tensor) -> np.ndarray:
+        return tensor.detach().cpu().numpy().ravel()
+
+    def tensor(vector: np.ndarray, shape: torch.Size) -> Tensor:
+        return torch.as_tensor(vector, dtype=x.dtype, device=x.device).reshape(shape)
+
+    def matvec(v: np.ndarray) -> np.ndarray:
+        return array(torch.func.jvp(function, (x,), (tensor(v, x.shape),))[1])
+
+    def rmatvec(u: np.ndarray) -> np.ndarray:
+        return array(pullback(tensor(u, outputs.shape))[0])
+
+    shape, dtype = (outputs.numel(), x.numel()), array(x).dtype
+    return LinearOperator(shape, matvec=matvec, rmatvec=rmatvec, dtype=dtype)
+
+
+def singular_values(
+    module: Function, x: Tensor, k: int = 1, which: Literal["top", "bottom"] = "top"
+) -> Tensor:
+    r"""Largest or smallest singular values of the Jacobian at one input.
+
+    Lanczos iteration (ARPACK) on the smaller of :math:`J^\top J` and :math:`JJ^\top`, from a fixed
+    pseudo-random start, finds an orthonormal :math:`V`; returned are the singular values of
+    :math:`JV` (of :math:`J^\top V` when :math:`m < n`). :math:`J` is never formed, unless all
+    :math:`r = \min(m, n)` values are asked for.
+
+    Parameters
+    ----------
+    module : Callable
+        As in :func:`jacobian`.
+    x : torch.Tensor
+        One input, without the batch dimension.
+    k : int, default 1
+        How many values, at most :math:`r`.
+    which : {"top", "bottom"}, default "top"
+        The end of the spectrum. The bottom is that of the :math:`r` values that
+        :func:`torch.linalg.svdvals` returns; the kernel a wide Jacobian always has does not count.
+
+    Returns
+    -------
+    torch.Tensor
+        The values in descending order, (k,).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`jacobian`, and if ``k`` or ``which`` is out of range.
+    scipy.sparse.linalg.ArpackNoConvergence
+        If Lanczos does not converge; a half-converged value is never returned.
+
+    Notes
+    -----
+    *Guaranteed*, up to rounding, whatever :math:`V` is: by Cauchy interlacing the i-th largest
+    value returned is not above the i-th largest of :math:`J`, and the i-th smallest not below the
+    i-th smallest. So the top is a lower estimate, the bottom an upper one, and neither is a bound
+    on the other side. *Hoped*: equality. The top is reached in few products and to nearly machine
+    precision, though a repeated value may be returned fewer times than it occurs. The bottom is the
+    weak end. Without solving with :math:`J` there is no shift-and-invert, and restarted Lanczos can
+    stall for longer than forming :math:`J` takes, so the basis is given all its :math:`r` vectors:
+    about :math:`r` products with :math:`J` and as many with :math:`J^\top`, and :math:`r^2` numbers
+    of memory. That saves memory when one side of :math:`J` is short, and nothing when it is
+    square. Squaring costs digits too: the bottom is exact to about
+    :math:`\sqrt\varepsilon\,\sigma_1` at worst, where :func:`torch.linalg.svdvals` of
+    :func:`jacobian` reaches :math:`\varepsilon\,\sigma_1`.
+
+    Examples
+    --------
+    >>> layer = torch.nn.Linear(40, 30, dtype=torch.float64)
+    >>> dense = torch.linalg.svdvals(layer.weight)
+    >>> top = singular_values(layer, torch.zeros(40, dtype=torch.float64), k=3)
+    >>> bool((top - dense[:3]).abs().max() < 1e-12)
+    True
+    """
+    operator = jacobian_operator(module, x)
+    r = min(operator.shape)
+    if not 1 <= k <= r:
+        raise ValueError(f"k must be between 1 and min(m, n) = {r}, got {k}")
+    if which not in ("top", "bottom"):
+        raise ValueError(f'which must be "top" or "bottom", got {which!r}')
+    tall = operator if operator.shape[1] == r else operator.T
+    # Note [a random start]: a constant vector is a singular vector of every circular convolution,
+    # and Lanczos started there sees nothing else.
+    start = np.random.default_rng(0).standard_normal(r).astype(operator.dtype)
+    scale = np.linalg.norm(tall @ start) / np.linalg.norm(start)
+    if k == r or scale == 0:  # all values, or J = 0, which ARPACK refuses
+        basis = np.eye(r, k, dtype=operator.dtype)
+    else:
+        # Note [unit scale]: ARPACK takes eigenvalues below 1e-11 for zero and stops too early.
+        gram = LinearOperator(
+            (r, r), matvec=lambda v: tall.T @ (tall @ v / scale) / scale, dtype=operator.dtype
+        )
+        end, size = ("LA", None) if which == "top" else ("SA", r)
+        basis = eigsh(gram, k=k, which=end, v0=start, ncv=size)[1]
+    values = np.linalg.svd(tall @ basis, compute_uv=False)
+    return torch.as_tensor(values, dtype=x.dtype, device=x.device)
+
+
+def layer_jacobians(sequential: nn.Sequential, inputs: Tensor) -> list[Tensor]:
+    r"""Jacobian of every layer of a Sequential at the activations that reach it.
+
+    .. math:: J = J_L J_{L-1} \cdots J_1, \qquad J_l = J_{f_l}(h_{l-1}), \quad h_l = f_l(h_{l-1})
+
+    Parameters
+    ----------
+    sequential : torch.nn.Sequential
+        The layers; each must keep samples apart, as in :func:`jacobian`.
+    inputs : torch.Tensor
+        The samples, (batch, \*inputs).
+
+    Returns
+    -------
+    list of torch.Tensor
+        :math:`J_1, \dots, J_L` in the order of the layers, each (batch, outputs of the layer,
+        inputs of the layer); every factor is dense. Their product, last on the left, is the
+        flattened Jacobian.
+
+    Raises
+    ------
+    TypeError
+        If ``sequential`` is not a Sequential, overrides its forward or carries forward hooks, since
+        then the product need not be its Jacobian.
+    ValueError
+        As :func:`jacobian`.
+
+    Examples
+    --------
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    >>> x = torch.randn(5, 4, dtype=torch.float64)
+    >>> first, middle, last = layer_jacobians(net.double(), x)
+    >>> product = last @ middle @ first
+    >>> bool((product - jacobian(net, x)).abs().max() < 1e-15)
+    True
+    """
+    plain = isinstance(sequential, nn.Sequential)
+    plain = plain and type(sequential).forward is nn.Sequential.forward
+    if not plain or sequential._forward_hooks or sequential._forward_pre_hooks:
+        raise TypeError(
+            "sequential must be a torch.nn.Sequential with its own forward and no forward hooks, "
+            f"got {type(sequential).__name__}"
+        )
+    factors, hidden = [], inputs
+    for layer in sequential:
+        factors.append(jacobian(layer, hidden, flatten=True))
+        hidden = layer(hidden)
+    return factors
+
+
+def linear_jacobian(weight: Tensor) -> Tensor:
+    r"""Jacobian of a linear layer :math:`x \mapsto Wx + b`: its weight, at every input.
+
+    .. math:: J = W
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        The matrix :math:`W`, (m, n).
+
+    Returns
+    -------
+    torch.Tensor
+        :math:`W` itself, not a copy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``weight`` is not a finite floating-point matrix.
+
+    Examples
+    --------
+    >>> linear_jacobian(torch.tensor([[1.0, 2.0]]))
+    tensor([[1., 2.]])
+    """
+    _check_tensor("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be a matrix (m, n), got shape {tuple(weight.shape)}")
+    return weight
+
+
+def elementwise_jacobian(derivative: Tensor) -> Tensor:
+    r"""Jacobian of an elementwise map :math:`y_i = \phi(x_i)`: diagonal.
+
+    .. math:: J = \operatorname{diag}(\phi'(x_1), \dots, \phi'(x_n))
+
+    Activations are of this form, and so is batch normalisation in evaluation, whose derivative is
+    :math:`\gamma / \sqrt{\text{running variance} + \epsilon}` in each channel.
+
+    Parameters
+    ----------
+    derivative : torch.Tensor
+        The values :math:`\phi'(x_i)`, (\*batch, n).
+
+    Returns
+    -------
+    torch.Tensor
+        (\*batch, n, n).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``derivative`` is not a finite floating-point tensor of at least one dimension.
+
+    Examples
+    --------
+    >>> elementwise_jacobian(torch.tensor([1.0, 0.0]))
+    tensor([[1., 0.],
+            [0., 0.]])
+    """
+    _check_tensor("derivative", derivative, dim=1)
+    return torch.diag_embed(derivative)
+
+
+def softmax_jacobian(logits: Tensor) -> Tensor:
+    r"""Jacobian of the softmax :math:`p = \operatorname{softmax}(z)` over the last dimension.
+
+    .. math:: J = \operatorname{diag}(p) - p\,p^\top
+
+    It is symmetric, positive semidefinite, kills the constant vector, and its operator norm is at
+    most 1/2.
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        The scores :math:`z`, (\*batch, n).
+
+    Returns
+    -------
+    torch.Tensor
+        (\*batch, n, n).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``logits`` is not a finite floating-point tensor of at least one dimension.
+
+    Examples
+    --------
+    Two equal logits attain the norm 1/2:
+
+    >>> softmax_jacobian(torch.zeros(2))
+    tensor([[ 0.2500, -0.2500],
+            [-0.2500,  0.2500]])
+    """
+    _check_tensor("logits", logits, dim=1)
+    p = logits.softmax(-1)
+    return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+
+
+def residual_jacobian(branch_jacobian: Tensor) -> Tensor:
+    r"""Jacobian of a residual block :math:`x \mapsto x + g(x)`.
+
+    .. math:: J = I + J_g
+
+    Parameters
+    ----------
+    branch_jacobian : torch.Tensor
+        The Jacobian :math:`J_g` of the branch, (\*batch, n, n).
+
+    Returns
+    -------
+    torch.Tensor
+        (\*batch, n, n).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``branch_jacobian`` is not a finite floating-point tensor of square matrices.
+
+    Examples
+    --------
+    >>> residual_jacobian(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+    tensor([[1., 1.],
+            [0., 1.]])
+    """
+    _check_tensor("branch_jacobian", branch_jacobian, dim=2)
+    *_, m, n = branch_jacobian.shape
+    if m != n:
+        raise ValueError(f"branch_jacobian must be square, got {m} outputs and {n} inputs")
+    return (
+        torch.eye(n, dtype=branch_jacobian.dtype, device=branch_jacobian.device) + branch_jacobian
+    )
+
+
+def batch_norm_jacobian(inputs: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    r"""Jacobian of batch normalisation in training, where the samples of a channel mix.
+
+    With :math:`\mu` and :math:`v` the mean and (biased) variance of the :math:`n` values of one
+    channel, :math:`\sigma = \sqrt{v + \epsilon}` and :math:`\hat x = (x - \mu)/\sigma`,
+
+    .. math::
+       J = \frac{\gamma}{\sigma}\Bigl(I - \tfrac1n \mathbf 1\mathbf 1^\top
+           - \tfrac1n \hat x\hat x^\top\Bigr).
+
+    Exact for any :math:`\epsilon \ge 0`. The two directions :math:`\mathbf 1` and :math:`\hat x`
+    are damped (to 0, and to :math:`\gamma\epsilon/\sigma^3`), every other one is scaled by
+    :math:`\gamma/\sigma`. Channels do not interact.
+
+    Parameters
+    ----------
+    inputs : torch.Tensor
+        The values, (n, c): for images, n counts the samples and the positions.
+    weight : torch.Tensor, optional
+        The scale :math:`\gamma` of each channel, (c,); one by default.
+    eps : float, default 1e-5
+        The :math:`\epsilon` of the layer.
+
+    Returns
+    -------
+    torch.Tensor
+        One matrix a channel, (c, n, n): entry (c, i, j) is :math:`\partial y_{ic}/\partial x_{jc}`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``inputs`` is not a finite floating-point matrix of at least two rows, if ``weight`` does
+        not have one entry a channel, or if ``eps`` is negative.
+
+    Examples
+    --------
+    A shift of the whole batch changes nothing:
+
+    >>> J = batch_norm_jacobian(torch.randn(6, 2, dtype=torch.float64))
+    >>> bool((J @ torch.ones(6, dtype=torch.float64)).abs().max() < 1e-14)
+    True
+    """
+    _check_tensor("inputs", inputs)
+    if inputs.dim() != 2 or len(inputs) < 2:
+        raise ValueError(f"inputs must be (n, c) with n >= 2, got shape {tuple(inputs.shape)}")
+    n, channels = inputs.shape
+    if weight is not None:
+        _check_vector("weight", weight, torch.Size([channels]), inputs)
+    if not eps >= 0:
+        raise ValueError(f"eps must be non-negative, got {eps}")
+    x = inputs.T
+    sigma = (x.var(-1, correction=0, keepdim=True) + eps).sqrt()  # (c, 1)
+    normalised = (x - x.mean(-1, keepdim=True)) / sigma  # (c, n)
+    identity = torch.eye(n, dtype=x.dtype, device=x.device)
+    matrices = identity - 1 / n - normalised.unsqueeze(-1) * normalised.unsqueeze(-2) / n
+    scale = 1 / sigma if weight is None else weight.unsqueeze(-1) / sigma
+    return scale.unsqueeze(-1) * matrices
+
+
+def convolution_matrix(
+    weight: Tensor,
+    input_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Literal["same", "valid"] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: Literal["zeros", "circular", "reflect", "replicate"] = "zeros",
+) -> Tensor:
+    r"""Matrix of a convolution layer, which is its Jacobian at every input.
+
+    Along each spatial dimension write :math:`S_{o\kappa i} = 1` if kernel tap :math:`\kappa` at
+    output :math:`o` reads input :math:`i`, that is if :math:`i` is where the padding sends
+    :math:`o\,s + \kappa\,d - p` (stride, dilation, padding). Then, in two dimensions,
+
+    .. math::
+       M_{(a,o,o'),\,(b,i,i')} = \sum_{\kappa,\kappa'} W_{ab\kappa\kappa'}\,
+           S_{o\kappa i}\, S'_{o'\kappa'i'} .
+
+    With stride 1 it is (block-)Toeplitz for zero padding and (block-)circulant for circular
+    padding. The matrix is dense and linear in ``weight``, through which it is differentiable. That
+    of the transposed convolution with the same weight is its transpose.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        The kernel, (c_out, c_in / groups, k, ...) with one to three spatial dimensions.
+    input_size : int or tuple of int
+        The spatial size of the input; one number means the same in every dimension.
+    stride, padding, dilation, groups, padding_mode
+        As in :class:`torch.nn.Conv2d`.
+
+    Returns
+    -------
+    torch.Tensor
+        (c_out · output size, c_in · input size), rows and columns in the row-major order of
+        the flattened outputs and inputs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``weight`` is not a finite floating-point kernel, or a size or option is one that
+        torch's convolution refuses.
+
+    Examples
+    --------
+    Differences of neighbours, zero padded on both sides:
+
+    >>> convolution_matrix(torch.tensor([[[-1.0, 1.0]]]), input_size=3, padding=1)
+    tensor([[ 1.,  0.,  0.],
+            [-1.,  1.,  0.],
+            [ 0., -1.,  1.],
+            [ 0.,  0., -1.]])
+    """
+    _check_tensor("weight", weight)
+    c_out, c_group, *kernel = weight.shape if weight.dim() >= 2 else (0, 0)
+    dims = len(kernel)
+    if not 1 <= dims <= 3 or 0 in weight.shape:
+        raise ValueError(
+            "weight must be (c_out, c_in / groups, k, ...) with one to three spatial dimensions, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if groups < 1 or c_out % groups:
+        raise ValueError(f"groups must divide the {c_out} output channels, got {groups}")
+    if padding_mode not in ("zeros", "circular", "reflect", "replicate"):
+        raise ValueError(
+            "padding_mode must be 'zeros', 'circular', 'reflect' or 'replicate', "
+            f"got {padding_mode!r}"
+        )
+    sizes = _per_dimension("input_size", input_size, dims, least=1)
+    strides = _per_dimension("stride", stride, dims, least=1)
+    dilations = _per_dimension("dilation", dilation, dims, least=1)
+    spans = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    if padding == "same":
+        if any(s != 1 for s in strides):
+            raise ValueError(f"padding='same' needs stride 1, got {stride}")
+        before = [span // 2 for span in spans]
+        after = [span - span // 2 for span in spans]
+    else:
+        before = after = _per_dimension("padding", 0 if padding == "valid" else padding, dims)
+
+    matrix = torch.block_diag(*weight.reshape(groups, -1, c_group * math.prod(kernel)))
+    matrix = matrix.reshape(c_out, groups * c_group, *kernel)
+    for axis in range(dims):
+        outside = sizes[axis] + before[axis] + after[axis]
+        outputs = (outside - spans[axis] - 1) // strides[axis] + 1
+        if outputs < 1:
+            raise ValueError(
+                f"input_size must hold the kernel in dimension {axis}: the padded input has "
+                f"{outside} entries, the kernel spans {spans[axis] + 1}"
+            )
+        positions = (
+            torch.arange(outputs).unsqueeze(1) * strides[axis]
+            + torch.arange(kernel[axis]) * dilations[axis]
+            - before[axis]
+        )  # (outputs, k)
+        reads = _selection(positions, sizes[axis], padding_mode).to(weight)
+        # Contracts the first spatial dimension left, appends (outputs, inputs).
+        matrix = torch.tensordot(matrix, reads, dims=([2], [1]))
+    # (c_out, c_in, o, i, o', i', ...) -> (c_out, o, o', ..., c_in, i, i', ...)
+    order = [0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2)]
+    return matrix.permute(order).reshape(-1, groups * c_group * math.prod(sizes))
+
+
+def _selection(positions: Tensor, size: int, padding_mode: str) -> Tensor:
+    """Which input each position reads, (outputs, k, size): a one, or none in zero padding."""
+    reach = max(-int(positions.min()), int(positions.max()) - size + 1)
+    limit = {"circular": size, "reflect": size - 1}.get(padding_mode)
+    if limit is not None and reach > limit:
+        raise ValueError(
+            f"padding must be at most {limit} with {padding_mode} padding of {size} inputs, "
+            f"got {reach}"
+        )
+    if padding_mode == "circular":
+        positions = positions % size
+    elif padding_mode == "reflect":  # about the outermost entries, which are not repeated
+        positions = (size - 1) - (size - 1 - positions.abs()).abs()
+    elif padding_mode == "replicate":
+        positions = positions.clamp(0, size - 1)
+    return positions.unsqueeze(-1) == torch.arange(size)
+
+
+def _per_dimension(name: str, value: int | Sequence[int], dims: int, least: int = 0) -> list[int]:
+    values = [value] * dims if isinstance(value, int) else list(value)
+    if len(values) != dims or not all(isinstance(v, int) and v >= least for v in values):
+        raise ValueError(f"{name} must be one or {dims} integers >= {least}, got {value!r}")
+    return values
+
+
+def _sample_function(module: Function) -> Function:
+    """``lambda x: module(x[None])[0]``, for a module that keeps samples apart."""
+    if not callable(module):
+        raise TypeError(f"module must be callable, got {type(module).__name__}")
+    for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
+        where = f"{type(part).__name__} {name!r}"
+        if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
+            raise ValueError(
+                f"module must keep samples apart, but its {where} normalises by the statistics of "
+                "the batch: call module.eval(), or see batch_norm_jacobian"
+            )
+        if isinstance(part, _DropoutNd) and part.training and part.p > 0:
+            raise ValueError(
+                f"module must be deterministic, but its {where} is in training: call module.eval()"
+            )
+
+    def function(x: Tensor) -> Tensor:
+        outputs = module(x.unsqueeze(0))
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"module must return a tensor, got {type(outputs).__name__}")
+        if outputs.dim() == 0 or len(outputs) != 1:
+            raise ValueError(
+                "module must return one output for each sample, but a batch of one gave shape "
+                f"{tuple(outputs.shape)}"
+            )
+        return outputs.squeeze(0)
+
+    return function
+
+
+def _check_tensor(name: str, value: Tensor, dim: int = 0) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if value.dim() < dim or value.numel() == 0:
+        raise ValueError(
+            f"{name} must be non-empty with at least {dim} dimensions, "
+            f"got shape {tuple(value.shape)}"
+        )
+    try:
+        finite = bool(value.isfinite().all())
+    except RuntimeError:  # inside torch.func.vmap values cannot decide; shapes still do
+        return
+    if not finite:
+        raise ValueError(f"{name} must be finite, got NaN or infinite entries")
+
+
+def _check_batch(inputs: Tensor) -> None:
+    _check_tensor("inputs", inputs, dim=1)
+
+
+def _check_vector(name: str, value: Tensor, shape: torch.Size, inputs: Tensor) -> None:
+    _check_tensor(name, value)
+    if value.shape != shape or value.dtype != inputs.dtype:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} and dtype {inputs.dtype}, "
+            f"got {tuple(value.shape)} and {value.dtype}"
+        )
