@@ -1,0 +1,62 @@
+"""Make the book whole without a network.
+
+- MathJax is copied into ``_static/mathjax`` from the package sphinx-mathjax-offline, which is
+  used as data only: as an extension it would copy 24 MB, of which a page can use 2.
+- sphinx-thebe, which Jupyter Book always loads, puts the address of a CDN into every page and
+  declares it twice, an error in every console. Its scripts are dropped.
+- sphinx-tippy names its data files at random and never removes the old ones below a folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+
+# The loader with TeX and MathML input and HTML output, its fonts, and the rare TeX commands
+# that it fetches when a page uses them.
+MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
+
+
+def mathjax_source() -> Path:
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    if spec is None or spec.origin is None:
+        raise ExtensionError("MathJax is missing: pip install sphinx-mathjax-offline")
+    return Path(spec.origin).parent / "static" / "mathjax"
+
+
+def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
+    if exception is not None or app.builder.format != "html":
+        return
+    source, target = mathjax_source(), Path(app.outdir) / "_static" / "mathjax"
+    for name in MATHJAX:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source / name, target / name)
+
+
+def forget_old_tips(app: Sphinx) -> None:
+    shutil.rmtree(Path(app.outdir) / "_static" / "tippy", ignore_errors=True)
+
+
+def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], _: Any) -> None:
+    def is_thebe(script: Any) -> bool:
+        name = str(getattr(script, "filename", script) or "")
+        body = getattr(script, "attributes", {}).get("body") or ""
+        return "thebe" in name or "THEBE_JS_URL" in body
+
+    for key in ("script_files", "css_files"):
+        context[key] = [item for item in context.get(key, []) if not is_thebe(item)]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("builder-inited", forget_old_tips)
+    app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("build-finished", copy_mathjax)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

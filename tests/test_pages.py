@@ -1,0 +1,315 @@
+"""The built book in a browser: every page, light and dark, on a telephone and on a desk."""
+
+from __future__ import annotations
+
+import functools
+import html
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HTML = Path(os.environ.get("LIPBOOK_HTML", ROOT / "_build" / "html")).resolve()
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+if not (HTML / "index.html").exists():
+    pytest.skip(
+        "no built book: run `make html`, or name one in LIPBOOK_HTML", allow_module_level=True
+    )
+
+
+def pages() -> list[Path]:
+    """Every page with words of ours; `_static` holds fragments of the theme."""
+    found = sorted(path for path in HTML.rglob("*.html") if "_static" not in path.parts)
+    return [path for path in found if 'http-equiv="Refresh"' not in path.read_text("utf-8")]
+
+
+def names(path: Path) -> str:
+    return path.relative_to(HTML).as_posix()
+
+
+def listed(faults: list[str]) -> str:
+    return "\n  ".join(["", *faults])
+
+
+class Source(NamedTuple):
+    """What a page refers to and what can be referred to in it."""
+
+    text: str
+    links: list[str]
+    ids: set[str]
+
+
+@functools.cache
+def source(path: Path) -> Source:
+    text = path.read_text("utf-8")
+    links = [
+        html.unescape(url)
+        for url in re.findall(r'<(?:a|img|link|script)\b[^>]*?\s(?:href|src)="([^"]*)"', text)
+    ]
+    return Source(
+        text, links, {html.unescape(name) for name in re.findall(r'\sid="([^"]+)"', text)}
+    )
+
+
+# ------------------------------------------------------------------------ what needs no browser
+
+
+def test_links_and_anchors_resolve() -> None:
+    broken = []
+    for page in pages():
+        if page.name == "404.html":
+            continue  # its links start at the host, and are tried below
+        for link in source(page).links:
+            address, anchor = urldefrag(urljoin(page.as_uri(), link))
+            if urlsplit(address).scheme != "file":
+                continue
+            target = Path(unquote(urlsplit(address).path))
+            if not target.is_file() or not target.is_relative_to(HTML):
+                broken.append(f"{names(page)}: {link}")
+            elif anchor and target.suffix == ".html" and unquote(anchor) not in source(target).ids:
+                broken.append(f"{names(page)}: {link} (no such place in the page)")
+    assert not broken, listed(broken)
+
+
+def test_an_id_occurs_once_in_a_page() -> None:
+    repeated = []
+    for page in pages():
+        ids = re.findall(r'\sid="([^"]+)"', source(page).text)
+        repeated += [f"{names(page)}: {name}" for name in sorted(set(ids)) if ids.count(name) > 1]
+    assert not repeated, listed(repeated)
+
+
+def test_no_page_names_a_resource_elsewhere() -> None:
+    """The browser below sees what is asked for; this sees what a click might still ask for."""
+    tag = re.compile(r"<(?:script|img|iframe|source|link)\b[^>]*>")
+    script = re.compile(r"<script(?: [^>]*)?>(.*?)</script>", re.DOTALL)
+    found = []
+    for page in pages():
+        text = source(page).text
+        tags = [item for item in tag.findall(text) if 'rel="canonical"' not in item]
+        found += [f"{names(page)}: {item}" for item in tags if re.search(r'="(?:https?:)?//', item)]
+        found += [f"{names(page)}: {body}" for body in script.findall(text) if "://" in body]
+    assert not found, listed(found)
+
+
+def test_pages_have_their_own_titles() -> None:
+    titles: dict[str, str] = {}
+    for page in pages():
+        match = re.search(r"<title>(.*?)</title>", source(page).text, re.DOTALL)
+        title = " ".join(match.group(1).split()) if match else ""
+        assert title, f"{names(page)} has no title"
+        assert title not in titles, f"{names(page)} and {titles[title]} are both called {title!r}"
+        titles[title] = names(page)
+
+
+def test_chapters_can_be_downloaded() -> None:
+    for notebook in sorted((HTML / "_sources").rglob("*.ipynb")):
+        relative = notebook.relative_to(HTML / "_sources")
+        text = source((HTML / relative).with_suffix(".html")).text
+        assert f"_sources/{relative.as_posix()}" in text
+
+
+# --------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+# One question to the page for all that is measured in it.
+EXAMINE = """async (scheme) => {
+  if (window.MathJax?.startup?.promise) await MathJax.startup.promise;
+  await document.fonts.ready;
+  const root = document.documentElement;
+  for (let i = 0; i < 100 && root.dataset.theme !== scheme; i++)
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  const outside = [...document.querySelectorAll("article *")].filter((element) => {
+    if (element.getBoundingClientRect().right <= root.clientWidth + 1) return false;
+    for (let e = element; e !== root; e = e.parentElement) {
+      const style = getComputedStyle(e);
+      if (style.overflowX !== "visible" || style.position === "fixed") return false;
+      if (style.visibility === "hidden" || style.display === "none") return false;
+      if (e.localName.startsWith("mjx-assistive")) return false;
+    }
+    return true;
+  });
+  return {
+    theme: root.dataset.theme,
+    width: root.scrollWidth - root.clientWidth,
+    outside: outside.slice(0, 3).map((e) => e.outerHTML.slice(0, 120)),
+    images: [...document.querySelectorAll("article img")].map(
+      (e) => ({alt: e.alt, drawn: e.complete && e.naturalWidth > 0, src: e.getAttribute("src")})),
+    formulas: document.querySelectorAll(".math").length,
+    unset: [...document.querySelectorAll(".math")].filter((e) => !e.querySelector("mjx-container"))
+      .map((e) => e.textContent.slice(0, 80)),
+    cut: [...document.querySelectorAll("article .math, article mjx-container")]
+      .filter((e) => getComputedStyle(e).overflowX === "hidden" && e.scrollWidth > e.clientWidth)
+      .map((e) => e.textContent.slice(0, 80)),
+    // An unknown command is set in red instead of being an error.
+    errors: [...document.querySelectorAll("mjx-merror, mjx-mtext[style*='red']")]
+      .map((e) => e.title || e.textContent),
+    font: document.fonts.check("16px 'Source Serif 4'"),
+  };
+}"""
+
+
+class Visit:
+    """A page in the browser, with what it asked for and what it complained about."""
+
+    def __init__(self, page: Any, at_home: str) -> None:
+        self.page = page
+        self.at_home = at_home
+        self.complaints: list[str] = []
+        page.on("request", self.note_request)
+        page.on("console", self.note_console)
+        page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
+        page.on("requestfailed", lambda request: self.complaints.append(f"missing: {request.url}"))
+
+    def note_request(self, request: Any) -> None:
+        if not request.url.startswith((self.at_home, "data:", "blob:")):
+            self.complaints.append(f"asks {request.url}")
+
+    def note_console(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(f"console: {message.text}")
+
+    def faults(self, scheme: str) -> Iterator[str]:
+        seen = self.page.evaluate(EXAMINE, scheme)
+        yield from self.complaints
+        self.complaints.clear()
+        if seen["theme"] != scheme:
+            yield f"is {seen['theme']}, not {scheme}"
+        if seen["width"] > 0:
+            yield f"is {seen['width']} px wider than the screen"
+        yield from (f"sticks out: {element}" for element in seen["outside"])
+        for image in seen["images"]:
+            if not image["drawn"]:
+                yield f"image not drawn: {image['src']}"
+            if not image["alt"].strip() or re.search(r"\.(svg|png|jpe?g|gif)$", image["alt"]):
+                yield f"image without alternative text: {image['src']} ({image['alt']!r})"
+        yield from (f"formula left as text: {text}" for text in seen["unset"])
+        yield from (f"formula cut off: {text}" for text in seen["cut"])
+        yield from (f"formula refused: {text}" for text in seen["errors"])
+        if not seen["font"]:
+            yield "the text font was not loaded"
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_every_page(browser: Any, width: int) -> None:
+    found = []
+    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+    for path in pages():
+        if path.name == "404.html":
+            continue
+        page = context.new_page()
+        visit = Visit(page, HTML.as_uri())
+        for scheme in ("dark", "light"):
+            page.emulate_media(color_scheme=scheme)
+            if scheme == "dark":
+                page.goto(path.as_uri())  # the page itself follows when the scheme changes
+            found += [f"{names(path)} ({scheme}): {fault}" for fault in visit.faults(scheme)]
+        page.close()
+    context.close()
+    assert not found, listed(found)
+
+
+def test_previews_appear_on_hover(browser: Any) -> None:
+    chapters = [
+        path for path in pages() if '<a class="reference internal" href="#thm-' in source(path).text
+    ]
+    if not chapters:
+        pytest.skip("no page refers to a theorem of its own")
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.goto(chapters[0].as_uri(), wait_until="load")
+    page.evaluate("() => MathJax.startup.promise")
+    link = page.locator("article a[href^='#thm-']:visible").last
+    assert link.evaluate("element => Boolean(element._tippy)")
+    link.hover()
+    preview = page.locator(".tippy-content .proof")
+    preview.wait_for(state="visible")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.tippy-content .math')]"
+        ".every((formula) => formula.querySelector('mjx-container'))"
+    )
+    page.close()
+
+
+def test_folded_boxes_open(browser: Any) -> None:
+    for path in pages():
+        if "solution dropdown" in source(path).text:
+            break
+    else:
+        pytest.skip("no page has a folded solution")
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto(path.as_uri(), wait_until="load")
+    box = page.locator("div.solution.dropdown").first
+    body = box.locator("section").first
+    assert not body.is_visible()
+    box.locator(".toggle-button").click()
+    body.wait_for(state="visible")
+    page.close()
+
+
+def test_the_page_for_missing_pages_works_at_any_depth(browser: Any) -> None:
+    text = (HTML / "404.html").read_text("utf-8")
+    prefix = re.search(r'href="(/[^"]*?)_static/', text)
+    assert prefix, "404.html: links must start at the host"
+
+    class Site(SimpleHTTPRequestHandler):
+        def translate_path(self, path: str) -> str:
+            return super().translate_path("/" + path.removeprefix(prefix.group(1)))
+
+        def send_error(self, code: int, *rest: Any) -> None:
+            body = text.encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *rest: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Site, directory=str(HTML)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        home = f"http://127.0.0.1:{server.server_port}"
+        page = browser.new_page(color_scheme="light")
+        visit = Visit(page, home)
+        page.goto(f"{home}{prefix.group(1)}no/such/page.html")
+        # The browser complains, rightly, that the address it was given does not exist.
+        found = [fault for fault in visit.faults("light") if "status of 404" not in fault]
+        assert not found, listed(found)
+        page.locator(".bd-sidebar-primary nav a", has_text="Bibliography").click()
+        page.wait_for_url("**/bibliography.html")
+        assert "Bibliography" in page.title()
+        page.close()
+    finally:
+        server.shutdown()
+        server.server_close()
