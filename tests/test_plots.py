@@ -11,7 +11,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from nbclient import NotebookClient
@@ -20,7 +20,7 @@ from lipbook.lab import plots
 
 
 @pytest.fixture(autouse=True)
-def settings() -> Iterator[None]:
+def restored() -> Iterator[None]:
     """Give matplotlib's settings back and close the figures."""
     backend = plt.get_backend()
     plt.switch_backend("agg")
@@ -184,6 +184,7 @@ def test_lines_cycle_through_the_colours() -> None:
 entries = st.floats(-3, 3, allow_subnormal=False)
 
 
+@settings(max_examples=30)  # each opens a figure
 @given(a=entries, b=entries, c=entries, d=entries, p=st.sampled_from([1, 1.5, 2, 3, math.inf]))
 def test_ball_image_has_the_image_of_the_sphere_as_boundary(
     a: float, b: float, c: float, d: float, p: float

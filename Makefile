@@ -1,0 +1,59 @@
+# The two commands are `make book` and `make test`; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CHAPTERS := $(wildcard book/*.ipynb)
+
+# Everything that tools write beside their results stays inside the tree.
+HERE := $(CURDIR)/_build/home
+export IPYTHONDIR := $(HERE)/ipython
+export JUPYTER_CONFIG_DIR := $(HERE)/jupyter
+export JUPYTER_DATA_DIR := $(HERE)/jupyter-data
+export JUPYTER_RUNTIME_DIR := $(HERE)/jupyter-runtime
+export MPLCONFIGDIR := $(HERE)/matplotlib
+
+BUILD_BOOK = $(BIN)/jupyter-book build -W -n --keep-going --all
+
+.DEFAULT_GOAL := help
+.PHONY: help book html test lint pages lab chapters clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): constraints.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[lab,book,test]'
+	@touch $@
+
+book: $(READY) ## execute every chapter afresh and build the book from the result
+	$(BIN)/python tools/notebooks.py execute --to _build/source $(CHAPTERS)
+	$(BUILD_BOOK) _build/source --path-output .
+	@echo "Open _build/html/index.html"
+
+html: $(READY) ## build the book from the stored outputs, executing nothing
+	$(BUILD_BOOK) .
+	@echo "Open _build/html/index.html"
+
+lint: $(READY) ## static checks: ruff, types, floors, notebook normal form
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/notebooks.py check $(CHAPTERS)
+
+test: lint ## static checks, the library's tests, and every chapter against its stored outputs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
+	  --nbval-cell-timeout 120 --nbval-sanitize-with book/nbval_sanitize.cfg $(CHAPTERS)
+
+pages: $(READY) ## open every built page in Chromium: no outside request, no console error
+	$(BIN)/python -m pytest tests/test_pages.py
+
+lab: $(READY) ## JupyterLab on the chapters
+	$(BIN)/jupyter lab book
+
+chapters: $(READY) ## for authors: execute the chapters and store their outputs
+	$(BIN)/python tools/notebooks.py execute --inplace $(CHAPTERS)
+
+clean: ## remove what was built, keep the environment
+	rm -rf _build
