@@ -1,0 +1,198 @@
+"""The project's own promises: floors, versions, dependencies, the two commands, the wheel."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import lipbook
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TOP = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
+CONDA_TO_PYPI = {"pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}
+
+# A module may import those on lower floors only (CONTRIBUTING.md, "Rooms and floors").
+FLOORS = {
+    "__init__": 0,
+    "jacobians": 0,
+    "norms": 0,
+    "composition": 1,
+    "lab": 5,
+}
+
+
+def floor(dotted: str) -> int:
+    """The floor of ``lipbook.<room>...``."""
+    parts = dotted.split(".")
+    return FLOORS[parts[1]] if len(parts) > 1 else FLOORS["__init__"]
+
+
+def lipbook_imports(source: str) -> set[str]:
+    """Every ``lipbook...`` module that a source text imports, at any depth of the code."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the floor"
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    rooms = {".".join(name.split(".")[:2]) for name in found if name.split(".")[0] == "lipbook"}
+    return {name for name in rooms if name == "lipbook" or name.split(".")[1] in FLOORS}
+
+
+SOURCES = sorted((TOP / "lipbook").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(TOP)))
+def test_imports_go_down_the_floors(path: Path) -> None:
+    room = path.relative_to(TOP / "lipbook").parts[0].removesuffix(".py")
+    assert room in FLOORS, f"{room} stands on no floor"
+    upward = {
+        name
+        for name in lipbook_imports(path.read_text())
+        if name not in ("lipbook", f"lipbook.{room}") and floor(name) >= FLOORS[room]
+    }
+    assert not upward, f"{room} (floor {FLOORS[room]}) imports {sorted(upward)}"
+
+
+def test_the_floor_check_sees_an_arrow_that_goes_up() -> None:
+    found = lipbook_imports("def f():\n    from lipbook import composition\n")
+    assert found == {"lipbook", "lipbook.composition"}
+    assert floor("lipbook.composition") > FLOORS["norms"]
+
+
+def test_every_floor_has_its_module() -> None:
+    rooms = {p.relative_to(TOP / "lipbook").parts[0].removesuffix(".py") for p in SOURCES}
+    assert rooms == set(FLOORS)
+
+
+def test_every_module_says_what_is_public() -> None:
+    for path in SOURCES:
+        if path.name == "__init__.py":
+            continue
+        names = [
+            ast.literal_eval(node.value)
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+        ]
+        assert names, f"{path.name} has no __all__"
+        module = ".".join(path.relative_to(TOP).with_suffix("").parts)
+        __import__(module)
+        missing = [n for n in names[0] if not hasattr(sys.modules[module], n)]
+        assert not missing, f"{module}.__all__ names what does not exist: {missing}"
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    parsed = [Requirement(line) for line in lines]
+    return {canonicalize_name(r.name): r for r in parsed}
+
+
+def all_requirements() -> dict[str, Requirement]:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    lines = [line for part in extras.values() for line in part]
+    return requirements(PYPROJECT["project"]["dependencies"] + lines)
+
+
+def test_the_library_needs_torch_numpy_and_pot_only() -> None:
+    assert set(requirements(PYPROJECT["project"]["dependencies"])) == {"torch", "numpy", "pot"}
+
+
+def constraint_lines() -> list[Requirement]:
+    lines = (TOP / "constraints.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_constraints_pin_every_dependency_within_its_range() -> None:
+    pins = [r for r in constraint_lines() if r.marker is None or r.marker.evaluate()]
+    pinned = {canonicalize_name(r.name): r for r in pins}
+    assert len(pinned) == len(pins), "one pin for each name and Python version"
+    assert all(re.fullmatch(r"==[^,]+", str(r.specifier)) for r in pins)
+    assert str(pinned["torch"].specifier) == "==2.13.0"
+    for name, requirement in all_requirements().items():
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        version = str(pinned[name].specifier).removeprefix("==")
+        assert requirement.specifier.contains(version, prereleases=True), name
+
+
+def test_environment_yml_agrees_with_pyproject() -> None:
+    environment = yaml.safe_load((TOP / "environment.yml").read_text())
+    conda = [line for line in environment["dependencies"] if isinstance(line, str)]
+    (pip,) = [part["pip"] for part in environment["dependencies"] if isinstance(part, dict)]
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    ranges = {}
+    for name, version in map(split, conda):
+        ranges[canonicalize_name(CONDA_TO_PYPI.get(name, name))] = version
+    wanted = requirements(PYPROJECT["project"]["dependencies"] + extras["lab"])
+    for name, requirement in wanted.items():
+        assert name in ranges, f"{name} is not in environment.yml"
+        assert ranges[name] == str(requirement.specifier), name
+    (python,) = [c.removeprefix("python=") for c in conda if c.startswith("python=")]
+    assert Requirement("x" + PYPROJECT["project"]["requires-python"]).specifier.contains(python)
+    (editable,) = [line for line in pip if line.startswith("-e ")]
+    named = editable.partition("[")[2].rstrip("]").split(",")
+    assert set(named) <= set(extras)
+
+
+def split(line: str) -> tuple[str, str]:
+    match = re.fullmatch(r"([A-Za-z0-9_.-]+?)((?:[<>=!~]=?).*)?", line)
+    assert match, line
+    return match[1], match[2] or ""
+
+
+def test_one_version_everywhere() -> None:
+    citation = yaml.safe_load((TOP / "CITATION.cff").read_text())
+    changelog = re.findall(r"^## \[?(\d[\w.]*)\]?", (TOP / "CHANGELOG.md").read_text(), re.M)
+    assert citation["version"] == lipbook.__version__ == changelog[0]
+
+
+def test_every_dependency_has_its_reason() -> None:
+    text = (TOP / "CONTRIBUTING.md").read_text()
+    missing = [r.name for r in all_requirements().values() if f"| {r.name} |" not in text]
+    assert not missing, f"no line of reason in CONTRIBUTING.md for {missing}"
+
+
+def test_readme_names_the_two_commands_and_ci_runs_the_second() -> None:
+    readme, ci = (TOP / "README.md").read_text(), (TOP / ".ci" / "run").read_text()
+    assert "make book" in readme
+    assert "make test" in readme
+    assert re.search(r"^make test$", ci, re.M)
+
+
+def test_help_lists_every_target() -> None:
+    makefile = (TOP / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)
+    assert phony
+    targets = set(phony[1].split())
+    described = set(re.findall(r"^([a-z]+):.*##", makefile, re.M))
+    assert described == targets
+
+
+def test_the_wheel_holds_the_library_and_its_data(tmp_path: Path) -> None:
+    """What is installed from a wheel, not from the tree, can be imported and loads the digits."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(TOP)], check=True)
+    (wheel,) = tmp_path.glob("lipbook-*.whl")
+    code = (
+        f"import sys; sys.path.insert(0, {str(wheel)!r}); import lipbook; "
+        "assert '.whl' in lipbook.__file__; from lipbook.lab.data import mnist; "
+        "print(tuple(mnist().train_images.shape))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert ran.stdout.strip() == "(12000, 1, 28, 28)"
