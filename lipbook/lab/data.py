@@ -70,8 +70,9 @@ def mnist(full: bool = False) -> Mnist:
     It needs no network. A grey level :math:`g \in \{0, \dots, 255\}` becomes :math:`g / 255`;
     nothing is centred or scaled further, so that distances are in units of one pixel's range.
 
-    MNIST (:cite:t:`lecun1998`) is by Y. LeCun, C. Cortes and C. Burges and is made available under the licence
-    `CC BY-SA 3.0 <https://creativecommons.org/licenses/by-sa/3.0/>`_; so is the subset.
+    MNIST (:cite:t:`lecun1998`) is by Y. LeCun, C. Cortes and C. Burges and is made available
+    under the licence `CC BY-SA 3.0 <https://creativecommons.org/licenses/by-sa/3.0/>`_; so is
+    the subset.
 
     Parameters
     ----------
