@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_every_module_says_what_is_public() -> None:
         ]
         assert names, f"{path.name} has no __all__"
         module = ".".join(path.relative_to(TOP).with_suffix("").parts)
-        __import__(module)
+        importlib.import_module(module)
         missing = [n for n in names[0] if not hasattr(sys.modules[module], n)]
         assert not missing, f"{module}.__all__ names what does not exist: {missing}"
 
@@ -196,3 +197,12 @@ def test_the_wheel_holds_the_library_and_its_data(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     assert ran.stdout.strip() == "(12000, 1, 28, 28)"
+
+
+@pytest.mark.parametrize("room", ["jacobians", "norms", "composition"])
+def test_every_public_name_has_its_entry_and_its_place_in_a_chapter(room: str) -> None:
+    entries = (TOP / "book" / "api" / f"{room}.md").read_text()
+    chapters = "".join(path.read_text() for path in sorted((TOP / "book").glob("*.ipynb")))
+    names = importlib.import_module(f"lipbook.{room}").__all__
+    assert [name for name in names if not re.search(rf"\b{name}\b", entries)] == []
+    assert [name for name in names if not re.search(rf"\b{name}\b", chapters)] == []
