@@ -31,6 +31,7 @@ FLOORS = {
     "jacobians": 0,
     "norms": 0,
     "composition": 1,
+    "activations": 2,
     "lab": 5,
 }
 

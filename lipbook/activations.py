@@ -1,0 +1,523 @@
+r"""Norm-preserving activations: sorting, reflecting and folding instead of clipping.
+
+ReLU keeps one of two gradients and loses the other. The activations here lose none: wherever
+they are differentiable, and at ties as well, their Jacobian is an orthogonal matrix. A sorting
+activation permutes its inputs, so that it keeps every :math:`\ell_p` norm; a Householder
+activation reflects them, so that it keeps the :math:`\ell_2` norm; the absolute value changes
+signs. Each comes as a function, then as a module with its Lipschitz rule
+(:func:`~lipbook.composition.lipschitz_rule`).
+
+Channels are dimension ``dim`` of the input, 1 by default: (batch, channels, ...).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lipbook.composition import Bound, lipschitz_rule
+
+__all__ = [
+    "group_sort",
+    "max_min",
+    "full_sort",
+    "householder",
+    "absolute_value",
+    "GroupSort",
+    "MaxMin",
+    "FullSort",
+    "Householder",
+    "AbsoluteValue",
+]
+
+Pairing = Literal["neighbours", "halves"]
+_PAIRINGS = ("neighbours", "halves")
+
+# Note [ties]
+# Where two sorted entries are equal, or an absolute value is taken of zero, any choice of a
+# subgradient is legal, and most choices lose norm: the gradient of torch.maximum is (1/2, 1/2) at
+# a tie, that of torch.abs is 0 at 0, and those of torch.max and torch.min name the same entry
+# twice. The functions below select with torch.where or torch.sort, whose gradients are those of
+# the branch taken: a permutation, a reflection, a sign. Ties are no rare event: images have flat
+# regions, and a layer of zeros meets every tie at once.
+
+
+def group_sort(x: Tensor, group_size: int, dim: int = 1) -> Tensor:
+    r"""GroupSort: sorts each group of neighbouring channels in ascending order.
+
+    .. math::
+        \operatorname{GroupSort}_k(x) = \big(\operatorname{sort}(x_1, \dots, x_k),
+        \operatorname{sort}(x_{k+1}, \dots, x_{2k}), \dots\big)
+
+    The Jacobian is a permutation matrix, also at ties. **Guaranteed**: 1-Lipschitz in every
+    :math:`\ell_p` norm, and all singular values of the Jacobian are 1.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Any shape with ``channels`` entries along ``dim``.
+    group_size : int
+        Length :math:`k` of a group; a divisor of ``channels``.
+    dim : int
+        The dimension of the channels.
+
+    Returns
+    -------
+    torch.Tensor
+        The shape of ``x``.
+
+    Raises
+    ------
+    TypeError
+        If ``group_size`` is no integer.
+    ValueError
+        If ``group_size`` is less than 1 or does not divide the channels, or ``x`` has no
+        dimension ``dim``.
+
+    Examples
+    --------
+    >>> x = torch.tensor([[3.0, 1.0, 2.0, 5.0, 4.0, 6.0]])
+    >>> group_sort(x, 3)
+    tensor([[1., 2., 3., 4., 5., 6.]])
+    >>> group_sort(x, 2)
+    tensor([[1., 3., 2., 5., 4., 6.]])
+
+    References
+    ----------
+    :cite:t:`anil2019sorting`.
+    """
+    dim = _channel_dim(x, dim)
+    _check_group_size(group_size)
+    _check_divides("group_size", group_size, x, dim)
+    groups = x.unflatten(dim, (-1, group_size))
+    if group_size == 2:  # two selections, without the cost of a sort
+        first, second = groups.unbind(dim + 1)
+        return torch.stack(_sorted_pair(first, second), dim + 1).flatten(dim, dim + 1)
+    return groups.sort(dim + 1).values.flatten(dim, dim + 1)
+
+
+def max_min(x: Tensor, dim: int = 1, pairing: Pairing = "neighbours") -> Tensor:
+    r"""MaxMin on neighbouring channels (2i, 2i+1), minimum first: equal to ``group_sort(x, 2)``.
+
+    .. math::
+        (x_{2i},\, x_{2i+1}) \mapsto
+        \big(\min(x_{2i}, x_{2i+1}),\, \max(x_{2i}, x_{2i+1})\big)
+
+    Networks of other libraries pair differently. ``pairing="halves"`` is the layout that most
+    released weights were trained with: channel :math:`i` meets channel :math:`i + c/2`, and
+    **all maxima come first**, then all minima. The layouts differ by a permutation of the
+    channels on both sides, so that a network loses nothing by either; only weights trained
+    with one are meaningless with the other.
+
+    **Guaranteed**: 1-Lipschitz in every :math:`\ell_p` norm, all singular values of the Jacobian
+    are 1, also at ties.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Any shape with an even number of channels along ``dim``.
+    dim : int
+        The dimension of the channels.
+    pairing : str
+        ``"neighbours"`` (outputs min, max, min, max, ...) or ``"halves"`` (outputs max, max, ...,
+        min, min, ...).
+
+    Returns
+    -------
+    torch.Tensor
+        The shape of ``x``.
+
+    Raises
+    ------
+    ValueError
+        If the number of channels is odd, ``pairing`` is unknown, or ``x`` has no dimension ``dim``.
+
+    Examples
+    --------
+    >>> x = torch.tensor([[3.0, 1.0, 2.0, 5.0]])
+    >>> max_min(x)
+    tensor([[1., 3., 2., 5.]])
+    >>> max_min(x, pairing="halves")
+    tensor([[3., 5., 2., 1.]])
+
+    At a tie the Jacobian is still a permutation:
+
+    >>> torch.func.jacrev(max_min)(torch.zeros(1, 2)).reshape(2, 2)
+    tensor([[1., 0.],
+            [0., 1.]])
+
+    References
+    ----------
+    :cite:t:`chernodub2016oplu`, as OPLU; :cite:t:`anil2019sorting`.
+    """
+    _check_pairing(pairing)
+    if pairing == "neighbours":
+        return group_sort(x, 2, dim)
+    dim = _channel_dim(x, dim)
+    _check_divides("pairs of channels, that is 2,", 2, x, dim)
+    smaller, larger = _sorted_pair(*x.chunk(2, dim))
+    return torch.cat((larger, smaller), dim)
+
+
+def full_sort(x: Tensor, dim: int = 1) -> Tensor:
+    r"""FullSort: sorts all channels in ascending order, GroupSort with a single group.
+
+    .. math:: x \mapsto (x_{(1)} \le x_{(2)} \le \dots \le x_{(c)})
+
+    **Guaranteed**: 1-Lipschitz in every :math:`\ell_p` norm, all singular values of the Jacobian
+    are 1, also at ties.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Any shape.
+    dim : int
+        The dimension of the channels.
+
+    Returns
+    -------
+    torch.Tensor
+        The shape of ``x``.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` has no dimension ``dim``.
+
+    Examples
+    --------
+    >>> full_sort(torch.tensor([[3.0, 1.0, 2.0]]))
+    tensor([[1., 2., 3.]])
+
+    References
+    ----------
+    :cite:t:`anil2019sorting`.
+    """
+    return x.sort(_channel_dim(x, dim)).values
+
+
+def householder(x: Tensor, angle: Tensor, dim: int = 1) -> Tensor:
+    r"""Householder activation of order 1: reflects a pair of channels if it is on the wrong side.
+
+    .. math::
+        z \mapsto \begin{cases} z & \text{if } v^\top z \ge 0 \\
+        (I - 2 v v^\top)\, z & \text{otherwise} \end{cases}
+        \qquad z = \begin{pmatrix} x_{2i} \\ x_{2i+1} \end{pmatrix},\;
+        v = \begin{pmatrix} -\sin(\theta_i/2) \\ \cos(\theta_i/2) \end{pmatrix}
+
+    Pairs are neighbouring channels. :math:`\theta_i = \pi/2` makes :math:`v = (-1, 1)/\sqrt2`
+    and the activation sorts in ascending order: MaxMin. **Guaranteed**: continuous, 1-Lipschitz
+    in the :math:`\ell_2` norm, and all singular values of the Jacobian are 1 (nothing is divided by
+    :math:`\sqrt2`). In the :math:`\ell_1` and :math:`\ell_\infty` norms its Lipschitz constant is
+    :math:`\max_i\, \lvert\cos\theta_i\rvert + \lvert\sin\theta_i\rvert \le \sqrt2`.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Any shape with an even number of channels along ``dim``: vectors and images alike.
+    angle : torch.Tensor
+        The angles :math:`\theta_i` in radians, shape (channels / 2,).
+    dim : int
+        The dimension of the channels.
+
+    Returns
+    -------
+    torch.Tensor
+        The shape of ``x``.
+
+    Raises
+    ------
+    ValueError
+        If the number of channels is odd or not twice the number of angles, or ``x`` has no
+        dimension ``dim``.
+
+    Examples
+    --------
+    The norm is kept at every angle:
+
+    >>> x, angle = torch.randn(5, 8, dtype=torch.float64), torch.linspace(-3, 3, 4)
+    >>> torch.allclose(householder(x, angle.double()).norm(dim=1), x.norm(dim=1))
+    True
+
+    References
+    ----------
+    :cite:t:`singla2022improved`, whose pairs are halves.
+    """
+    dim = _channel_dim(x, dim)
+    _check_divides("pairs of channels, that is 2,", 2, x, dim)
+    if angle.shape != (x.shape[dim] // 2,):
+        raise ValueError(
+            f"angle must have shape ({x.shape[dim] // 2},), one for each pair of the "
+            f"{x.shape[dim]} channels of x, got {tuple(angle.shape)}"
+        )
+    angle = angle.reshape(-1, *[1] * (x.dim() - dim - 1))
+    first, second = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    cosine, sine = angle.cos(), angle.sin()
+    keep = (angle / 2).cos() * second >= (angle / 2).sin() * first
+    reflected = cosine * first + sine * second, sine * first - cosine * second
+    pair = torch.where(keep, first, reflected[0]), torch.where(keep, second, reflected[1])
+    return torch.stack(pair, dim + 1).flatten(dim, dim + 1)
+
+
+def absolute_value(x: Tensor) -> Tensor:
+    r"""Absolute value :math:`\lvert x\rvert`, entry by entry, with derivative 1 at zero.
+
+    The Jacobian is diagonal with entries :math:`\pm1`. **Guaranteed**: 1-Lipschitz in every
+    :math:`\ell_p` norm, and all singular values of the Jacobian are 1.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Any shape.
+
+    Returns
+    -------
+    torch.Tensor
+        The shape of ``x``.
+
+    Examples
+    --------
+    >>> torch.func.vmap(torch.func.grad(absolute_value))(torch.tensor([-2.0, 0.0, 3.0]))
+    tensor([-1.,  1.,  1.])
+    """
+    return torch.where(x < 0, -x, x)
+
+
+# ----------------------------------------------------------------------------------- modules
+
+
+class GroupSort(nn.Module):
+    r"""GroupSort: sorts each group of neighbouring channels in ascending order.
+
+    The module of :func:`group_sort`, with Lipschitz constant 1 in every norm.
+
+    Parameters
+    ----------
+    group_size : int
+        Length of a group; a divisor of the number of channels.
+    dim : int
+        The dimension of the channels.
+
+    Raises
+    ------
+    TypeError
+        If ``group_size`` is no integer.
+    ValueError
+        If ``group_size`` is less than 1; when called, as :func:`group_sort`.
+
+    Examples
+    --------
+    >>> GroupSort(3)(torch.tensor([[3.0, 1.0, 2.0, 6.0, 5.0, 4.0]]))
+    tensor([[1., 2., 3., 4., 5., 6.]])
+    """
+
+    def __init__(self, group_size: int, dim: int = 1) -> None:
+        super().__init__()
+        _check_group_size(group_size)
+        self.group_size = group_size
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sort the groups of ``x``."""
+        return group_sort(x, self.group_size, self.dim)
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        return f"group_size={self.group_size}, dim={self.dim}"
+
+
+class MaxMin(nn.Module):
+    r"""MaxMin on neighbouring channels (2i, 2i+1), minimum first: equal to ``GroupSort(2)``.
+
+    The module of :func:`max_min`, with Lipschitz constant 1 in every norm.
+
+    Parameters
+    ----------
+    dim : int
+        The dimension of the channels.
+    pairing : str
+        ``"neighbours"``, or ``"halves"`` for weights that were trained with channel :math:`i`
+        paired with :math:`i + c/2` (maxima first).
+
+    Raises
+    ------
+    ValueError
+        If ``pairing`` is unknown; when called, as :func:`max_min`.
+
+    Examples
+    --------
+    >>> MaxMin()(torch.tensor([[3.0, 1.0, 2.0, 5.0]]))
+    tensor([[1., 3., 2., 5.]])
+    """
+
+    def __init__(self, dim: int = 1, pairing: Pairing = "neighbours") -> None:
+        super().__init__()
+        _check_pairing(pairing)
+        self.dim = dim
+        self.pairing = pairing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sort the pairs of ``x``."""
+        return max_min(x, self.dim, self.pairing)
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        return f"dim={self.dim}, pairing={self.pairing!r}"
+
+
+class FullSort(nn.Module):
+    r"""FullSort: sorts all channels in ascending order.
+
+    The module of :func:`full_sort`, with Lipschitz constant 1 in every norm.
+
+    Parameters
+    ----------
+    dim : int
+        The dimension of the channels.
+
+    Examples
+    --------
+    >>> FullSort()(torch.tensor([[3.0, 1.0, 2.0]]))
+    tensor([[1., 2., 3.]])
+    """
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sort the channels of ``x``."""
+        return full_sort(x, self.dim)
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        return f"dim={self.dim}"
+
+
+class Householder(nn.Module):
+    r"""Householder activation of order 1 with one learnt angle for each pair of channels.
+
+    The module of :func:`householder`. It starts as MaxMin, with all angles :math:`\pi/2`. Its
+    Lipschitz constant is 1 in the :math:`\ell_2` norm, and
+    :math:`\max_i \lvert\cos\theta_i\rvert + \lvert\sin\theta_i\rvert` in the :math:`\ell_1`
+    and :math:`\ell_\infty` norms, which training can raise from 1 to :math:`\sqrt2`.
+
+    Parameters
+    ----------
+    channels : int
+        Number of channels, even.
+    dim : int
+        The dimension of the channels.
+    device, dtype
+        Of the angles.
+
+    Attributes
+    ----------
+    angle : torch.Tensor
+        Angles in radians, shape (channels / 2,).
+
+    Raises
+    ------
+    ValueError
+        If ``channels`` is odd or less than 2; when called, as :func:`householder`.
+
+    Examples
+    --------
+    >>> Householder(4)(torch.tensor([[3.0, 1.0, 2.0, 5.0]])).round(decimals=5)
+    tensor([[1., 3., 2., 5.]], grad_fn=<RoundBackward1>)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if channels < 2 or channels % 2:
+            raise ValueError(f"channels must be even and at least 2, got {channels}")
+        self.dim = dim
+        self.angle = nn.Parameter(
+            torch.full((channels // 2,), math.pi / 2, device=device, dtype=dtype)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reflect the pairs of ``x``."""
+        return householder(x, self.angle, self.dim)
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        return f"{2 * len(self.angle)}, dim={self.dim}"
+
+
+class AbsoluteValue(nn.Module):
+    r"""Absolute value, entry by entry.
+
+    The module of :func:`absolute_value`, with Lipschitz constant 1 in every norm.
+
+    Examples
+    --------
+    >>> AbsoluteValue()(torch.tensor([-2.0, 3.0]))
+    tensor([2., 3.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take the absolute value of ``x``."""
+        return absolute_value(x)
+
+
+# ------------------------------------------------------------------------------ Lipschitz rules
+
+
+@lipschitz_rule.register(GroupSort)
+@lipschitz_rule.register(MaxMin)
+@lipschitz_rule.register(FullSort)
+@lipschitz_rule.register(AbsoluteValue)
+def _(module: nn.Module, input_shape: tuple[int, ...], p: float) -> Bound:
+    return Bound(1.0, "exact", p)
+
+
+@lipschitz_rule.register
+def _(module: Householder, input_shape: tuple[int, ...], p: float) -> Bound:
+    if p == 2:
+        return Bound(1.0, "exact", p)
+    angle = module.angle.detach().double()
+    return Bound((angle.cos().abs() + angle.sin().abs()).max().item(), "exact", p)
+
+
+# -------------------------------------------------------------------------------------- checks
+
+
+def _sorted_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    swap = first > second  # not at ties, see Note [ties]
+    return torch.where(swap, second, first), torch.where(swap, first, second)
+
+
+def _channel_dim(x: Tensor, dim: int) -> int:
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"x must have a dimension dim={dim}, got shape {tuple(x.shape)}")
+    return dim % x.dim()
+
+
+def _check_group_size(group_size: int) -> None:
+    if not isinstance(group_size, int):
+        raise TypeError(f"group_size must be an integer, got {type(group_size).__name__}")
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+
+
+def _check_divides(name: str, size: int, x: Tensor, dim: int) -> None:
+    if x.shape[dim] % size:
+        raise ValueError(
+            f"{name} must divide the channels of x: got size {size} and {x.shape[dim]} channels "
+            f"(dimension {dim} of shape {tuple(x.shape)})"
+        )
+
+
+def _check_pairing(pairing: str) -> None:
+    if pairing not in _PAIRINGS:
+        raise ValueError(f"pairing must be one of {_PAIRINGS}, got {pairing!r}")

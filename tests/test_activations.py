@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lipbook import activations
+from lipbook.activations import (
+    AbsoluteValue,
+    FullSort,
+    GroupSort,
+    Householder,
+    MaxMin,
+    absolute_value,
+    full_sort,
+    group_sort,
+    householder,
+    max_min,
+)
+from lipbook.composition import lipschitz_bound
+
+# Every module, for 12 channels. The angles of the Householder activation are no special ones.
+
+
+def bent_householder() -> Householder:
+    module = Householder(12, dtype=torch.float64)
+    with torch.no_grad():
+        module.angle.copy_(torch.linspace(-4, 5, 6))
+    return module
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "GroupSort(2)": lambda: GroupSort(2),
+    "GroupSort(3)": lambda: GroupSort(3),
+    "GroupSort(1)": lambda: GroupSort(1),
+    "MaxMin": MaxMin,
+    "MaxMin halves": lambda: MaxMin(pairing="halves"),
+    "FullSort": FullSort,
+    "Householder": bent_householder,
+    "AbsoluteValue": AbsoluteValue,
+}
+PERMUTING = [name for name in MODULES if name not in ("Householder", "AbsoluteValue")]
+
+
+def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Jacobian of a batch of one, as a matrix."""
+    return torch.func.jacrev(function)(x).reshape(x.numel(), x.numel())
+
+
+# ---------------------------------------------------------------------------------- definition
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e6])
+)
+def test_group_sort_sorts_each_run_of_neighbours(
+    groups: int, group_size: int, seed: int, scale: float
+) -> None:
+    x = scale * np.random.default_rng(seed).standard_normal((3, groups * group_size, 2))
+    expected = np.empty_like(x)
+    for start in range(0, x.shape[1], group_size):
+        expected[:, start : start + group_size] = np.sort(x[:, start : start + group_size], axis=1)
+    result = group_sort(torch.from_numpy(x), group_size)
+    assert result.shape == x.shape
+    assert np.array_equal(result.numpy(), expected)
+
+
+def test_values_on_paper() -> None:
+    x = torch.tensor([[4.0, 1.0, -3.0, 2.0, 0.0, 7.0]])
+    assert group_sort(x, 1).tolist() == x.tolist()
+    assert group_sort(x, 2).tolist() == [[1, 4, -3, 2, 0, 7]]
+    assert group_sort(x, 3).tolist() == [[-3, 1, 4, 0, 2, 7]]
+    assert full_sort(x).tolist() == [[-3, 0, 1, 2, 4, 7]]
+    assert max_min(x).tolist() == [[1, 4, -3, 2, 0, 7]]
+    assert max_min(x, pairing="halves").tolist() == [[4, 1, 7, 2, 0, -3]]
+    assert absolute_value(x).tolist() == [[4, 1, 3, 2, 0, 7]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_max_min_equals_group_sort_of_two(dtype: torch.dtype) -> None:
+    x = torch.randn(50, 8, 3, dtype=torch.float64).round(decimals=1).to(dtype)  # with many ties
+    assert torch.equal(max_min(x), group_sort(x, 2))
+    assert torch.equal(MaxMin()(x), GroupSort(2)(x))
+    assert torch.equal(group_sort(x, 2), x.unflatten(1, (4, 2)).sort(2).values.flatten(1, 2))
+
+
+def test_halves_are_neighbours_up_to_a_permutation() -> None:
+    x = torch.randn(5, 8)
+    interleaved = x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1)  # 0 4 1 5 2 6 3 7
+    smaller, larger = max_min(interleaved).unflatten(1, (4, 2)).unbind(2)
+    assert torch.equal(max_min(x, pairing="halves"), torch.cat((larger, smaller), 1))
+
+
+def test_householder_reflects_a_pair_by_its_definition() -> None:
+    x = torch.randn(40, 6, dtype=torch.float64)
+    angle = torch.tensor([0.3, -2.0, 4.0], dtype=torch.float64)
+    expected = x.clone()
+    for row in range(len(x)):
+        for pair, theta in enumerate(angle.tolist()):
+            v = torch.tensor([-math.sin(theta / 2), math.cos(theta / 2)], dtype=torch.float64)
+            z = x[row, 2 * pair : 2 * pair + 2]
+            if v @ z < 0:
+                expected[row, 2 * pair : 2 * pair + 2] = z - 2 * v * (v @ z)
+    assert torch.allclose(householder(x, angle), expected, rtol=0, atol=1e-14)
+
+
+def test_householder_starts_as_max_min() -> None:
+    x = torch.randn(20, 12, 3, dtype=torch.float64)
+    module = Householder(12, dtype=torch.float64)
+    assert torch.allclose(module(x), max_min(x), rtol=0, atol=1e-15)
+
+
+def test_householder_is_continuous_where_it_starts_to_reflect() -> None:
+    angle = torch.tensor([0.7], dtype=torch.float64)
+    on_the_mirror = torch.tensor([[math.cos(0.35), math.sin(0.35)]], dtype=torch.float64)
+    normal = torch.tensor([[-math.sin(0.35), math.cos(0.35)]], dtype=torch.float64)
+    above = householder(on_the_mirror + 1e-9 * normal, angle)
+    below = householder(on_the_mirror - 1e-9 * normal, angle)
+    assert (above - below).abs().max() < 1e-8
+
+
+# ------------------------------------------------------------------------------------- theorem
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("kind", ["generic", "zeros", "ties"])
+@pytest.mark.parametrize("shape", [(1, 12), (1, 12, 2, 3)])
+def test_all_singular_values_of_the_jacobian_are_one(
+    name: str, kind: str, shape: tuple[int, ...]
+) -> None:
+    """At generic points and where entries are equal or zero, for vectors and images."""
+    x = {
+        "generic": torch.randn(shape, dtype=torch.float64),
+        "zeros": torch.zeros(shape, dtype=torch.float64),
+        "ties": torch.randint(-1, 2, shape).double(),
+    }[kind]
+    matrix = jacobian(MODULES[name](), x)
+    assert (torch.linalg.svdvals(matrix) - 1).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("name", PERMUTING)
+def test_the_jacobian_is_a_permutation_also_at_ties(name: str) -> None:
+    for x in (torch.randn(1, 12), torch.zeros(1, 12), torch.randint(-1, 2, (1, 12)).float()):
+        matrix = jacobian(MODULES[name](), x)
+        assert set(matrix.unique().tolist()) == {0.0, 1.0}
+        assert matrix.sum(0).tolist() == matrix.sum(1).tolist() == [1.0] * 12
+        assert torch.equal(matrix @ x[0], MODULES[name]()(x)[0])
+
+
+@pytest.mark.parametrize("name", MODULES)
+@given(st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e6]), st.sampled_from([1, 2, math.inf]))
+def test_differences_grow_at_most_by_the_lipschitz_constant(
+    name: str, seed: int, scale: float, p: float
+) -> None:
+    module = MODULES[name]()
+    x, y = torch.randn(
+        2, 30, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    x, y = scale * x, scale * y
+    before = torch.linalg.vector_norm(x - y, p, dim=1)
+    after = torch.linalg.vector_norm(module(x) - module(y), p, dim=1)
+    bound = lipschitz_bound(module, (12,), p)
+    assert bound.kind == "exact"
+    # rounding of sums of 12 terms, relative to the points whose difference is taken
+    assert bool((after <= bound.value * before + 1e-14 * scale * 12).all())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_norm_of_vectors_is_kept(name: str) -> None:
+    x = torch.randn(30, 12, 4, dtype=torch.float64)
+    assert torch.allclose(MODULES[name]()(x).norm(dim=1), x.norm(dim=1), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_the_lipschitz_constant_is_attained(name: str, p: float) -> None:
+    module = MODULES[name]()
+    norms = [
+        torch.linalg.matrix_norm(jacobian(module, torch.randn(1, 12).double()), p).item()
+        for _ in range(30)
+    ]
+    assert max(norms) == pytest.approx(lipschitz_bound(module, (12,), p).value, rel=1e-14)
+
+
+def test_householder_constants_on_paper() -> None:
+    module = Householder(4, dtype=torch.float64)
+    with torch.no_grad():
+        module.angle.copy_(torch.tensor([math.pi / 4, math.pi]))
+    assert lipschitz_bound(module, (4,), 2).value == 1
+    assert lipschitz_bound(module, (4,), 1).value == pytest.approx(math.sqrt(2), rel=1e-15)
+    assert lipschitz_bound(module, (4,), math.inf).value == pytest.approx(math.sqrt(2), rel=1e-15)
+
+
+def test_max_min_makes_the_absolute_value_of_two_units() -> None:
+    """The network of Anil et al. that no norm-constrained ReLU network can match."""
+    r = math.sqrt(0.5)
+    x = torch.linspace(-3, 3, 101, dtype=torch.float64)[:, None]
+    hidden = max_min(x @ torch.tensor([[r, -r]], dtype=torch.float64))
+    assert torch.allclose(hidden @ torch.tensor([[-r], [r]], dtype=torch.float64), x.abs())
+
+
+# ---------------------------------------------------------------------------------- dimensions
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3, -1, -2, -3, -4])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, dim: group_sort(x, 3, dim),
+        lambda x, dim: group_sort(x, 2, dim),
+        lambda x, dim: max_min(x, dim, "halves"),
+        full_sort,
+        lambda x, dim: householder(x, torch.tensor([0.3, 2.0, -1.0]), dim),
+    ],
+)
+def test_any_dimension_holds_the_channels(
+    function: Callable[[Tensor, int], Tensor], dim: int
+) -> None:
+    x = torch.randn(6, 6, 6, 6)
+    moved = function(x.movedim(dim, 1).contiguous(), 1).movedim(1, dim)
+    assert torch.equal(function(x, dim), moved)
+
+
+def test_modules_pass_their_dimension_on() -> None:
+    x = torch.randn(2, 3, 6)
+    angle = torch.full((3,), math.pi / 2)
+    assert torch.equal(GroupSort(3, dim=-1)(x), group_sort(x, 3, 2))
+    assert torch.equal(MaxMin(2, "halves")(x), max_min(x, 2, "halves"))
+    assert torch.equal(FullSort(2)(x), full_sort(x, 2))
+    assert torch.equal(Householder(6, dim=2)(x), householder(x, angle, 2))
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: group_sort(torch.zeros(2, 7), 2),
+            ValueError,
+            "group_size.* size 2 and 7 channels",
+        ),
+        (
+            lambda: group_sort(torch.zeros(2, 8), 3),
+            ValueError,
+            "group_size.* size 3 and 8 channels",
+        ),
+        (lambda: GroupSort(4)(torch.zeros(1, 6)), ValueError, "group_size.* size 4 and 6 channels"),
+        (lambda: group_sort(torch.zeros(2, 8), 0), ValueError, "group_size must be at least 1.* 0"),
+        (lambda: GroupSort(-2), ValueError, "group_size must be at least 1, got -2"),
+        (lambda: GroupSort(2.0), TypeError, "group_size must be an integer, got float"),  # type: ignore[arg-type]
+        (lambda: max_min(torch.zeros(2, 5)), ValueError, "size 2 and 5 channels"),
+        (lambda: max_min(torch.zeros(2, 5), 1, "halves"), ValueError, "size 2 and 5 channels"),
+        (
+            lambda: max_min(torch.zeros(2, 4), 1, "thirds"),
+            ValueError,
+            "pairing.*neighbours.*thirds",
+        ),  # type: ignore[arg-type]
+        (lambda: MaxMin(pairing="thirds"), ValueError, "pairing.*neighbours.*halves.*thirds"),  # type: ignore[arg-type]
+        (lambda: full_sort(torch.zeros(4)), ValueError, r"dimension dim=1, got shape \(4,\)"),
+        (lambda: group_sort(torch.zeros(4, 4), 2, -3), ValueError, "dimension dim=-3"),
+        (
+            lambda: householder(torch.zeros(2, 5), torch.zeros(2)),
+            ValueError,
+            "size 2 and 5 channels",
+        ),
+        (
+            lambda: householder(torch.zeros(2, 6), torch.zeros(2)),
+            ValueError,
+            r"angle must have shape \(3,\).*6 channels.*got \(2,\)",
+        ),
+        (lambda: Householder(5), ValueError, "channels must be even and at least 2, got 5"),
+        (lambda: Householder(0), ValueError, "channels must be even and at least 2, got 0"),
+        (lambda: lipschitz_bound(GroupSort(2), (5,)), ValueError, "size 2 and 5 channels"),
+    ],
+)
+def test_errors_name_the_argument_and_both_numbers(
+    call: Callable[[], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# ---------------------------------------------------------------------------------- life cycle
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_life_cycle(name: str) -> None:
+    module = MODULES[name]()
+    x = torch.randn(4, 12, 3, dtype=torch.float64)
+    expected = module(x)
+    twin = copy.deepcopy(module)
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin(x), expected)
+    per_sample = torch.func.vmap(lambda sample: module(sample[None])[0])(x)
+    assert torch.equal(per_sample, expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(x), expected)
+
+
+def test_repr_shows_the_arguments() -> None:
+    assert repr(GroupSort(3)) == "GroupSort(group_size=3, dim=1)"
+    assert repr(MaxMin(pairing="halves")) == "MaxMin(dim=1, pairing='halves')"
+    assert repr(FullSort(-1)) == "FullSort(dim=-1)"
+    assert repr(Householder(6)) == "Householder(6, dim=1)"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_gradcheck(name: str) -> None:
+    x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(MODULES[name](), (x,))
+
+
+def test_gradcheck_of_the_angle() -> None:
+    x = torch.randn(4, 6, dtype=torch.float64)
+    angle = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda angle: householder(x, angle), (angle,))
+
+
+def test_the_angle_is_trained() -> None:
+    module = Householder(6)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    x = torch.randn(64, 6, 4)
+    for _ in range(25):
+        optimizer.zero_grad()
+        module(x)[:, ::2].sum().backward()
+        optimizer.step()
+    assert bool((module.angle - math.pi / 2).abs().min() > 0.1)
+    matrix = jacobian(module, torch.randn(1, 6))
+    assert (torch.linalg.svdvals(matrix) - 1).abs().max() < 1e-6
+
+
+def test_all_is_complete() -> None:
+    own = {
+        name
+        for name, value in vars(activations).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == activations.__name__
+    }
+    assert own == set(activations.__all__)
