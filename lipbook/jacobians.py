@@ -504,9 +504,8 @@ def residual_jacobian(branch_jacobian: Tensor) -> Tensor:
     *_, m, n = branch_jacobian.shape
     if m != n:
         raise ValueError(f"branch_jacobian must be square, got {m} outputs and {n} inputs")
-    return (
-        torch.eye(n, dtype=branch_jacobian.dtype, device=branch_jacobian.device) + branch_jacobian
-    )
+    identity = torch.eye(n, dtype=branch_jacobian.dtype, device=branch_jacobian.device)
+    return identity + branch_jacobian
 
 
 def batch_norm_jacobian(inputs: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
