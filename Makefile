@@ -12,8 +12,9 @@ export JUPYTER_CONFIG_DIR := $(HERE)/jupyter
 export JUPYTER_DATA_DIR := $(HERE)/jupyter-data
 export JUPYTER_RUNTIME_DIR := $(HERE)/jupyter-runtime
 export MPLCONFIGDIR := $(HERE)/matplotlib
+BOOK_TMP := $(HERE)/tmp
 
-BUILD_BOOK = $(BIN)/jupyter-book build -W -n --keep-going --all
+BUILD_BOOK = mkdir -p $(BOOK_TMP) && TMPDIR=$(BOOK_TMP) $(BIN)/jupyter-book build -W -n --keep-going --all
 
 .DEFAULT_GOAL := help
 .PHONY: help book html test lint pages lab chapters clean
@@ -27,7 +28,7 @@ $(READY): constraints.txt pyproject.toml
 	@touch $@
 
 book: $(READY) ## execute every chapter afresh and build the book from the result
-	$(BIN)/python tools/notebooks.py execute --to _build/source $(CHAPTERS)
+	$(BIN)/python tools/notebooks.py execute --to _build/source
 	$(BUILD_BOOK) _build/source --path-output .
 	@echo "Open _build/html/index.html"
 

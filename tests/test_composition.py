@@ -720,6 +720,27 @@ def test_lower_bound_respects_parametrized_weights_in_float32() -> None:
     assert layer.weight.dtype == torch.float32
 
 
+class Shrink(nn.Module):
+    """Parametrization that depends on the dtype, as rounding does, but by a visible amount."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * (1 - 1e6 * torch.finfo(weight.dtype).eps)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_plain_copies_keep_the_value_of_a_parametrized_weight(nested: bool) -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    layer.weight.data = torch.eye(3)
+    parametrize.register_parametrization(layer, "weight", Shrink())
+    module = nn.Sequential(nn.Sequential(layer)) if nested else layer
+    truth = 1 - 1e6 * torch.finfo(torch.float32).eps  # 0.88; computed in float64 it would be 1
+    assert lipschitz_bound(module, (3,)).value == pytest.approx(truth, rel=1e-6)
+    lower = lipschitz_lower_bound(module, torch.zeros(1, 3), steps=0)
+    assert lower.value == pytest.approx(truth, rel=1e-6)
+    assert type(layer).__name__ == "ParametrizedLinear"
+    assert torch.equal(layer.weight, truth * torch.eye(3))  # and it still constrains
+
+
 def test_lower_bound_needs_no_gradients_from_outside() -> None:
     with torch.no_grad():
         inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 3)))

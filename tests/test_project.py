@@ -175,6 +175,13 @@ def test_readme_names_the_two_commands_and_ci_runs_the_second() -> None:
     assert re.search(r"^make test$", ci, re.M)
 
 
+def test_readme_and_makefile_execute_the_whole_book_alike() -> None:
+    """``--to DIR`` takes no chapters: it mirrors and executes all of them."""
+    for name in ("README.md", "Makefile"):
+        lines = re.findall(r"notebooks\.py execute --to (.*)$", (TOP / name).read_text(), re.M)
+        assert lines == ["_build/source"], name
+
+
 def test_help_lists_every_target() -> None:
     makefile = (TOP / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)
