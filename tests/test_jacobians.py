@@ -793,6 +793,15 @@ BAD_CONVOLUTIONS = {
         "padding must be at most 4 with reflect padding of 5 inputs, got 5",
     ),
     "circular": ({"padding": 6, "padding_mode": "circular"}, "at most 5 with circular padding"),
+    "circular on the longer side": (
+        {
+            "weight": torch.ones(2, 2, 6),
+            "input_size": 2,
+            "padding": "same",
+            "padding_mode": "circular",
+        },
+        "at most 2 with circular padding of 2 inputs, got 3",
+    ),
 }
 
 
