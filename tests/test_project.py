@@ -32,6 +32,7 @@ FLOORS = {
     "norms": 0,
     "composition": 1,
     "activations": 2,
+    "orthogonal": 2,
     "lab": 5,
 }
 
