@@ -1,0 +1,436 @@
+r"""1-Lipschitz residual layers: a gradient step on a convex potential.
+
+A residual block :math:`x + g(x)` is only :math:`(1 + \operatorname{Lip} g)`-Lipschitz in general.
+It is 1-Lipschitz if :math:`-g` is the gradient of a convex function that curves little enough:
+
+.. math::
+    f(x) = x - 2 W^\top T^{-1} \sigma(W x + b), \qquad 0 \le \sigma' \le 1, \qquad
+    T \text{ diagonal}, \quad T \succeq W W^\top .
+
+**Why.** The Jacobian is :math:`I - 2 W^\top T^{-1} D W` with
+:math:`D = \operatorname{diag}(\sigma')`, symmetric, and
+:math:`0 \preceq W^\top T^{-1} D W \preceq W^\top T^{-1} W \preceq I`, so that its eigenvalues lie
+in [-1, 1]. The layers differ in :math:`T`: one number for all (CPL), or one a row
+(SLL), which is tighter.
+
+**Guaranteed**: 1-Lipschitz in the 2-norm for all parameters, for matrices and for convolutions with
+circular or zero padding, in float32 and float64; in half precision up to its rounding, and in
+float16 only while :math:`T` stays above 1e-4, for :math:`2 / T` to be in range. **Not guaranteed**:
+anything from below. Eigenvalues may be 0: these layers are nonexpansive, not norm-preserving.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lipbook.composition import Bound, lipschitz_rule
+from lipbook.convolutions import circular_fold, circular_pad, kernel_norm_bound
+from lipbook.norms import convolution_norm_bound, operator_norm
+
+__all__ = [
+    "CPLConv2d",
+    "CPLLinear",
+    "SLLConv2d",
+    "SLLLinear",
+    "cpl_scale",
+    "sll_scale",
+]
+
+# Elementwise, with slopes in [0, 1]. Sorting is neither: its Jacobian is not symmetric.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "tanh": torch.tanh,
+    "softplus": functional.softplus,
+    "identity": lambda x: x,
+}
+
+
+# Note [rounding]
+# The scales are rounded upwards by a few units in the last place, so that T is at least W Wᵀ for
+# the rounded scale as well. The sums that they come from are off by more (some 1e-7 relative in
+# float32), which the Lipschitz rule sees: it computes the norm of the layer at hand in float64.
+
+
+def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
+    r"""Scale of the SDP-based Lipschitz layer (SLL): row sums of the weighted Gram kernel.
+
+    .. math::
+        T_i = \sum_{j, \tau} \big|(W W^\top)_{ij,\tau}\big| \frac{q_j}{q_i}, \qquad q > 0
+
+    :math:`T - WW^\top` is diagonally dominant in the basis scaled by q, hence positive
+    semidefinite. For a convolution :math:`\tau` runs over the shifts of the kernel against itself.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        (inner, c) or (inner, c, k, k).
+    log_q : torch.Tensor
+        :math:`\log q`, (inner,). Free parameters; zeros for plain row sums.
+
+    Returns
+    -------
+    torch.Tensor
+        :math:`T`, (inner,).
+
+    Examples
+    --------
+    >>> W, log_q = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    >>> T = sll_scale(W, log_q)
+    >>> bool(torch.linalg.eigvalsh(T.diag() - W @ W.mT)[0] > -1e-12)
+    True
+
+    References
+    ----------
+    :cite:t:`araujo2023sll`, Theorem 3. Both q and 1/q have to meet the same pair (i, j).
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        weight, log_q = _at_least_float32(weight), _at_least_float32(log_q)
+        if weight.dim() == 2:
+            gram = (weight @ weight.mT).abs()
+        else:
+            padding = [size - 1 for size in weight.shape[2:]]
+            gram = functional.conv2d(weight, weight, padding=padding).abs().sum((2, 3))
+        ratio = (log_q[None, :] - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)
+        return _rounded_up((gram * ratio).sum(1))
+
+
+def cpl_scale(weight: Tensor) -> Tensor:
+    r"""Scale of the convex potential layer (CPL): one bound of the squared norm for all rows.
+
+    .. math:: T = \beta^2 I, \qquad \beta \ge \lVert W\rVert_2
+
+    with the bound of :func:`~lipbook.convolutions.kernel_norm_bound`, which is from above, where
+    the authors take a power iteration, which is from below.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        (inner, c) or (inner, c, k, k).
+
+    Returns
+    -------
+    torch.Tensor
+        The diagonal of :math:`T`, (inner,).
+
+    Examples
+    --------
+    >>> W = torch.randn(5, 3, dtype=torch.float64)
+    >>> bool(torch.linalg.matrix_norm(W, 2) ** 2 <= cpl_scale(W)[0])
+    True
+
+    References
+    ----------
+    :cite:t:`meunier2022cpl`.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        weight = _at_least_float32(weight)
+        return _rounded_up(kernel_norm_bound(weight).square()).expand(weight.shape[0])
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _rounded_up(scale: Tensor) -> Tensor:
+    info = torch.finfo(scale.dtype)
+    return scale.clamp(min=math.sqrt(info.tiny)) * (1 + 4 * info.eps)
+
+
+class _PotentialStep(nn.Module):
+    """x - 2 Wᵀ T⁻¹ σ(W x + b), with a matrix W or a convolution."""
+
+    def __init__(
+        self, shape: tuple[int, ...], activation: str, weighted: bool, device: Any, dtype: Any
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {sorted(_ACTIVATIONS)}, elementwise with slopes in "
+                f"[0, 1], got {activation!r}"
+            )
+        if min(shape) < 1:
+            raise ValueError(f"features, channels and sizes must be positive, got {shape}")
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
+        self.log_q = nn.Parameter(torch.empty_like(self.bias)) if weighted else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W and b as a linear layer of torch does; q = 1."""
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+        if self.log_q is not None:
+            nn.init.zeros_(self.log_q)
+
+    def extra_repr(self) -> str:
+        """Shape of W, and the activation."""
+        return f"weight={tuple(self.weight.shape)}, activation={self.activation!r}"
+
+    def scale(self) -> Tensor:
+        """Diagonal of T, (inner,)."""
+        return cpl_scale(self.weight) if self.log_q is None else sll_scale(self.weight, self.log_q)
+
+    def _potential_gradient(self, hidden: Tensor, axis: int) -> Tensor:
+        """2 T⁻¹ σ(hidden + b), the hidden units along ``axis``."""
+        shape = (-1, *[1] * (-1 - axis))
+        outputs = _ACTIVATIONS[self.activation](hidden + self.bias.view(shape))
+        return outputs * (2 / self.scale()).to(outputs.dtype).view(shape)
+
+
+class _DenseStep(_PotentialStep):
+    def forward(self, input: Tensor) -> Tensor:
+        """Take the step, (batch, features) to the same."""
+        outer = self._potential_gradient(functional.linear(input, self.weight), -1)
+        return input - functional.linear(outer, self.weight.mT)
+
+
+class _ConvolutionStep(_PotentialStep):
+    def __init__(
+        self,
+        channels: int,
+        inner_channels: int | None,
+        kernel_size: int,
+        padding_mode: str,
+        activation: str,
+        weighted: bool,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        if padding_mode not in ("circular", "zeros"):
+            raise ValueError(f"padding_mode must be 'circular' or 'zeros', got {padding_mode!r}")
+        inner = channels if inner_channels is None else inner_channels
+        shape = (inner, channels, kernel_size, kernel_size)
+        super().__init__(shape, activation, weighted, device, dtype)
+        self.padding_mode = padding_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Take the step, (batch, c, h, w) to the same."""
+        reach = self.weight.shape[-1] // 2
+        if self.padding_mode == "zeros":
+            hidden = functional.conv2d(input, self.weight, padding=reach)
+            outer = self._potential_gradient(hidden, -3)
+            return input - functional.conv_transpose2d(outer, self.weight, padding=reach)
+        pads = [(reach, reach)] * 2
+        hidden = functional.conv2d(circular_pad(input, pads), self.weight)
+        outer = self._potential_gradient(hidden, -3)
+        return input - circular_fold(functional.conv_transpose2d(outer, self.weight), pads)
+
+
+class SLLLinear(_DenseStep):
+    r"""SDP-based Lipschitz layer (SLL), dense: a 1-Lipschitz residual layer.
+
+    .. math:: f(x) = x - 2 W^\top T^{-1} \sigma(W x + b)
+
+    with :math:`T` from :func:`sll_scale`. **Guaranteed**: 1-Lipschitz in the 2-norm.
+
+    Parameters
+    ----------
+    features : int
+        Length of inputs and outputs.
+    inner_features : int, optional
+        Rows of W; ``features`` if not given.
+    activation : str
+        ``"relu"``, ``"tanh"``, ``"softplus"`` or ``"identity"``.
+    device, dtype
+        As in :class:`torch.nn.Linear`.
+
+    Raises
+    ------
+    ValueError
+        If ``activation`` is none of the above: its slopes must lie in [0, 1].
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_lower_bound
+    >>> layer = SLLLinear(8, 16)
+    >>> lipschitz_lower_bound(layer, torch.randn(4, 8), steps=5).value <= 1
+    True
+
+    References
+    ----------
+    :cite:t:`araujo2023sll`, Theorem 3.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        inner_features: int | None = None,
+        activation: str = "relu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        inner = features if inner_features is None else inner_features
+        super().__init__((inner, features), activation, True, device, dtype)
+
+
+class CPLLinear(_DenseStep):
+    r"""Convex potential layer (CPL), dense: a 1-Lipschitz residual layer.
+
+    .. math:: f(x) = x - \frac{2}{\beta^2} W^\top \sigma(W x + b), \qquad \beta \ge \lVert W\rVert_2
+
+    with :math:`\beta` from :func:`cpl_scale`. **Guaranteed**: 1-Lipschitz in the 2-norm.
+
+    Parameters
+    ----------
+    features, inner_features, activation, device, dtype
+        As in :class:`SLLLinear`.
+
+    Raises
+    ------
+    ValueError
+        As in :class:`SLLLinear`.
+
+    Examples
+    --------
+    >>> layer, x = CPLLinear(8), torch.randn(2, 8)
+    >>> y = layer(x)
+    >>> bool((y[0] - y[1]).norm() <= (x[0] - x[1]).norm())
+    True
+
+    References
+    ----------
+    :cite:t:`meunier2022cpl`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        inner_features: int | None = None,
+        activation: str = "relu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        inner = features if inner_features is None else inner_features
+        super().__init__((inner, features), activation, False, device, dtype)
+
+
+class SLLConv2d(_ConvolutionStep):
+    r"""SDP-based Lipschitz layer (SLL), convolutional: a 1-Lipschitz residual layer.
+
+    :class:`SLLLinear` with a convolution in the place of :math:`W` and its transposed convolution
+    in the place of :math:`W^\top`. **Guaranteed**: 1-Lipschitz in the 2-norm at every image size.
+
+    Parameters
+    ----------
+    channels : int
+        Of inputs and outputs.
+    inner_channels : int, optional
+        Outputs of W; ``channels`` if not given.
+    kernel_size : int
+        Odd.
+    padding_mode : str
+        ``"circular"`` or ``"zeros"``; the guarantee is the same.
+    activation, device, dtype
+        As in :class:`SLLLinear`.
+
+    Raises
+    ------
+    ValueError
+        If ``kernel_size`` is even, or an option is unknown.
+
+    Examples
+    --------
+    >>> layer, x = SLLConv2d(4, 8), torch.randn(2, 4, 8, 8)
+    >>> y = layer(x)
+    >>> bool((y[0] - y[1]).norm() <= (x[0] - x[1]).norm())
+    True
+
+    References
+    ----------
+    :cite:t:`araujo2023sll`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        inner_channels: int | None = None,
+        kernel_size: int = 3,
+        padding_mode: Literal["circular", "zeros"] = "circular",
+        activation: str = "relu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        options = (inner_channels, kernel_size, padding_mode, activation)
+        super().__init__(channels, *options, True, device, dtype)
+
+
+class CPLConv2d(_ConvolutionStep):
+    r"""Convex potential layer (CPL), convolutional: a 1-Lipschitz residual layer.
+
+    :class:`CPLLinear` with a convolution in the place of :math:`W`. **Guaranteed**: 1-Lipschitz
+    in the 2-norm at every image size.
+
+    Parameters
+    ----------
+    channels, inner_channels, kernel_size, padding_mode, activation, device, dtype
+        As in :class:`SLLConv2d`.
+
+    Raises
+    ------
+    ValueError
+        As in :class:`SLLConv2d`.
+
+    Examples
+    --------
+    >>> CPLConv2d(4, 8)(torch.randn(2, 4, 8, 8)).shape
+    torch.Size([2, 4, 8, 8])
+
+    References
+    ----------
+    :cite:t:`meunier2022cpl`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        inner_channels: int | None = None,
+        kernel_size: int = 3,
+        padding_mode: Literal["circular", "zeros"] = "circular",
+        activation: str = "relu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        options = (inner_channels, kernel_size, padding_mode, activation)
+        super().__init__(channels, *options, False, device, dtype)
+
+
+# ------------------------------------------------------------------------- Lipschitz rules
+
+
+# Note [the bound of a potential step]
+# p = 2: with r = ‖T^(-1/2) W‖², computed in float64 for the weights and scales at hand, the
+# eigenvalues of the Jacobian lie in [1 - 2r, 1], so that max(1, 2r - 1) is a bound for any T: the
+# proof above is checked and not trusted. Other p: 1 + ‖2 Wᵀ T⁻¹‖ ‖W‖, from the chain rule.
+
+
+def _step_rule(module: Any, input_shape: tuple[int, ...], p: float) -> Bound:
+    weight, scale = module.weight.detach().double(), module.scale().detach().double()
+    scale = scale.view(-1, *[1] * (weight.dim() - 1))
+    if p == 2:
+        excess = _norm(module, weight / scale.sqrt(), input_shape, 2.0) ** 2
+        return Bound(max(1.0, 2 * excess - 1), "upper bound", p)
+    dual = math.inf if p == 1 else 1.0  # ‖Wᵀ‖ in the p-norm is ‖W‖ in the dual norm
+    outer = _norm(module, 2 * weight / scale, input_shape, dual)
+    return Bound(1 + outer * _norm(module, weight, input_shape, p), "upper bound", p)
+
+
+def _norm(module: Any, weight: Tensor, input_shape: tuple[int, ...], p: float) -> float:
+    if weight.dim() == 2:
+        return operator_norm(weight, p).item()
+    reach, mode = weight.shape[-1] // 2, module.padding_mode
+    size = input_shape[1:]
+    return convolution_norm_bound(weight, size, padding=reach, padding_mode=mode, p=p).item()
+
+
+for _layer in (SLLLinear, CPLLinear, SLLConv2d, CPLConv2d):
+    lipschitz_rule.register(_layer, _step_rule)

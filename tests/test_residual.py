@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lipbook import residual
+from lipbook.composition import lipschitz_bound
+from lipbook.residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear, cpl_scale, sll_scale
+
+DENSE = {"sll": SLLLinear, "cpl": CPLLinear}
+CONVOLUTIONS = {"sll": SLLConv2d, "cpl": CPLConv2d}
+ACTIVATIONS = ("relu", "tanh", "softplus", "identity")
+MODES = ("circular", "zeros")
+
+
+def scatter(layer: nn.Module, scale: float) -> None:
+    """Random parameters of a given size, far from where a layer starts."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=scale)
+
+
+def matrix(weight: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """The convolution as a matrix, one column a pixel, from torch's own layer."""
+    inner, c, k, _ = weight.shape
+    layer = nn.Conv2d(c, inner, k, padding=k // 2, padding_mode=mode, bias=False)
+    layer = layer.to(weight.dtype)
+    layer.weight.data = weight.detach()
+    pixels = torch.eye(c * math.prod(size), dtype=weight.dtype).view(-1, c, *size)
+    return layer(pixels).detach().flatten(1).mT
+
+
+def jacobian_norm(layer: nn.Module, x: Tensor) -> float:
+    jacobian = torch.func.jacrev(lambda z: layer(z[None])[0])(x)
+    return torch.linalg.matrix_norm(jacobian.reshape(x.numel(), x.numel()).double(), 2).item()
+
+
+# ------------------------------------------------------------------------------ definition
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_dense_layer_by_its_formula(name: str, activation: str) -> None:
+    layer = DENSE[name](4, 6, activation=activation, dtype=torch.float64)
+    scatter(layer, 1.0)
+    sigma = {"relu": torch.relu, "tanh": torch.tanh, "softplus": nn.functional.softplus}
+    x = torch.randn(5, 4, dtype=torch.float64)
+    W, b, T = layer.weight, layer.bias, layer.scale()
+    hidden = sigma.get(activation, lambda h: h)(x @ W.mT + b)
+    expected = x - 2 * (hidden / T) @ W
+    torch.testing.assert_close(layer(x), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_a_convolution_is_the_dense_layer_of_its_matrix(
+    name: str, mode: str, kernel_size: int
+) -> None:
+    layer = CONVOLUTIONS[name](2, 3, kernel_size, padding_mode=mode, dtype=torch.float64)
+    scatter(layer, 1.0)
+    x = torch.randn(4, 2, 5, 6, dtype=torch.float64)
+    W = matrix(layer.weight, (5, 6), mode)
+    pixels = 30
+    b, T = (v.repeat_interleave(pixels) for v in (layer.bias, layer.scale()))
+    expected = x.flatten(1) - 2 * (torch.relu(x.flatten(1) @ W.mT + b) / T) @ W
+    torch.testing.assert_close(layer(x).flatten(1), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_scales_on_paper() -> None:
+    W = torch.tensor([[1.0, 0.0], [3.0, 4.0]], dtype=torch.float64)  # W Wᵀ = [[1, 3], [3, 25]]
+    plain = sll_scale(W, torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(plain, torch.tensor([4.0, 28.0], dtype=torch.float64))
+    q = torch.tensor([0.0, math.log(2)], dtype=torch.float64)
+    torch.testing.assert_close(
+        sll_scale(W, q), torch.tensor([1 + 3 * 2.0, 3 / 2 + 25], dtype=torch.float64)
+    )
+
+
+# --------------------------------------------------------------------------------- theorem
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.floats(-4, 4), st.integers(0, 999), st.booleans())
+def test_scales_dominate_the_gram_matrix(m: int, n: int, log: float, seed: int, q: bool) -> None:
+    torch.manual_seed(seed)
+    W = torch.randn(m, n, dtype=torch.float64) * 10**log
+    log_q = torch.randn(m, dtype=torch.float64) * q
+    for T in (sll_scale(W, log_q), cpl_scale(W)):
+        left = T.rsqrt()[:, None] * W
+        assert torch.linalg.matrix_norm(left, 2) <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@given(kernel_size=st.sampled_from([1, 3, 5]), inner=st.integers(1, 4), seed=st.integers(0, 99))
+def test_convolutions_are_nonexpansive(
+    name: str, mode: str, kernel_size: int, inner: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = CONVOLUTIONS[name](2, inner, kernel_size, padding_mode=mode, dtype=torch.float64)
+    scatter(layer, 2.0)
+    x = torch.randn(2, 5, 5, dtype=torch.float64)
+    assert jacobian_norm(layer, x) <= 1 + 1e-12
+    truth = torch.linalg.matrix_norm(
+        matrix(layer.weight / layer.scale().sqrt()[:, None, None, None], (5, 5), mode), 2
+    )
+    assert truth <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_dense_layers_are_nonexpansive(name: str, dtype: torch.dtype, scale: float) -> None:
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    layer = DENSE[name](6, 9, dtype=dtype)
+    scatter(layer, 1.0)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    for _ in range(5):
+        assert jacobian_norm(layer, torch.randn(6, dtype=dtype)) <= 1 + tolerance
+
+
+@pytest.mark.parametrize("make", [lambda: SLLConv2d(2, 4), lambda: CPLConv2d(2, 4)])
+def test_25_steps_of_training_keep_the_bound(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    x, target = torch.randn(16, 2, 6, 6), torch.randn(16, 2, 6, 6)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    losses = []
+    for _ in range(25):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert jacobian_norm(layer, x[0]) <= 1 + 1e-5
+    assert 1 <= lipschitz_bound(layer, (2, 6, 6)).value <= 1 + 1e-5
+
+
+# ------------------------------------------------------------------------------- tightness
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_an_orthogonal_weight_reflects_where_units_are_active(name: str) -> None:
+    """W Wᵀ = T: the layer is x - 2 (x + b) for the active units, an isometry for each x."""
+    layer = DENSE[name](5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q)
+    x = torch.randn(5, dtype=torch.float64)
+    jacobian = torch.func.jacrev(lambda z: layer(z[None])[0])(x)
+    values = torch.linalg.svdvals(jacobian)
+    slack = 1e-12 if name == "sll" else 5 ** (1 / 32) - 1  # of the Gram iteration, squared
+    assert (values - 1).abs().max() <= 4 * slack + 1e-6
+
+
+def test_q_can_make_the_scale_smaller() -> None:
+    """In a peer q cancels: here the trained scale of one row falls below its plain row sum."""
+    W = torch.tensor([[1.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
+    log_q = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(sll_scale(W, log_q).sum(), log_q)
+    assert gradient.abs().min() > 0.1 or gradient.abs().max() == 0
+    moved = sll_scale(W, torch.tensor([0.5, -0.5], dtype=torch.float64))
+    assert moved[0] < 4
+
+
+@pytest.mark.parametrize("make", [lambda: SLLLinear(4, 6), lambda: SLLConv2d(2, 3)])
+def test_q_is_trained(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    shape = (3, 4) if isinstance(layer, SLLLinear) else (3, 2, 5, 5)
+    x = torch.randn(shape)
+    layer(x).square().sum().backward()
+    assert layer.log_q.grad.abs().max() > 1e-4
+    before = layer(x).detach()
+    with torch.no_grad():
+        layer.log_q.copy_(torch.linspace(-1, 1, len(layer.log_q)))
+    assert (layer(x) - before).abs().max() > 1e-3
+
+
+def test_a_huge_ratio_of_q_leaves_the_scale_finite() -> None:
+    """Rows that do not overlap: exp(200) overflows in float32, and 0 · ∞ would be no number."""
+    T = sll_scale(torch.eye(2), torch.tensor([-100.0, 100.0]))
+    torch.testing.assert_close(T, torch.ones(2))
+
+
+# ------------------------------------------------------------------------------ derivatives
+
+
+def test_gradcheck_of_the_scales() -> None:
+    W = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    q3, q2 = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (3, 2))
+    assert torch.autograd.gradcheck(sll_scale, (W, q3))
+    assert torch.autograd.gradcheck(sll_scale, (kernel, q2))
+    assert torch.autograd.gradcheck(cpl_scale, (W,))
+    assert torch.autograd.gradcheck(cpl_scale, (kernel,))
+
+
+@pytest.mark.parametrize("make", [lambda: SLLLinear(3, 5), lambda: CPLConv2d(2, 2)])
+def test_gradcheck_of_layers(make: Callable[[], nn.Module]) -> None:
+    layer = make().double()
+    layer.activation = "tanh"
+    shape = (2, 3) if isinstance(layer, SLLLinear) else (2, 2, 4, 4)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z, *_: layer(z), (x, *layer.parameters()))
+
+
+# ------------------------------------------------------------------------------------ bounds
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_bounds_hold(name: str, mode: str, p: float) -> None:
+    layer = CONVOLUTIONS[name](2, 3, padding_mode=mode, dtype=torch.float64)
+    scatter(layer, 1.0)
+    bound = lipschitz_bound(layer, (2, 5, 5), p=p)
+    assert bound.kind == "upper bound"
+    for _ in range(3):
+        x = torch.randn(2, 5, 5, dtype=torch.float64)
+        jacobian = torch.func.jacrev(lambda z: layer(z[None])[0])(x).reshape(50, 50)
+        assert torch.linalg.matrix_norm(jacobian, p) <= bound.value * (1 + 1e-12)
+    if p == 2:
+        assert bound.value == 1
+
+
+def test_the_bound_does_not_trust_the_theorem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a T four times too small the layer expands, and its bound says so."""
+    layer = SLLLinear(4, 4, activation="identity", dtype=torch.float64)
+    layer.scale = lambda: sll_scale(layer.weight, layer.log_q) / 4
+    W, T = layer.weight.detach(), layer.scale().detach()
+    truth = torch.linalg.matrix_norm(torch.eye(4) - 2 * W.mT @ (W / T[:, None]), 2).item()
+    bound = lipschitz_bound(layer, (4,)).value
+    assert truth > 1.1
+    assert truth * (1 - 1e-12) <= bound <= truth * (1 + 1e-12)
+
+
+def test_bounds_of_a_stack_multiply() -> None:
+    net = nn.Sequential(SLLConv2d(2, 4), CPLConv2d(2), nn.Flatten(), SLLLinear(50, 9))
+    assert 1 <= lipschitz_bound(net, (2, 5, 5)).value <= 1 + 1e-5
+
+
+# ---------------------------------------------------------------------------- other dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_scales_are_computed_in_float32(dtype: torch.dtype) -> None:
+    layer = SLLLinear(6, 8, dtype=dtype)
+    assert layer.scale().dtype == torch.float32
+    x = torch.randn(3, 6, dtype=dtype)
+    assert layer(x).dtype == dtype
+    twin = copy.deepcopy(layer).float()
+    torch.testing.assert_close(layer(x).float(), twin(x.float()), rtol=0.05, atol=0.05)
+
+
+def test_autocast_does_not_reach_the_scale() -> None:
+    layer = SLLConv2d(2, 3)
+    outside = layer.scale()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.scale(), outside)
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SLLLinear(3, 3, activation="maxmin"), "activation must be one of"),
+        (lambda: CPLLinear(0), "must be positive"),
+        (lambda: SLLConv2d(3, 3, 4), "kernel_size must be odd, got 4"),
+        (lambda: CPLConv2d(3, padding_mode="reflect"), "padding_mode must be 'circular' or"),
+    ],
+)
+def test_errors_name_argument_and_value(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_all_is_complete() -> None:
+    public = {
+        name
+        for name, value in vars(residual).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == residual.__name__
+    }
+    assert public == set(residual.__all__)
