@@ -1,6 +1,7 @@
 # The two commands are `make book` and `make test`; `make help` lists the rest.
 PYTHON ?= python3
 VENV := .venv
+BENCH := .venv-bench
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHAPTERS := $(wildcard book/*.ipynb)
@@ -17,7 +18,7 @@ BOOK_TMP := $(HERE)/tmp
 BUILD_BOOK = mkdir -p $(BOOK_TMP) && TMPDIR=$(BOOK_TMP) $(BIN)/jupyter-book build -W -n --keep-going --all
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test lint pages lab chapters clean
+.PHONY: help book html test lint faults bench pages lab chapters clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +47,14 @@ test: lint ## static checks, the library's tests, and every chapter against its 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
 	  --nbval-cell-timeout 120 --nbval-sanitize-with book/nbval_sanitize.cfg $(CHAPTERS)
+
+faults: $(READY) ## plant faults in a copy of the library and see the tests catch them
+	$(BIN)/python tools/planted_faults.py
+
+bench: ## measure the layers beside their peers, in an environment of its own
+	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[bench]'
+	$(BENCH)/bin/python -m benchmarks
 
 pages: $(READY) ## open every built page in Chromium: no outside request, no console error
 	$(BIN)/python -m pytest tests/test_pages.py

@@ -33,6 +33,9 @@ FLOORS = {
     "composition": 1,
     "activations": 2,
     "orthogonal": 2,
+    "pooling": 2,
+    "convolutions": 3,
+    "residual": 4,
     "lab": 5,
 }
 

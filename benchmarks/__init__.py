@@ -1,0 +1,1 @@
+"""Speed of the layers beside their peers', measured in one run: ``make bench``."""

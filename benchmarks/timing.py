@@ -1,0 +1,48 @@
+"""Times of several steps side by side: they take turns, so that all meet the same machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+Step = Callable[[], object]
+
+
+def seconds_of(step: Step, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Mean time of a step over some repeats, in seconds."""
+    start = clock()
+    for _ in range(repeats):
+        step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (clock() - start) / repeats
+
+
+def side_by_side(
+    steps: Mapping[str, Step],
+    rounds: int,
+    least: float = 0.03,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[dict[str, float]]:
+    """Yield, for each round, the seconds that each step took in it.
+
+    A step is warmed up first, and repeated in a round until it has run for ``least`` seconds.
+    """
+    repeats = {}
+    for name, step in steps.items():
+        seconds_of(step, 1, clock)
+        repeats[name] = 1 + int(least / max(seconds_of(step, 2, clock), 1e-9))
+    for _ in range(rounds):
+        yield {name: seconds_of(step, repeats[name], clock) for name, step in steps.items()}
+
+
+def ratios(times: list[dict[str, float]], to: str) -> dict[str, tuple[float, float, float]]:
+    """Least, median and largest over the rounds of each step's time divided by that of ``to``."""
+    per_step = {name: [round_[name] / round_[to] for round_ in times] for name in times[0]}
+    return {
+        name: (min(values), statistics.median(values), max(values))
+        for name, values in per_step.items()
+    }

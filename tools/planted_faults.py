@@ -1,0 +1,309 @@
+"""Plant faults in a copy of the library, one at a time, and see the tests catch each.
+
+A suite that passes says nothing until it has been seen to fail. Each fault below is a slip that
+somebody could make: a wrong sign, a lost factor, a bound taken from below, a state that leaks.
+
+    python tools/planted_faults.py            # all
+    python tools/planted_faults.py polar qr   # those whose name contains one of the words
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Fault(NamedTuple):
+    """A line of a module as it is, as it should not be, and what is then wrong."""
+
+    module: str
+    right: str
+    wrong: str
+    consequence: str
+
+
+FAULTS = (
+    Fault(
+        "activations",
+        "return torch.cat((larger, smaller), dim)",
+        "return torch.cat((smaller, larger), dim)",
+        "the halves of MaxMin change places",
+    ),
+    Fault(
+        "activations",
+        "groups.sort(dim + 1).values",
+        "groups.sort(dim + 1, descending=True).values",
+        "GroupSort sorts the other way",
+    ),
+    Fault(
+        "activations",
+        "return torch.where(x < 0, -x, x)",
+        "return x.abs()",
+        "the gradient of the absolute value is lost at zero",
+    ),
+    Fault(
+        "activations",
+        "cosine * first + sine * second, sine",
+        "cosine * first + sine * second, -sine",
+        "a reflection that is none",
+    ),
+    Fault(
+        "orthogonal",
+        "math.comb(2 * j, j) / 4**j",
+        "math.comb(2 * j, j) / 2**j",
+        "coefficients of Björck's polynomial",
+    ),
+    Fault(
+        "orthogonal",
+        "order < 1 or order % 2 == 0",
+        "order < 1",
+        "even orders of Björck's iteration are accepted",
+    ),
+    Fault(
+        "orthogonal",
+        "norm = torch.minimum(gram.abs().sum(-1).amax(-1), torch.linalg.matrix_norm(gram))",
+        "norm = gram.abs().amax((-2, -1))",
+        "the scale of an iteration is no upper bound",
+    ),
+    Fault(
+        "orthogonal",
+        "triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)",
+        "triangle.diagonal(dim1=-2, dim2=-1) < 0, 1.0, 1.0)",
+        "the signs of QR",
+    ),
+    Fault(
+        "orthogonal",
+        "_add_to_diagonal(lower + lower.mT, -lower.diagonal(dim1=-2, dim2=-1))",
+        "lower + lower.mT",
+        "the gradient of QR counts the diagonal twice",
+    ),
+    Fault(
+        "orthogonal",
+        "adjoint = _SymmetricSolve.apply(matrix, gradient, ctx.sylvester)",
+        "adjoint = gradient",
+        "second derivatives of the polar factor",
+    ),
+    Fault(
+        "orthogonal",
+        "return _polish(torch.cat((_add_to_diagonal(inverse, -1), bottom), -2))",
+        "return torch.cat((_add_to_diagonal(inverse, -1), bottom), -2)",
+        "a Cayley transform far from its base is not polished",
+    ),
+    Fault(
+        "orthogonal",
+        "skew, below = _limited(skew, limit), _limited(below, math.sqrt(limit))",
+        "skew, below = skew * 1, below * 1",
+        "a huge argument of the Cayley transform is not scaled back",
+    ),
+    Fault(
+        "orthogonal",
+        "coefficients = 2 / vectors.square().sum(-2)",
+        "coefficients = 2 / (vectors.square().sum(-2) + 1)",
+        "projections in place of reflections",
+    ),
+    Fault(
+        "orthogonal",
+        "return scaled / square.clamp(min=scale**-2).sqrt()",
+        "return scaled / square.sqrt()",
+        "small matrices are scaled up to norm 1",
+    ),
+    Fault(
+        "orthogonal",
+        "inside = magnitude.sum(-1, keepdim=True) <= 1",
+        "inside = magnitude.sum(-1, keepdim=True) < 0",
+        "rows inside the ball are moved to the sphere",
+    ),
+    Fault(
+        "orthogonal",
+        "        _check_orthonormal(weight)\n        return weight",
+        "        return weight",
+        "a weight that is not orthonormal is accepted in silence",
+    ),
+    Fault(
+        "convolutions",
+        "kept = (low - high).flatten(1, -2)",
+        "kept = low.flatten(1, -2)",
+        "the gradient of a projector",
+    ),
+    Fault(
+        "convolutions",
+        "kept = torch.bmm(kernel.flatten(1, -2), projector).view(kernel.shape)",
+        "kept = torch.bmm(kernel.flatten(1, -2), 0.5 * projector).view(kernel.shape)",
+        "half a projector",
+    ),
+    Fault(
+        "convolutions",
+        "of_projectors + of_projectors.mT",
+        "of_projectors",
+        "the gradient of a symmetric projector is not symmetrised",
+    ),
+    Fault(
+        "convolutions",
+        "return cholesky_qr(matrix).reshape(weight.shape) / math.sqrt(overlap)",
+        "return cholesky_qr(matrix).reshape(weight.shape)",
+        "RKO forgets how often a pixel is read",
+    ),
+    Fault(
+        "convolutions",
+        "overlap = math.prod([-(-k * math.gcd(s, d) // s) for k, s, d in axes])",
+        "overlap = math.prod([k // s for k, s, d in axes])",
+        "RKO rounds the number of windows down",
+    ),
+    Fault(
+        "convolutions",
+        "sums = gram.abs().sum(",
+        "sums = gram.sum(",
+        "AOL without absolute values",
+    ),
+    Fault(
+        "convolutions",
+        "return (bound * math.prod(kernel.shape[2:])).sqrt()",
+        "return bound.sqrt()",
+        "a norm bound of the reshaped kernel alone",
+    ),
+    Fault(
+        "convolutions",
+        "return (kernel / bound.clamp(min=1)).to(weight.dtype)",
+        "return kernel.to(weight.dtype)",
+        "the skew kernel is not bounded",
+    ),
+    Fault(
+        "convolutions",
+        "if terms < 4 or terms % 4:",
+        "if terms < 1:",
+        "series of the exponential that exceed norm 1",
+    ),
+    Fault(
+        "convolutions",
+        "inverse = torch.linalg.inv(eye + U - U.mH + V.mH @ V)",
+        "inverse = torch.linalg.inv(eye + U - U.mH)",
+        "the Cayley transform of a tall response",
+    ),
+    Fault(
+        "convolutions",
+        'if padding_mode not in ("circular", "zeros"):',
+        'if padding_mode not in ("circular", "zeros", "reflect", "replicate"):',
+        "padding that copies pixels is accepted",
+    ),
+    Fault(
+        "convolutions",
+        "x = torch.cat([end, start, middle, end, start], axis)",
+        "x = torch.cat([start, start, middle, end, end], axis)",
+        "circular padding from the wrong end",
+    ),
+    Fault(
+        "convolutions",
+        'geometry |= {"p": dual_exponent(p)}',
+        'geometry |= {"p": p}',
+        "the bound of a transposed convolution in the wrong norm",
+    ),
+    Fault(
+        "residual",
+        "ratio = (log_q[None, :] - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)",
+        "ratio = torch.ones_like(gram)",
+        "q is dead, as in a peer",
+    ),
+    Fault(
+        "residual",
+        "return outputs * (2 / self.scale())",
+        "return outputs * (4 / self.scale())",
+        "a step twice too long",
+    ),
+    Fault(
+        "residual",
+        "_rounded_up(kernel_norm_bound(weight).square())",
+        "_rounded_up(kernel_norm_bound(weight))",
+        "CPL divides by the norm, not by its square",
+    ),
+    Fault(
+        "residual",
+        "max(1.0, 2 * excess - 1)",
+        "1.0",
+        "the rule trusts the theorem",
+    ),
+    Fault(
+        "pooling",
+        "return torch.linalg.vector_norm(windows",
+        "return torch.linalg.vector_norm(0.5 * windows",
+        "norm pooling loses half the norm",
+    ),
+    Fault(
+        "pooling",
+        "NormPooling: {1: 0, 2: 0, math.inf: 0.5}",
+        "NormPooling: {1: 0, 2: 0, math.inf: 0}",
+        "the ∞-norm constant of norm pooling",
+    ),
+    Fault(
+        "pooling",
+        "if any(n % s for n, s in zip(x.shape[2:], sizes, strict=True)):",
+        "if False:",
+        "windows that do not fit",
+    ),
+)
+
+
+def caught(fault: Fault, tree: Path) -> bool:
+    """Whether the module's tests fail with the fault planted in a copy of the tree."""
+    path = tree / "lipbook" / f"{fault.module}.py"
+    text = path.read_text()
+    if text.count(fault.right) != 1:
+        raise ValueError(
+            f"a fault must name a text that occurs once in lipbook/{fault.module}.py, "
+            f"{fault.right!r} occurs {text.count(fault.right)} times"
+        )
+    path.write_text(text.replace(fault.right, fault.wrong))
+    try:
+        tests = f"tests/test_{fault.module}.py"
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+        environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, check=False
+        )
+    finally:
+        path.write_text(text)
+    if run.returncode not in (0, 1):  # pytest: passed, failed; anything else is no verdict
+        raise RuntimeError(f"pytest gave no verdict on {fault}:\n{run.stdout}{run.stderr}")
+    return run.returncode == 1
+
+
+def verdicts(faults: Iterable[Fault]) -> Iterator[tuple[Fault, bool]]:
+    """Plant each fault in one temporary copy of the library and its tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("lipbook", "tests"):
+            without = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, tree / name, ignore=without)
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        for fault in faults:
+            yield fault, caught(fault, tree)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Plant the chosen faults, list them, and return the number that went unseen."""
+    parser = argparse.ArgumentParser(description="Plant faults and see the tests catch them.")
+    parser.add_argument("words", nargs="*", help="only faults that mention one of these")
+    words = parser.parse_args(arguments).words
+    chosen = [fault for fault in FAULTS if not words or any(w in " ".join(fault) for w in words)]
+    if not chosen:
+        parser.error(f"words must occur in a fault, got {words}")
+    unseen = 0
+    for fault, seen in tqdm(verdicts(chosen), total=len(chosen), unit="fault", disable=None):
+        unseen += not seen
+        tqdm.write(f"{'caught' if seen else 'UNSEEN'}  {fault.module}: {fault.consequence}")
+    print(f"{len(chosen) - unseen} of {len(chosen)} faults caught")
+    return unseen
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))
