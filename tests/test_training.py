@@ -2,6 +2,12 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from lipbook.lab.data import mnist
-from lipbook.lab.training import accuracy, train
+from lipbook.lab.training import History, accuracy, train
 
 N, FEATURES, CLASSES = 50, 6, 3  # 50 is no multiple of the batch size below
 
@@ -63,7 +69,7 @@ def test_train_is_the_written_recursion(momentum: float | None) -> None:
     (x, y), model = problem(), linear()
     mu = 0.9 if momentum is None else momentum
     w, b, expected = softmax_regression_by_hand(model, x, y, epochs=3, lr=0.1, batch=16, mu=mu)
-    history = train(model, x, y, epochs=3, lr=0.1, batch_size=16, momentum=momentum)
+    history = train(model, x, y, epochs=3, lr=0.1, batch_size=16, momentum=momentum).losses
     assert len(history) == 3
     assert all(type(value) is float for value in history)
     # 12 steps of a few hundred operations on numbers of size about 1
@@ -155,7 +161,7 @@ def test_another_loss_gets_outputs_and_labels_as_they_are() -> None:
     target = x @ torch.from_numpy(rng.normal(size=(FEATURES, CLASSES)))  # (40, 3), no classes
     model = linear()
     history = train(model, x, target, epochs=400, lr=0.05, batch_size=40, loss=mse_loss)
-    assert history[-1] < 1e-6 < history[0]
+    assert history.losses[-1] < 1e-6 < history.losses[0]
 
 
 def test_a_bar_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +186,7 @@ def test_a_small_network_learns_the_digits() -> None:
     untrained = accuracy(model, digits.test_images, digits.test_labels)
     history = train(model, digits.train_images, digits.train_labels, epochs=3, lr=0.1)
     assert untrained < 0.3
-    assert history[0] > history[1] > history[2]
+    assert history.losses == sorted(history.losses, reverse=True)
     assert accuracy(model, digits.test_images, digits.test_labels) >= 0.9
 
 
@@ -266,6 +272,14 @@ def test_both_refuse(change: dict[str, Any], error: type[Exception], message: st
             "optimizer: expected \"sgd\" or a callable, got 'adam'",
         ),
         (
+            {"schedule": "step"},
+            ValueError,
+            "schedule: expected one of .* or a callable, got 'step'",
+        ),
+        ({"validation": N}, ValueError, "validation: expected a number of the 50 examples, got 50"),
+        ({"validation": 0.2}, ValueError, "validation: .* got 0.2"),
+        ({"precision": "tf32"}, ValueError, "precision: expected one of .*, got 'tf32'"),
+        (
             {"loss": lambda outputs, _: outputs.sum(1)},
             ValueError,
             r"loss: expected a scalar, got shape \(50,\)",
@@ -278,3 +292,196 @@ def test_train_refuses(change: dict[str, Any], error: type[Exception], message: 
     with pytest.raises(error, match=message):
         train(model, x, y, **({"epochs": 1, "lr": 0.1} | change))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ------------------------------------------------------------- schedule, augmentation, validation
+
+
+class Probe(torch.optim.SGD):
+    """Gradient descent that remembers its rates."""
+
+    rates: list[float]
+
+    def step(self, closure: Any = None) -> Any:
+        vars(self).setdefault("rates", []).append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+        (lambda t: 10 ** (-4 * t), [1, 0.1, 0.01, 0.001]),
+    ],
+)
+def test_schedules_on_paper(schedule: Any, factors: list[float]) -> None:
+    (x, y), made = problem(), []
+
+    def optimizer(parameters: Any, lr: float) -> Probe:
+        made.append(Probe(parameters, lr=lr))
+        return made[0]
+
+    train(linear(), x, y, epochs=2, lr=0.5, batch_size=25, optimizer=optimizer, schedule=schedule)
+    assert made[0].rates == pytest.approx([0.5 * factor for factor in factors], rel=1e-14)
+
+
+def test_augmentation_sees_every_batch_and_repeats_with_the_seed() -> None:
+    x, y = problem()
+
+    def noisy(images: Tensor, rng: np.random.Generator) -> Tensor:
+        return images + torch.from_numpy(rng.normal(size=images.shape))
+
+    plain, first, again, other = (linear() for _ in range(4))
+    train(plain, x, y, epochs=2, lr=0.1)
+    for model, seed in ((first, 0), (again, 0), (other, 1)):
+        train(model, x, y, epochs=2, lr=0.1, augment=noisy, seed=seed)
+    assert torch.equal(first.weight, again.weight)
+    assert not torch.equal(first.weight, other.weight)
+    assert not torch.equal(first.weight, plain.weight)
+
+
+def test_validation_examples_are_not_trained_on_and_the_best_epoch_is_kept() -> None:
+    (x, y), seen, judged, kept = problem(), [], [], []
+    scores = iter([0.25, 0.75, 0.75, 0.5])
+
+    def spy(outputs: Tensor, labels: Tensor) -> Tensor:
+        seen.append(labels)
+        return nn.functional.cross_entropy(outputs, labels)
+
+    def score(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+        judged.append(images)
+        kept.append(copy.deepcopy(model.state_dict()))
+        return next(scores)
+
+    model = linear()
+    history = train(model, x, y, epochs=4, lr=0.1, loss=spy, validation=10, score=score)
+    assert sum(map(len, seen)) == 4 * 40
+    assert all(torch.equal(images, judged[0]) for images in judged)
+    rows = {tuple(row) for row in judged[0].tolist()}
+    assert len(rows) == 10
+    assert rows < {tuple(row) for row in x.tolist()}
+    used = [y[i] for i, row in enumerate(x.tolist()) if tuple(row) not in rows]
+    epoch = torch.cat(seen[: len(seen) // 4])
+    assert torch.equal(epoch.sort().values, torch.stack(used).sort().values)
+    assert history.scores == [0.25, 0.75, 0.75, 0.5]
+    assert history.best_epoch == 2  # the first of the two best
+    assert torch.equal(model.weight, kept[1]["weight"])
+    assert not torch.equal(model.weight, kept[3]["weight"])
+
+
+def test_without_scores_the_last_epoch_is_the_best() -> None:
+    assert History([0.5, 0.4]).best_epoch == 2
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_float32_parameters(precision: Any) -> None:
+    (x, y), models = problem(), [linear().float(), linear().float()]
+    dtypes = []
+    models[0].register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+    losses = train(models[0], x, y, epochs=20, lr=0.1, precision=precision).losses
+    exact = train(models[1], x, y, epochs=20, lr=0.1).losses
+    assert set(dtypes) == {getattr(torch, precision)}
+    assert models[0].weight.dtype == torch.float32
+    assert losses == pytest.approx(exact, rel=20 * 2**-8)  # 20 epochs of rounding to 8 bits
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+LONG_RUN = """
+import sys, time
+import torch
+from torch import nn
+from lipbook.lab.data import mnist
+from lipbook.lab.training import train
+
+torch.manual_seed(0)
+digits = mnist()
+net = nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10))
+images, labels = digits.train_images[:400], digits.train_labels[:400]
+checkpoint = None if sys.argv[1] == "none" else sys.argv[1]
+pause = float(sys.argv[3])
+
+
+def score(model, images, labels):
+    time.sleep(pause)  # so that there is time to be killed
+    return time.time()  # the last epoch is the best
+
+
+train(
+    net, images, labels, epochs=4, lr=0.01, optimizer=torch.optim.Adam, schedule="cosine",
+    validation=50, score=score, checkpoint=checkpoint,
+)
+torch.save(net.state_dict(), sys.argv[2])
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", LONG_RUN, *arguments])
+
+
+def test_a_run_that_is_killed_and_started_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    checkpoint, resumed, whole = (tmp_path / name for name in ("run.pt", "resumed", "whole"))
+    uninterrupted = start("none", str(whole), "0")
+    process = start(str(checkpoint), str(resumed), "1")
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = len(torch.load(checkpoint, weights_only=True)["losses"])
+    assert 1 <= done < 4
+    assert not resumed.exists()
+    assert start(str(checkpoint), str(resumed), "0").wait() == 0
+    assert uninterrupted.wait() == 0
+    expected = torch.load(whole, weights_only=True)
+    got = torch.load(resumed, weights_only=True)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    x, y = problem()
+    path = tmp_path / "run.pt"
+    train(linear(), x, y, epochs=1, lr=0.1, checkpoint=path)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+    with pytest.raises(ValueError, match=r"checkpoint: .*run.pt is of a run with {'lr': 0.1}"):
+        train(linear(), x, y, epochs=1, lr=0.2, checkpoint=path)
+
+
+# ------------------------------------------------------------------------- several processes
+
+SCRIPT = """
+import sys
+import torch
+from tests.test_training import linear, problem
+from lipbook.lab.training import train
+
+(x, y), model = problem(), linear()
+history = train(model, x, y, epochs=3, lr=0.1, batch_size=7, validation=1, score=lambda *_: 0.0)
+if int(__import__("os").environ.get("RANK", "0")) == 0:
+    torch.save({"losses": history.losses, **model.state_dict()}, sys.argv[1])
+"""
+
+
+def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
+    """49 examples in batches of 7: no share is half, and the best epoch is the first."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    results = []
+    for command in ([sys.executable], [*torchrun, "2"]):
+        out = tmp_path / f"result-{len(results)}"
+        subprocess.run([*command, str(script), str(out)], env=environment, check=True, timeout=120)
+        results.append(torch.load(out, weights_only=True))
+    single, double = results
+    atol = 1e4 * np.finfo(np.float64).eps  # as above: the sums are in another order
+    assert double["losses"] == pytest.approx(single["losses"], rel=0, abs=atol)
+    for name in ("weight", "bias"):
+        assert torch.allclose(double[name], single[name], rtol=0, atol=atol)
+    assert not torch.equal(single["weight"], linear().weight)

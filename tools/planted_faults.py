@@ -250,6 +250,36 @@ FAULTS = (
         "if False:",
         "windows that do not fit",
     ),
+    Fault(
+        "lab/training",
+        "return slice(start, end), (end - start) * ranks / examples",
+        "return slice(start, end), 1.0",
+        "processes with unequal shares count alike",
+    ),
+    Fault(
+        "lab/training",
+        'torch.set_rng_state(state["random"].cpu())',
+        "pass",
+        "a resumed run draws other dropout masks",
+    ),
+    Fault(
+        "lab/training",
+        'self.descent.load_state_dict(state["optimizer"])',
+        "pass",
+        "a resumed run forgets its momentum",
+    ),
+    Fault(
+        "lab/training",
+        "if self.history.best_epoch == len(self.history.scores):",
+        "if True:",
+        "the last epoch is kept, not the best",
+    ),
+    Fault(
+        "lab/training",
+        "return order[validation:].sort().values, order[:validation].sort().values",
+        "return order.sort().values, order[:validation].sort().values",
+        "validation examples are trained on",
+    ),
 )
 
 
@@ -264,7 +294,7 @@ def caught(fault: Fault, tree: Path) -> bool:
         )
     path.write_text(text.replace(fault.right, fault.wrong))
     try:
-        tests = f"tests/test_{fault.module}.py"
+        tests = f"tests/test_{Path(fault.module).name}.py"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
         environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         run = subprocess.run(
