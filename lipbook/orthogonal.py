@@ -952,7 +952,9 @@ class Cayley(_Signed):
 
     A single Cayley transform misses orthogonal matrices with the eigenvalue -1, half of all. With
     a suitable diagonal :math:`D` of signs every one is reached, by an :math:`A` of moderate
-    entries. The signs are found when a weight is assigned and stay while it is trained.
+    entries. The signs are found when a weight is assigned and stay while it is trained. They are a
+    buffer: average parameters only, as ``torch.optim.swa_utils.AveragedModel`` does by itself. An
+    average of the signs of two assignments leaves the weight nonexpansive only.
 
     Notes
     -----
@@ -977,7 +979,10 @@ class Cayley(_Signed):
 
 
 class HouseholderProduct(_Signed):
-    r"""Parametrization by :func:`householder_product`, times fixed signs of the columns."""
+    r"""Parametrization by :func:`householder_product`, times fixed signs of the columns.
+
+    The signs are a buffer, as those of :class:`Cayley`.
+    """
 
     def forward(self, matrix: Tensor) -> Tensor:
         """Map the raw parameter to the weight."""
@@ -992,7 +997,8 @@ class MatrixExp(nn.Module):
     r"""Parametrization by :func:`matrix_exp`, from a fixed base :math:`Q = B \exp(A)`.
 
     Assigning a weight makes it the base (a buffer, completed to a square matrix), with
-    :math:`A = 0`.
+    :math:`A = 0`. An average of two bases, as of the signs of :class:`Cayley`, leaves the weight
+    nonexpansive only.
     """
 
     base: Tensor
