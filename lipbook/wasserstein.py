@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import ot
@@ -456,8 +456,8 @@ def wasserstein1(
         \quad\text{with}\quad f_i + g_j \le \lVert x_i - y_j\rVert_2
 
     Solved by POT's network simplex in float64, on the line by sorting. The result is exact up to
-    rounding and the solver's tolerance; :func:`wasserstein1_bracket` proves how close. Time is
-    about cubic in the number of points (seconds at n = m = 2048), memory :math:`50\,nm` bytes; on
+    rounding and the solver's tolerance; :func:`wasserstein1_bracket` proves how close. Time grows
+    as a power of n between 2 and 3 (seconds at n = m = 2048), memory is :math:`50\,nm` bytes; on
     the line they are :math:`O(n \log n)` and :math:`O(n)`.
 
     It is the distance between the two finite sets. Of independent samples of two
@@ -701,13 +701,14 @@ def wasserstein1_bracket(
     "exact"    the potentials of POT's exact plan     POT's exact plan           ~n³, n²
     "sinkhorn" Sinkhorn's iteration with decreasing   its plan, rounded to the   n² a step, n²
                entropy, started at the critic         marginals
-    "blocks"   the critic, or the exact potentials    the monotone coupling      n², n
-               of a sample of the coupling            along an axis, improved
-                                                      by exact plans in blocks
+    "blocks"   the critic or the exact potentials     the monotone coupling      n², n
+               of samples of the coupling, as the     along an axis, improved
+               better one on a sample of y            by exact plans in blocks
     "critic"   the critic                             as for "blocks"            n², n
     ========== ====================================== ========================== ==============
 
-    All lower bounds end with two c-transforms on all points. On the line, "exact" is by sorting.
+    All lower bounds end with two c-transforms on all points. On the line, "exact" is by sorting;
+    "exact" needs no critic and makes no use of one.
     "auto" is "exact" on the line and up to 2048² pairs of points, "sinkhorn" up to 6000², "blocks"
     beyond; it does not depend on the machine, and all methods are deterministic. "sinkhorn" halves
     the entropy until the gap is below ``tolerance`` or float32, in which it iterates, is
@@ -744,7 +745,7 @@ def wasserstein1_bracket(
 
     Examples
     --------
-    Half of a sphere's points against its centre, exactly and without the exact solver:
+    The points of a sphere against its centre, with the exact solver and without:
 
     >>> y = nn.functional.normalize(torch.randn(200, 3, dtype=torch.float64))
     >>> x = torch.zeros(50, 3, dtype=torch.float64)
@@ -1464,7 +1465,8 @@ def fit_critic(
     confidence : float
         Of the held-out interval.
     checkpoint : path, optional
-        File to save to, and to continue from if it exists.
+        File to save to, and to continue from if it exists. Settings and shapes are compared
+        with those of the run that wrote it; points, samplers and functions cannot be.
     checkpoint_every : int
         Steps between two saves; the last step saves too.
     seed : int
@@ -1621,8 +1623,7 @@ class _Side:
 
     def draw(self, number: int, generator: torch.Generator) -> Tensor:
         """Ask the sampler for points."""
-        assert not isinstance(self.source, Tensor)
-        points = self.source(number, generator)
+        points = cast(Sampler, self.source)(number, generator)
         if not isinstance(points, Tensor):
             raise TypeError(f"{self.name} must return a tensor, got {type(points).__name__}")
         if points.dim() < 2 or len(points) != number:
@@ -1634,8 +1635,7 @@ class _Side:
 
     def batch(self, generator: torch.Generator) -> Tensor:
         if not isinstance(self.source, Tensor):
-            assert self.batch_size is not None
-            return self.draw(self.batch_size, generator)
+            return self.draw(cast(int, self.batch_size), generator)
         if self.batch_size is None:
             return self.source
         if self.weights is None:
@@ -1736,8 +1736,11 @@ class _Run:
         wrong = [f"{k} {found.get(k)} not {v}" for k, v in setting.items() if found.get(k) != v]
         if wrong:
             raise ValueError(f"checkpoint {path} is of another run: {', '.join(wrong)}")
-        self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.critic.load_state_dict(state["critic"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"checkpoint {path} is of another critic: {error}") from error
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
         if state["cuda"] and torch.cuda.is_available():
@@ -1873,5 +1876,6 @@ def sinkhorn(
         torch.full((len(z),), 1 / len(z)).to(z) if w is None else w
         for z, w in ((x, x_weights), (y, y_weights))
     ]
-    cost = torch.cdist(x.flatten(1), y.flatten(1))
+    ends = x.flatten(1), y.flatten(1)
+    cost = torch.cdist(*ends, compute_mode="donot_use_mm_for_euclid_dist")
     return ot.sinkhorn2(*weights, cost, entropy, "sinkhorn_log", numItermax=steps, warn=False)

@@ -1156,6 +1156,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     fit(path)
     with pytest.raises(ValueError, match=r"of another run: lr 0\.05 not 0\.1, seed 0 not 1"):
         fit(path, lr=0.1, seed=1)
+    more = {"steps": 12, "lr": 0.05, "schedule": "cosine", "batch_size": 8, "project": print}
+    with pytest.raises(ValueError, match="is of another critic"):
+        fit_critic(nn.Linear(2, 1), normal(0), torch.zeros(40, 2), checkpoint=path, **more)
     for content in (b"", b"not a checkpoint", path.read_bytes()[:500]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is no checkpoint of fit_critic"):
