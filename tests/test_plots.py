@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Iterator
 from itertools import combinations
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -14,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
 from lipbook.lab import plots
@@ -298,3 +301,46 @@ def test_a_zero_map_is_white() -> None:
 def test_image_row_refuses(shape: tuple[int, ...], titles: list[str] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plots.image_row(torch.zeros(shape), titles)
+
+
+# The slider
+
+
+def frames(number: int) -> list[Figure]:
+    drawn = []
+    for slope in range(number):
+        figure, axes = plt.subplots(figsize=(2, 2))
+        axes.plot([0, 1], [0, slope])
+        drawn.append(figure)
+    return drawn
+
+
+def test_a_slider_holds_every_frame_and_shows_the_first() -> None:
+    plots.style()
+    slider = plots.Slider(frames(3), "slope <m>", ["0", "1", '"2"'], "A line & a slope.")
+    assert plt.get_fignums() == []
+    figure = ElementTree.fromstring(slider._repr_html_().replace(" hidden", ' hidden=""'))
+    images = figure.findall("img")
+    assert [image.get("hidden") for image in images] == [None, "", ""]
+    assert [image.get("data-value") for image in images] == ["0", "1", '"2"']
+    assert images[1].get("alt") == "A line & a slope. slope <m> 1"
+    drawings = [base64.b64decode(image.get("src", "").partition(",")[2]) for image in images]
+    assert len(set(drawings)) == 3
+    for drawing in drawings:
+        assert ElementTree.fromstring(drawing.decode()).tag.endswith("svg")
+    again = plots.Slider(frames(3), "slope <m>", ["0", "1", '"2"'], "A line & a slope.")
+    assert again._repr_html_() == slider._repr_html_()
+    assert repr(slider) == 'Slider: slope <m> 0, 1, "2"'
+
+
+@pytest.mark.parametrize(
+    ("number", "values", "alt", "words"),
+    [
+        (1, ["0"], "A line.", "frames: expected at least 2 figures, got 1"),
+        (2, ["0"], "A line.", "values: expected 2, one for each frame, got 1"),
+        (2, ["0", "1"], " ", "alt: expected a description"),
+    ],
+)
+def test_a_slider_refuses(number: int, values: list[str], alt: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plots.Slider(frames(number), "slope", values, alt)

@@ -34,7 +34,7 @@ from nbformat.validator import better_validation_error, iter_validate
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_BYTES = 300_000
+MAX_BYTES = 400_000
 NOTEBOOK_METADATA = {
     "kernelspec": {
         "display_name": "Python 3 (ipykernel)",
@@ -109,6 +109,8 @@ def chapter(path: Path) -> NotebookNode:
 
 def normalise(notebook: NotebookNode) -> NotebookNode:
     """Bring the metadata of a notebook, its cells and its outputs to the normal form."""
+    from lipbook.lab.plots import compact_svg  # noqa: PLC0415 - slow, and for this alone
+
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     notebook.metadata = nbformat.from_dict(NOTEBOOK_METADATA)
     for cell in notebook.cells:
@@ -118,6 +120,8 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
         for output in cell.get("outputs", []):
             if "metadata" in output:
                 output.metadata = NotebookNode()
+            if "image/svg+xml" in output.get("data", {}):
+                output.data["image/svg+xml"] = compact_svg(output.data["image/svg+xml"])
     return notebook
 
 

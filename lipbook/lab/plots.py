@@ -1,8 +1,12 @@
-"""The look of the figures, and the two drawings that several chapters share."""
+"""The look of the figures, two drawings that several chapters share, and a slider."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import math
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +21,7 @@ from matplotlib.rcsetup import cycler
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-__all__ = ["COLOURS", "WIDTH", "style", "ball_image", "image_row"]
+__all__ = ["COLOURS", "WIDTH", "style", "ball_image", "image_row", "compact_svg", "Slider"]
 
 #: The colours of lines in their order, blue, orange, green, purple and black. Each has a contrast
 #: above 3.5:1 on white and, inverted, on a dark page, and on both pages any two differ for
@@ -198,3 +202,120 @@ def image_row(
         if titles:
             axes.set_title(titles[index])
     return figure
+
+
+_POSITIONS = re.compile(r'(?<=\s)(d|x|y|points)="([^"]*)"')
+_LONG_DECIMAL = re.compile(r"-?\d+\.\d{3,}(?![\d.e])")
+
+
+def compact_svg(svg: str) -> str:
+    r"""Round the positions of a drawing to hundredths of a point, and write each path in a line.
+
+    Parameters
+    ----------
+    svg : str
+        As matplotlib writes it.
+
+    Returns
+    -------
+    str
+        The same drawing, about a fifth shorter, and more where lines are stored one by one.
+
+    Examples
+    --------
+    >>> from lipbook.lab.plots import compact_svg
+    >>> compact_svg('<path d="M 1.234567 20\nL 0.5 -3.999 \nz" transform="scale(0.015625)"/>')
+    '<path d="M 1.23 20 L 0.5 -4.00 z" transform="scale(0.015625)"/>'
+    """
+
+    def short(attribute: re.Match[str]) -> str:
+        positions = _LONG_DECIMAL.sub(lambda number: f"{float(number[0]):.2f}", attribute[2])
+        return f'{attribute[1]}="{" ".join(positions.split())}"'
+
+    return _POSITIONS.sub(short, svg)
+
+
+class Slider:
+    r"""Figures that a reader goes through with a slider, in a notebook and on a static page.
+
+    The frames are drawn beforehand and kept in the page, so that no kernel and no network are
+    needed. The figures are closed.
+
+    Parameters
+    ----------
+    frames : sequence of matplotlib.figure.Figure
+        At least two, of the same size. Each becomes an SVG image of a few kilobytes if it has
+        little text: text is drawn as outlines.
+    label : str
+        Says what the slider changes.
+    values : sequence of str
+        One for each frame, shown beside the label.
+    alt : str
+        Describes the frames to those who do not see them.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two frames, another number of values, or no description.
+
+    Examples
+    --------
+    >>> import matplotlib.pyplot as plt
+    >>> from lipbook.lab.plots import Slider
+    >>> frames = []
+    >>> for slope in (0, 1, 2):
+    ...     figure, axes = plt.subplots()
+    ...     _ = axes.plot([0, 1], [0, slope])
+    ...     frames.append(figure)
+    >>> slider = Slider(frames, "slope", ["0", "1", "2"], "A line through the origin.")
+    >>> slider
+    Slider: slope 0, 1, 2
+    >>> page = slider._repr_html_()
+    >>> page.count("<img"), page.count("<img hidden")
+    (3, 2)
+    """
+
+    def __init__(
+        self, frames: Sequence[Figure], label: str, values: Sequence[str], alt: str
+    ) -> None:
+        if len(frames) < 2:
+            raise ValueError(f"frames: expected at least 2 figures, got {len(frames)}")
+        if len(values) != len(frames):
+            raise ValueError(
+                f"values: expected {len(frames)}, one for each frame, got {len(values)}"
+            )
+        if not alt.strip():
+            raise ValueError("alt: expected a description of the frames, got nothing")
+        self._label, self._values, self._alt = label, list(values), alt
+        self._images = []
+        for figure in frames:
+            svg = io.BytesIO()
+            figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+            plt.close(figure)
+            drawing = compact_svg(svg.getvalue().decode())
+            self._images.append(base64.b64encode(drawing.encode()).decode())
+
+    def __repr__(self) -> str:
+        return f"Slider: {self._label} {', '.join(self._values)}"
+
+    def _repr_html_(self) -> str:
+        alt, label = html.escape(self._alt), html.escape(self._label)
+        images = "\n".join(
+            f'<img{" hidden" * (index > 0)} alt="{alt} {label} {html.escape(value)}" '
+            f'data-value="{html.escape(value)}" src="data:image/svg+xml;base64,{image}"/>'
+            for index, (value, image) in enumerate(zip(self._values, self._images, strict=True))
+        )
+        show = (
+            "const figure = this.closest('figure'), frames = figure.querySelectorAll('img');"
+            "frames.forEach((frame, index) => { frame.hidden = index != this.value; });"
+            "const value = frames[this.value].dataset.value;"
+            "figure.querySelector('output').value = value;"
+            "this.setAttribute('aria-valuetext', value)"
+        )
+        first = html.escape(self._values[0])
+        return (
+            f'<figure class="lip-slider">\n{images}\n<label>{label} '
+            f'<input type="range" min="0" max="{len(self._images) - 1}" value="0" '
+            f'autocomplete="off" aria-valuetext="{first}" oninput="{show}"/> '
+            f"<output>{first}</output></label>\n</figure>"
+        )
