@@ -1,0 +1,115 @@
+"""Recipes: one module for each experiment that takes minutes.
+
+``python -m lipbook.lab.recipes NAME`` runs one and writes its record. The module of a recipe has a
+function ``run(*, progress, rows, ...)`` that returns results (plain JSON) and tensors; its other
+arguments are the sizes and have the recorded ones as defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pkgutil
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Rows", "recipes"]
+
+Outcome = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def recipes() -> list[str]:
+    """List the names of all recipes.
+
+    Returns
+    -------
+    list of str
+        In alphabetical order.
+
+    Examples
+    --------
+    >>> "known_answers" in recipes()
+    True
+    """
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if not name.startswith("_"))
+
+
+@dataclasses.dataclass
+class Rows:
+    r"""Rows of a table, each computed once: what is finished survives an interruption.
+
+    Parameters
+    ----------
+    folder : path, optional
+        Where finished rows are kept, one file each. Without it nothing is kept.
+
+    Attributes
+    ----------
+    earlier : float
+        Seconds of processor time that the rows found so far took when they were computed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     first = Rows(folder).compute("a row", lambda: ({"answer": 42}, {}))
+    ...     again = Rows(folder).compute("a row", lambda: ({"answer": "not asked for"}, {}))
+    >>> first == again == ({"answer": 42}, {})
+    True
+    """
+
+    folder: str | os.PathLike[str] | None = None
+    earlier: float = dataclasses.field(default=0.0, init=False)
+
+    def compute(self, name: str, function: Callable[[], Outcome]) -> Outcome:
+        """Compute a row, or find the one of this name.
+
+        Parameters
+        ----------
+        name : str
+            Name of the row; another one for each row.
+        function : callable
+            Computes results and tensors.
+
+        Returns
+        -------
+        tuple of dict
+            Results and tensors of the row.
+        """
+        path = Path(self.folder, re.sub(r"\W+", "-", name) + ".row") if self.folder else None
+        if path and path.exists():
+            results, tensors, seconds = _load(path)
+            self.earlier += seconds
+            return results, tensors
+        start = time.process_time()
+        results, tensors = function()
+        if path:
+            _save(path, results, tensors, time.process_time() - start)
+        return results, tensors
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], float]:
+    from safetensors import safe_open  # noqa: PLC0415 - not needed to import a recipe
+
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["row"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    return content["results"], tensors, content["seconds"]
+
+
+def _save(path: Path, results: Any, tensors: dict[str, Tensor], seconds: float) -> None:
+    from safetensors.torch import save_file  # noqa: PLC0415 - not needed to import a recipe
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    row = json.dumps({"results": results, "seconds": seconds})
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, temporary, metadata={"row": row})
+    os.replace(temporary, path)
