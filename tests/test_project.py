@@ -222,6 +222,7 @@ ROOMS_WITH_A_CHAPTER = (
     "pooling",
     "convolutions",
     "residual",
+    "wasserstein",
 )
 
 
