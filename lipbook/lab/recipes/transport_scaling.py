@@ -21,7 +21,7 @@ from lipbook.wasserstein import wasserstein1_bracket
 
 __all__ = ["SIZES", "run", "row"]
 
-#: Points a side for each method: as far as it takes a few minutes.
+#: Points a side for each method, as far as it takes a few minutes.
 SIZES: dict[str, Sequence[int]] = {
     "exact": (256, 512, 1024, 2048, 4096, 8192, 16384),
     "sinkhorn": (256, 512, 1024, 2048, 4096),
