@@ -127,6 +127,22 @@ def test_cayley_by_blocks(m: int, n: int) -> None:
     assert np.abs((result if m >= n else result.T).numpy() - expected).max() < 1e-13
 
 
+@pytest.mark.parametrize(("m", "n"), [(300, 300), (350, 261), (129, 300)])
+def test_cayley_by_halves_in_float32(m: int, n: int) -> None:
+    """From 128 columns on the inverse is put together from blocks, here of odd sizes too."""
+    matrix = (torch.randn(2, m, n) / math.sqrt(min(m, n))).requires_grad_()
+    exact = matrix.detach().double().requires_grad_()
+    result, expected = cayley(matrix), cayley(exact)
+    # U - Uᵀ, the inverse and the result are rounded to float32
+    assert (result - expected).abs().max() <= 3 * torch.finfo(torch.float32).eps
+    direction = torch.randn_like(result)
+    result.backward(direction)
+    expected.backward(direction.double())
+    assert matrix.grad is not None
+    assert exact.grad is not None
+    assert (matrix.grad - exact.grad).norm() <= 1e-6 * exact.grad.norm()
+
+
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_matrix_exp_is_scipys(m: int, n: int) -> None:
     matrix = torch.randn(m, n, dtype=torch.float64)
