@@ -137,16 +137,26 @@ def block_convolution(outer: Tensor, inner: Tensor) -> Tensor:
     return kernel.transpose(0, 1).flip(list(range(2, inner.dim())))
 
 
+# Note [reflections]
+# With the reflection S = 2P - I, α = (1 + z) / 2 and β = (1 - z) / 2, a factor P + z (I - P) is
+# αI + βS. The kernel is kept by its coefficients of α^(m - i) β^i on each axis: a factor multiplies
+# each by S and adds the product to the next. Since |α|² + |β|² = 1, the change of basis does not
+# amplify rounding errors. It is undone at the end, by a table of integers over a power of two.
+#
 # Note [precision]
 # The kernel is a product of many matrices, each a little off, and must be orthogonal to rounding.
-# It is built in float64, whatever the dtype of the parameters, and rounded once: singular
-# values of a float32 kernel are then 1 to 1e-7. With products in float32 they are off by 8e-7 for
-# k = 3 and by more for larger kernels, and a training step of the kernel is a fifth faster.
+# What must be orthogonal itself, H and S, is computed in float64 whatever the dtype of the
+# parameters, and rounded. Products of these in float32 take the singular values off 1 by 6e-7 for
+# kernels of 3 × 3 at any width, and by more in proportion to the root of the number of factors
+# (twice as much if all projectors are equal). So they stay in float64 for more than _FEW factors,
+# and on accelerators, whose float32 products can have the accuracy of bfloat16 by a setting.
 # Gradients need no such care and are computed in the dtype of the parameters (at least float32).
 #
 # Note [gradient by hand]
 # Backpropagation through the Cholesky factorisation and the overlapping sums costs several times
 # the construction. The adjoint below takes two matrix products a stage, on saved float32 copies.
+
+_FEW = 6
 
 
 def _orthonormal_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,8 +174,8 @@ def _orthonormal_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
     gram = torch.bmm(matrix.mT, matrix)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     epsilon = torch.finfo(working).eps * (1 + matrix.shape[-2] / 8)
-    shift = diagonal.sum(-1, keepdim=True) * epsilon + least
-    factor = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand(diagonal.shape)))[0]
+    diagonal.add_(diagonal.sum(-1, keepdim=True), alpha=epsilon).add_(least)
+    factor = torch.linalg.cholesky_ex(gram)[0]
     columns = torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False)
     if polish:
         gram = torch.bmm(columns.mT, columns)
@@ -173,12 +183,24 @@ def _orthonormal_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return columns, factor
 
 
-def _orthonormal_adjoint(gradient: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
-    """Gradient with respect to the matrix, from that with respect to its orthonormal columns."""
-    inner = torch.bmm(columns.mT, gradient)
-    inner = inner.triu() + inner.triu(1).mT
+def _columns_adjoint(gradient: Tensor, inner: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
+    """Gradient of the matrix, from that of Q and its inner products with Q, made symmetric."""
     gradient = torch.baddbmm(gradient, columns, inner, alpha=-1)
     return torch.linalg.solve_triangular(factor, gradient, upper=False, left=False)
+
+
+def _basis(sizes: Sequence[int], like: Tensor, scale: float = 1) -> Tensor:
+    """Row i: coefficients of z^j in scale (1 + z)^(k - 1 - i) (1 - z)^i; products over the axes."""
+    table = like.new_full((1, 1), scale)
+    for size in sizes:
+        rows = []
+        for i in range(size):  # the recurrence of Krawtchouk's polynomials
+            row = [1, size - 1 - 2 * i]
+            for j in range(2, size):
+                row.append((row[1] * row[-1] - (size + 1 - j) * row[-2]) // j)
+            rows.append(row[:size])
+        table = torch.kron(table, like.new_tensor(rows))
+    return table
 
 
 class _BlockConvolution(torch.autograd.Function):
@@ -195,65 +217,88 @@ class _BlockConvolution(torch.autograd.Function):
         wide = rows < columns
         frame, frame_factor = _orthonormal_columns(seed.mT if wide else seed)
         bases, bases_factor = _orthonormal_columns(projectors.flatten(0, 1))
-        P = torch.bmm(bases, bases.mT).unflatten(0, (len(axes), groups))
-        kernel = (frame.mT if wide else frame).reshape(groups, rows, *stride, n)
-        kernel = kernel.movedim(1, -2).contiguous()  # (groups, *taps, rows, n)
+        S = torch.bmm(bases, 2 * bases.mT)
+        S.diagonal(dim1=-2, dim2=-1).sub_(1)
+        few = len(axes) <= _FEW and seed.device.type == "cpu"
+        dtype = torch.promote_types(seed.dtype, torch.float32) if few else bases.dtype
+        S = S.to(dtype).unflatten(0, (len(axes), groups))
+        kernel = (frame.mT if wide else frame).to(dtype, copy=True)
+        kernel = kernel.reshape(groups, rows, *stride, n).movedim(1, -2).contiguous()
+        if max(stride) > 1:
+            table = _basis(stride, kernel)
+            kernel = torch.matmul(table.mT, kernel.view(groups, len(table), -1)).view(kernel.shape)
         stages = []
-        for projector, axis in zip(P.unbind(), axes, strict=True):
+        for reflection, axis in zip(S.unbind(), axes, strict=True):
             stages.append(kernel)
-            kept = torch.bmm(kernel.flatten(1, -2), projector).view(kernel.shape)
-            taps, sizes = kernel.shape[axis], list(kernel.shape)
-            sizes[axis] += 1
-            longer = kernel.new_empty(sizes)
-            longer.narrow(axis, 0, taps).copy_(kept)
-            longer.narrow(axis, taps, 1).zero_()
-            longer.narrow(axis, 1, taps).add_(kernel).sub_(kept)
-            kernel = longer
-        return kernel, frame, frame_factor, bases, bases_factor, P, *stages
+            turned = torch.bmm(kernel.flatten(1, -2), reflection).view(kernel.shape)
+            first, rest = kernel.tensor_split([1], axis)
+            others, last = turned.tensor_split([-1], axis)
+            kernel = torch.cat((first, rest + others, last), axis)
+        return kernel, frame, frame_factor, bases, bases_factor, S, *stages
 
     @staticmethod
     def forward(
         seed: Tensor, projectors: Tensor, stride: tuple[int, ...], axes: tuple[int, ...]
     ) -> tuple[Tensor, ...]:
         kernel, *rest = _BlockConvolution.build(seed, projectors, stride, axes)
-        kernel = kernel.permute(0, -2, -1, *range(1, kernel.dim() - 2))
+        groups, *sizes, rows, n = kernel.shape
+        table = _basis(sizes, kernel, 0.5 ** (sum(sizes) - len(sizes)))
+        kernel = torch.matmul(table.mT, kernel.view(groups, len(table), -1))
+        kernel = kernel.view(groups, -1, rows, n).movedim(1, -1)
         kernel = kernel.to(seed.dtype, memory_format=torch.contiguous_format, copy=True)
         half = torch.promote_types(seed.dtype, torch.float32)
-        return kernel, *(tensor.to(half) for tensor in rest)
+        kernel = kernel.view(groups, rows, n, *sizes)
+        return kernel, table.to(half), *(tensor.to(half) for tensor in rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.stride, ctx.axes = inputs[2:]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:2], *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        seed, projectors, *rest = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None, None, None
+        seed, projectors, table, *rest = ctx.saved_tensors
         with torch.autocast(seed.device.type, enabled=False):
             if torch.is_grad_enabled():  # for second derivatives
                 rest = _BlockConvolution.build(seed, projectors, ctx.stride, ctx.axes)[1:]
-            frame, frame_factor, bases, bases_factor, P, *stages = rest
-            gradient = gradient.to(frame.dtype)
-            gradient = gradient.permute(0, *range(3, gradient.dim()), 1, 2).contiguous()
+                rest = [tensor.to(table.dtype) for tensor in rest]
+            frame, frame_factor, bases, bases_factor, S, *stages = rest
+            groups, rows, n, *sizes = gradient.shape
+            gradient = gradient.to(table.dtype).reshape(groups, rows * n, -1)
+            gradient = torch.matmul(table, gradient.mT).view(groups, *sizes, rows, n)
             gradients = []
-            for kernel, projector, axis in reversed(
-                list(zip(stages, P.unbind(), ctx.axes, strict=True))
+            for kernel, reflection, axis in reversed(
+                list(zip(stages, S.unbind(), ctx.axes, strict=True))
             ):
-                taps = kernel.shape[axis]
-                low, high = gradient.narrow(axis, 0, taps), gradient.narrow(axis, 1, taps)
-                kept = (low - high).flatten(1, -2)
-                gradients.append(torch.bmm(kernel.flatten(1, -2).mT, kept))
-                gradient = torch.baddbmm(high.flatten(1, -2), kept, projector).view(kernel.shape)
+                taps, before = kernel.shape[axis], math.prod(kernel.shape[1:axis])
+                gradient = gradient.view(groups * before, taps + 1, -1)
+                low, high = (gradient.narrow(1, i, taps).view(len(gradient), -1, n) for i in (0, 1))
+                product = torch.bmm(kernel.view(low.shape).mT, high)
+                if before > 1:
+                    product = product.view(groups, before, n, n).sum(1)
+                    reflection = reflection.repeat_interleave(before, 0)  # noqa: PLW2901
+                gradients.append(product)
+                gradient = torch.baddbmm(low, high, reflection).view(kernel.shape)
             of_bases = torch.zeros_like(bases)
             if gradients:
-                of_projectors = torch.cat(gradients[::-1])
-                of_bases = torch.bmm(of_projectors + of_projectors.mT, bases)
-            of_bases = _orthonormal_adjoint(of_bases, bases, bases_factor)
+                of_reflections = torch.cat(gradients[::-1])
+                of_bases = torch.bmm(of_reflections + of_reflections.mT, 2 * bases)
+                inner = torch.bmm(bases.mT, of_bases)  # symmetric already
+                of_bases = _columns_adjoint(of_bases, inner, bases, bases_factor)
+            if max(ctx.stride) > 1:
+                powers = _basis(ctx.stride, gradient)
+                taps = torch.matmul(powers, gradient.view(groups, len(powers), -1))
+                gradient = taps.view(gradient.shape)
             of_seed = gradient.movedim(-2, 1).reshape(seed.shape)
             wide = seed.shape[-2] < seed.shape[-1]
             of_seed = of_seed.mT if wide else of_seed
-            of_seed = _orthonormal_adjoint(of_seed, frame, frame_factor)
+            inner = torch.bmm(frame.mT, of_seed)
+            inner = inner.triu() + inner.triu(1).mT
+            of_seed = _columns_adjoint(of_seed, inner, frame, frame_factor)
             of_seed = of_seed.mT if wide else of_seed
         of_bases = of_bases.view(projectors.shape).to(projectors.dtype)
         return of_seed.to(seed.dtype), of_bases, None, None
@@ -277,11 +322,11 @@ def bcop_kernel(
 
     **Guaranteed** for any ``seed`` and ``projectors``: all singular values of the circular
     convolution are at most 1, at every image size that the stride divides. They are equal to 1
-    (1e-7 in float32, whatever the size of the kernel) if the matrices have full rank. A matrix
-    m × n with condition number κ takes :math:`2^{-56} m n κ^2` away from them, which stays below
-    1e-7 up to κ = 300 for m = n = 256 (Adam at a learning rate of 0.1 led to κ = 150); float64 is
-    exact much further. **Not guaranteed**: that every orthogonal convolution is of this form. In
-    one dimension it is, with projectors of all ranks; in two it is not.
+    (1e-6 in float32, at any width and for all kernel sizes) if the matrices have full rank. A
+    matrix m × n with condition number κ takes :math:`2^{-56} m n κ^2` away from them, which stays
+    below 1e-7 up to κ = 300 for m = n = 256 (Adam at a learning rate of 0.1 led to κ = 150);
+    float64 is exact much further. **Not guaranteed**: that every orthogonal convolution is of this
+    form. In one dimension it is, with projectors of all ranks; in two it is not.
 
     Parameters
     ----------
@@ -308,8 +353,10 @@ def bcop_kernel(
     Notes
     -----
     Cost of a k × k kernel with n channels: 1 + 2 + 4 + 6 + ... products of n × n matrices (13
-    for k = 3), and one Cholesky factorisation for each projector. First and second derivatives by
-    reverse mode; none by forward mode.
+    for k = 3), twice as many for the gradient, and one Cholesky factorisation for each projector.
+    Products are in float32 on a processor if the factors are few (up to 3 × 3, or 3 × 3 × 3),
+    which leaves singular values off 1 by 6e-7, and in float64 otherwise, which leaves 1e-7. First
+    and second derivatives by reverse mode; none by forward mode.
 
     Examples
     --------
