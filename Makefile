@@ -53,7 +53,7 @@ faults: $(READY) ## plant faults in a copy of the library and see the tests catc
 
 bench: ## measure the layers beside their peers, in an environment of its own
 	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[bench]'
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[bench,lab]'
 	$(BENCH)/bin/python -m benchmarks
 
 pages: $(READY) ## open every built page in Chromium: no outside request, no console error

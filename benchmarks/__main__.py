@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.tables import Table, tables
-from benchmarks.timing import ratios, side_by_side
+from benchmarks.plot import figure
+from benchmarks.tables import tables
+from benchmarks.timing import Rounds, Table, peak_bytes, ratios, side_by_side
 
 PACKAGES = ("lipbook", "torch", "numpy", "orthogonium", "deel-torchlip", "geotorch")
 
@@ -40,26 +41,34 @@ def facts(arguments: list[str], rounds: int, seed: int) -> Iterator[str]:
     )
 
 
-def measured(table: Table, rounds: int) -> Iterator[str]:
-    """Lines of a Markdown table: milliseconds, ratios over the rounds, exactness."""
-    steps = {name: table.step(module) for name, module in table.modules.items()}
-    times = list(side_by_side(steps, rounds))
-    yield f"## {table.title}"
+def measured(table: Table, rounds: int) -> Rounds:
+    """Seconds of each step in each round, or bytes, of which one round says all."""
+    if table.unit == "MB":
+        return [{name: peak_bytes(step) for name, step in table.steps.items()}]
+    return list(side_by_side(table.steps, rounds))
+
+
+def written(table: Table, rounds: Rounds) -> Iterator[str]:
+    """Lines of a Markdown table: milliseconds or megabytes, ratios over the rounds, exactness."""
+    scale, what = (1e3, "time") if table.unit == "ms" else (1e-6, "bytes")
+    spread = ": median (least – largest)" if len(rounds) > 1 else ""
+    last = " max abs(σ - 1) |" if table.exactness else ""
+    yield f"## {table.family}: {table.label}"
     yield ""
-    yield f"| | ms | time / {table.reference}: median (least – largest) | max abs(σ - 1) |"
-    yield "|---|---|---|---|"
-    for name, (least, median, largest) in ratios(times, table.reference).items():
-        milliseconds = 1e3 * statistics.median(round_[name] for round_ in times)
-        exact = f"{table.exactness(table.modules[name]):.0e}" if table.exactness else ""
-        ratio = f"{median:.2f} ({least:.2f} – {largest:.2f})"
-        yield f"| {name} | {milliseconds:.2f} | {ratio} | {exact} |"
+    yield f"| | {table.unit} | {what} / {table.reference}{spread} |{last}"
+    yield "|---|---|---|" + ("---|" if table.exactness else "")
+    for name, (least, median, largest) in ratios(rounds, table.reference).items():
+        value = scale * statistics.median(round_[name] for round_ in rounds)
+        ratio = f"{median:.2f} ({least:.2f} – {largest:.2f})" if spread else f"{median:.2f}"
+        exact = f" {table.exactness[name]:.0e} |" if name in table.exactness else " |" * bool(last)
+        yield f"| {name} | {value:.2f} | {ratio} |{exact}"
     yield ""
 
 
 def main(arguments: list[str]) -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description="Measure the layers beside their peers.")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--to", type=Path, default=Path(__file__).with_name("results.md"))
     options = parser.parse_args(arguments)
@@ -70,11 +79,17 @@ def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore")  # of the peers
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    lines = ["# Speed, side by side", ""]
-    lines += [*facts(arguments, options.rounds, 0), ""]
+    drawing = options.to.with_suffix(".svg")
+    lines = ["# Speed, side by side", "", *facts(arguments, options.rounds, 0), ""]
+    lines += [f"![The tables below as a figure]({drawing.name})", ""]
+    results = []
     for table in tqdm(tables(), unit="table", disable=None):
-        lines += measured(table, options.rounds)
+        rounds = measured(table, options.rounds)
+        lines += written(table, rounds)
+        results.append((table, rounds))
     unfinished = options.to.with_suffix(".partial")
+    figure(results, unfinished)
+    unfinished.replace(drawing)
     unfinished.write_text("\n".join(lines))
     unfinished.replace(options.to)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from deel import torchlip
 from geotorch import orthogonal as geotorch_orthogonal
+from orthogonium.layers.conv.adaptiveSOC import AdaptiveSOCConv2d
 from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
+from orthogonium.layers.conv.SLL import SDPBasedLipschitzResBlock
 from orthogonium.layers.linear import OrthoLinear
 from orthogonium.reparametrizers import (
     CHOLESKY_STABLE_ORTHO_PARAMS,
@@ -18,22 +22,26 @@ from orthogonium.reparametrizers import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lipbook.convolutions import NonexpansiveConv2d, OrthogonalConv2d
+from benchmarks.timing import Step, Table
+from lipbook.convolutions import (
+    CayleyConv2d,
+    NonexpansiveConv2d,
+    OrthogonalConv2d,
+    SkewOrthogonalConv2d,
+)
+from lipbook.export import freeze
 from lipbook.norms import circular_convolution_singular_values
 from lipbook.orthogonal import OrthogonalLinear
+from lipbook.residual import CPLConv2d, SLLConv2d
+
+AOC = "orthogonium AOC, Björck (default)"
+PLAIN = "torch Conv2d, circular"
 
 
-class Table(NamedTuple):
-    """Modules under comparison; ratios are to the time of ``reference``."""
-
-    title: str
-    reference: str
-    step: Callable[[Any], Callable[[], object]]
-    modules: dict[str, Any]
-    exactness: Callable[[Any], float] | None
+# ------------------------------------------------------------------------- steps and exactness
 
 
-def weight_step(module: Any) -> Callable[[], object]:
+def weight_step(module: Any) -> Step:
     """Compute the constrained weight, and the gradient of the raw parameters."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     direction = torch.randn_like(module.weight)
@@ -44,7 +52,7 @@ def weight_step(module: Any) -> Callable[[], object]:
     return step
 
 
-def training_step(module: Any, shape: tuple[int, ...]) -> Callable[[], object]:
+def training_step(module: Any, shape: tuple[int, ...]) -> Step:
     """Forward, and backward to the parameters and to the input, as inside a network."""
     x = torch.randn(shape, requires_grad=True)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -54,6 +62,36 @@ def training_step(module: Any, shape: tuple[int, ...]) -> Callable[[], object]:
         return torch.autograd.grad(module(x), [x, *parameters], direction, allow_unused=True)
 
     return step
+
+
+def evaluation_step(module: Any, shape: tuple[int, ...]) -> Step:
+    """Forward in evaluation mode, without gradients."""
+    x = torch.randn(shape)
+    module.eval()
+
+    def step() -> object:
+        with torch.no_grad():
+            return module(x)
+
+    return step
+
+
+def moved(module: Any) -> Any:
+    """Take the raw parameters three steps along gradients: a start is a special point.
+
+    Each step is a tenth as long as the parameters of an orthogonal matrix of that shape. The raw
+    parameters of some peers are orthogonal at the start, where their iterations stop at once.
+    """
+    for _ in range(3):
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        loss = (module.weight * torch.randn_like(module.weight)).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None and parameter.dim() > 1:
+                    length = 0.1 * math.sqrt(parameter.numel() / max(parameter.shape[-2:]))
+                    parameter.sub_(length * gradient / gradient.norm().clamp(min=1e-12))
+    return module
 
 
 def matrix_defect(module: Any) -> float:
@@ -69,48 +107,174 @@ def kernel_defect(module: Any) -> float:
     return (values - 1).abs().max().item()
 
 
+# ----------------------------------------------------------------------------------- floors
+
+
+def kernel_floor(c: int, stride: int) -> Step:
+    """BCOP's matrix products, Cholesky factorisations and triangular solves, and nothing else."""
+    extra = 3 - stride
+    seed, projectors = torch.randn(1, c, c * stride**2), torch.randn(2 * extra, c, c // 2)
+    seeds, bases = (tensor.double() for tensor in (seed.mT.contiguous(), projectors))
+    spd = [tall.mT @ tall for tall in (seeds, bases)]
+    triangles = [torch.linalg.cholesky(gram).mT for gram in spd]
+    lower = [triangle.mT.float() for triangle in triangles]
+    square = torch.randn(c, c)
+    taps = []
+    counts = [stride, stride]
+    for turn in range(2 * extra):
+        taps.append(torch.randn(math.prod(counts) * c, c))
+        counts[turn % 2] += 1
+    frame, small = seeds.float(), torch.randn(2 * extra, c // 2, c // 2)
+
+    def step() -> object:
+        for tall, gram, triangle in zip((seeds, bases), spd, triangles, strict=True):
+            _ = tall.mT @ tall
+            torch.linalg.cholesky_ex(gram)
+            torch.linalg.solve_triangular(triangle, tall, upper=True, left=False)
+        _ = bases @ bases.mT
+        for tap in taps:
+            _ = tap @ square  # the kernel, and twice its adjoint
+            _ = tap @ square
+            _ = tap.mT @ tap
+        _ = square @ projectors
+        _ = projectors.mT @ projectors
+        _ = projectors @ small
+        torch.linalg.solve_triangular(lower[1], projectors, upper=False, left=False)
+        _ = frame.mT @ frame
+        _ = frame @ square
+        return torch.linalg.solve_triangular(lower[0], frame, upper=False, left=False)
+
+    return step
+
+
+def cayley_floor(n: int) -> dict[str, Step]:
+    """Invert, and take the two products of the adjoint: what any Cayley transform has to do.
+
+    LAPACK's inverse in float32 leaves errors of 1e-6 at best, those of products in float64 round
+    to 1e-7.
+    """
+    matrix = torch.randn(n, n)
+    system = torch.eye(n) + (matrix - matrix.mT) / math.sqrt(n)
+    double = system.double()
+    halves = []  # what elimination by halves multiplies, down to 64 rows
+    size = n // 2
+    while size >= 64:
+        halves.append((6 * n // (2 * size), torch.randn(size, size, dtype=torch.float64)))
+        size //= 2
+    blocks = double[: 2 * size, : 2 * size].expand(n // (2 * size), -1, -1)
+
+    def lapack() -> object:
+        torch.linalg.inv_ex(system)
+        return (matrix @ system) @ system
+
+    def products() -> object:
+        for count, half in halves:
+            for _ in range(count):
+                _ = half @ half
+        torch.linalg.inv_ex(blocks)
+        return (matrix @ system) @ system
+
+    return {
+        "floor: LAPACK's inverse, 2 products": lapack,
+        "floor: products in float64, 2 products": products,
+    }
+
+
+def qr_floor(n: int) -> Step:
+    """Decompose by LAPACK in float32, then two products and a triangular solve of the adjoint."""
+    matrix = torch.randn(n, n)
+    triangle = torch.linalg.qr(matrix).R
+
+    def step() -> object:
+        torch.linalg.qr(matrix)
+        product = (matrix.mT @ matrix) @ matrix
+        return torch.linalg.solve_triangular(triangle, product, upper=True, left=False)
+
+    return step
+
+
+# ----------------------------------------------------------------------------------- tables
+
+
 def kernels(c: int, stride: int) -> Table:
     """Kernels of orthogonal convolutions."""
     aoc: dict[str, Any] = {"padding": 1, "bias": False, "stride": stride}
+    modules = {
+        "lipbook BCOP": OrthogonalConv2d(c, c, 3, stride=stride, bias=False),
+        AOC: AdaptiveOrthoConv2d(c, c, 3, **aoc),
+        "orthogonium AOC, QR": AdaptiveOrthoConv2d(c, c, 3, ortho_params=QR_ORTHO_PARAMS, **aoc),
+        "orthogonium AOC, Cholesky": AdaptiveOrthoConv2d(
+            c, c, 3, ortho_params=CHOLESKY_STABLE_ORTHO_PARAMS, **aoc
+        ),
+    }
+    steps = {name: weight_step(moved(module)) for name, module in modules.items()}
     return Table(
-        f"Kernel of a 3 × 3 convolution and its gradient, {c} to {c} channels, stride {stride}",
-        "orthogonium AOC, Björck (default)",
-        weight_step,
-        {
-            "lipbook BCOP": OrthogonalConv2d(c, c, 3, stride=stride, bias=False),
-            "orthogonium AOC, Björck (default)": AdaptiveOrthoConv2d(c, c, 3, **aoc),
-            "orthogonium AOC, QR": AdaptiveOrthoConv2d(
-                c, c, 3, ortho_params=QR_ORTHO_PARAMS, **aoc
-            ),
-            "orthogonium AOC, Cholesky": AdaptiveOrthoConv2d(
-                c, c, 3, ortho_params=CHOLESKY_STABLE_ORTHO_PARAMS, **aoc
-            ),
-        },
-        kernel_defect,
+        "Kernel of a 3 × 3 convolution and its gradient",
+        f"{c} channels, stride {stride}",
+        AOC,
+        steps | {"floor: products, Cholesky, solves": kernel_floor(c, stride)},
+        {name: kernel_defect(module) for name, module in modules.items()},
     )
+
+
+def convolutions(c: int, size: int, stride: int) -> dict[str, Any]:
+    """Build the layers of the tables of training, from c to c channels."""
+    around: dict[str, Any] = {"padding": 1, "padding_mode": "circular", "stride": stride}
+    layers = {
+        PLAIN: nn.Conv2d(c, c, 3, **around),
+        "torch Conv2d, zeros": nn.Conv2d(c, c, 3, padding=1, stride=stride),
+        "torch spectral_norm, circular": parametrizations.spectral_norm(
+            nn.Conv2d(c, c, 3, **around)
+        ),
+        "lipbook BCOP": OrthogonalConv2d(c, c, 3, stride=stride),
+        "lipbook AOL": NonexpansiveConv2d(c, c, 3, stride=stride),
+        "lipbook RKO": NonexpansiveConv2d(c, c, 3, stride=stride, method="rko"),
+        "lipbook SOC": SkewOrthogonalConv2d(c, c, 3, stride=stride),
+        "lipbook Cayley": CayleyConv2d(c, c, 3, image_size=size, stride=stride),
+        AOC: AdaptiveOrthoConv2d(c, c, 3, **around),
+        "torchlip SpectralConv2d": torchlip.SpectralConv2d(c, c, 3, **around),
+    }
+    if stride == 1:  # residual blocks keep the shape
+        layers["lipbook SLL, residual"] = SLLConv2d(c)
+        layers["lipbook CPL, residual"] = CPLConv2d(c)
+        layers["orthogonium SLL, residual"] = SDPBasedLipschitzResBlock(c, 1)
+        layers["orthogonium SOC, adaptive"] = AdaptiveSOCConv2d(c, c, 3, padding=1)
+    return layers
 
 
 def training(c: int, size: int, stride: int, batch: int = 64) -> Table:
     """Training steps of convolutions on images."""
-    around: dict[str, Any] = {"padding": 1, "padding_mode": "circular", "stride": stride}
+    shape = (batch, c, size, size)
+    layers = convolutions(c, size, stride)
     return Table(
-        f"Training step, {c} to {c} channels, 3 × 3, stride {stride}, {size} × {size}, "
-        f"batch {batch}",
-        "torch Conv2d, circular",
-        lambda module: training_step(module, (batch, c, size, size)),
-        {
-            "torch Conv2d, circular": nn.Conv2d(c, c, 3, **around),
-            "torch Conv2d, zeros": nn.Conv2d(c, c, 3, padding=1, stride=stride),
-            "torch spectral_norm, circular": parametrizations.spectral_norm(
-                nn.Conv2d(c, c, 3, **around)
-            ),
-            "lipbook BCOP": OrthogonalConv2d(c, c, 3, stride=stride),
-            "lipbook AOL": NonexpansiveConv2d(c, c, 3, stride=stride),
-            "lipbook RKO": NonexpansiveConv2d(c, c, 3, stride=stride, method="rko"),
-            "orthogonium AOC, Björck (default)": AdaptiveOrthoConv2d(c, c, 3, **around),
-            "torchlip SpectralConv2d": torchlip.SpectralConv2d(c, c, 3, **around),
-        },
-        None,
+        f"Training step of a 3 × 3 convolution, batch {batch}",
+        f"{c} channels, stride {stride}, {size} × {size}",
+        PLAIN,
+        {name: training_step(layer, shape) for name, layer in layers.items()},
+        {},
+    )
+
+
+def evaluation(c: int, size: int, stride: int, batch: int) -> Table:
+    """Forward passes of layers that are not trained any more."""
+    around: dict[str, Any] = {"padding": 1, "padding_mode": "circular", "stride": stride}
+    ours = OrthogonalConv2d(c, c, 3, stride=stride)
+    torchlips = torchlip.SpectralConv2d(c, c, 3, **around)
+    layers: dict[str, Any] = {
+        PLAIN: nn.Conv2d(c, c, 3, **around),
+        "lipbook BCOP": ours,
+        "lipbook BCOP, frozen": freeze(ours),
+        AOC: AdaptiveOrthoConv2d(c, c, 3, **around),
+        "torchlip SpectralConv2d": torchlips,
+        "torchlip SpectralConv2d, exported": torchlips.vanilla_export(),
+    }
+    shape = (batch, c, size, size)
+    return Table(
+        f"Evaluation of a 3 × 3 convolution, {c} channels, {size} × {size}",
+        f"stride {stride}, batch {batch}",
+        PLAIN,
+        {name: evaluation_step(layer, shape) for name, layer in layers.items()},
+        {},
     )
 
 
@@ -131,12 +295,62 @@ def dense(n: int) -> Table:
         "torchlip SpectralLinear": torchlip.SpectralLinear(n, n),
     }
     geotorch_orthogonal(modules["geotorch orthogonal"], "weight")
+    steps = {name: weight_step(moved(module)) for name, module in modules.items()}
+    floors = cayley_floor(n) | {"floor: LAPACK's QR, 2 products, solve": qr_floor(n)}
     return Table(
-        f"Orthogonal {n} × {n} weight and its gradient",
+        "Orthogonal square weight and its gradient",
+        f"{n} × {n}",
         "torch cayley",
-        weight_step,
-        modules,
-        matrix_defect,
+        steps | floors,
+        {name: matrix_defect(module) for name, module in modules.items()},
+    )
+
+
+def memory(c: int, size: int, stride: int, batch: int = 64) -> Table:
+    """Tensors that a training step of a convolution holds at once."""
+    shape = (batch, c, size, size)
+    layers = convolutions(c, size, stride)
+    return Table(
+        "Peak memory of a training step",
+        f"3 × 3, {c} channels, stride {stride}, {size} × {size}, batch {batch}",
+        PLAIN,
+        {name: training_step(layer, shape) for name, layer in layers.items()},
+        {},
+        "MB",
+    )
+
+
+def networks(batch: int = 64) -> Table:
+    """Four layers, as they follow each other in a classifier of images of 32 × 32 pixels."""
+
+    def network(convolution: Callable[..., nn.Module], linear: Callable[..., nn.Module]) -> Any:
+        circular: dict[str, Any] = {"padding": 1, "padding_mode": "circular"}
+        return nn.Sequential(
+            convolution(3, 32, 3, **circular),
+            nn.ReLU(),
+            convolution(32, 32, 3, **circular),
+            nn.ReLU(),
+            convolution(32, 64, 3, stride=2, **circular),
+            nn.ReLU(),
+            nn.Flatten(),
+            linear(64 * 16 * 16, 10),
+        )
+
+    layers = {
+        PLAIN: network(nn.Conv2d, nn.Linear),
+        "lipbook BCOP": network(OrthogonalConv2d, OrthogonalLinear),
+        "lipbook AOL": network(NonexpansiveConv2d, OrthogonalLinear),
+        AOC: network(AdaptiveOrthoConv2d, OrthoLinear),
+        "torchlip SpectralConv2d": network(torchlip.SpectralConv2d, torchlip.SpectralLinear),
+    }
+    shape = (batch, 3, 32, 32)
+    return Table(
+        "Peak memory of a training step",
+        f"a network of three convolutions and a matrix, batch {batch}",
+        PLAIN,
+        {name: training_step(copy.deepcopy(layer), shape) for name, layer in layers.items()},
+        {},
+        "MB",
     )
 
 
@@ -144,7 +358,12 @@ def tables() -> Iterator[Table]:
     """Build all tables, one after the other."""
     for c, stride in ((64, 1), (128, 1), (256, 1), (64, 2), (128, 2)):
         yield kernels(c, stride)
-    yield training(64, 16, 1)
-    yield training(64, 16, 2)
-    yield dense(128)
-    yield dense(512)
+    for stride in (1, 2):
+        yield training(64, 16, stride)
+    for n in (128, 512):
+        yield dense(n)
+    for stride, batch in ((1, 64), (2, 64), (1, 1)):
+        yield evaluation(64, 16, stride, batch)
+    for stride in (1, 2):
+        yield memory(64, 16, stride)
+    yield networks()

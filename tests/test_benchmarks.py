@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.timing import ratios, seconds_of, side_by_side
+from benchmarks.plot import figure
+from benchmarks.timing import Table, peak_bytes, ratios, seconds_of, side_by_side
 
 TOP = Path(__file__).resolve().parents[1]
 
@@ -44,6 +46,36 @@ def test_steps_take_turns_and_run_for_the_least_time() -> None:
 def test_ratios_are_taken_round_by_round() -> None:
     times = [{"a": 2.0, "b": 1.0}, {"a": 8.0, "b": 2.0}, {"a": 9.0, "b": 3.0}]
     assert ratios(times, "b") == {"a": (2.0, 3.0, 4.0), "b": (1.0, 1.0, 1.0)}
+
+
+def test_peak_is_what_a_step_holds_at_once() -> None:
+    kept = torch.ones(1000)
+
+    def step() -> object:
+        first = kept + 1  # 4000 bytes
+        second = first + 1  # 8000
+        del first  # 4000
+        return second + 1  # 8000
+
+    assert 8000 <= peak_bytes(step) < 9000
+    assert 12000 <= peak_bytes(lambda: (step(), step())) < 13000
+
+
+def test_figure_has_a_panel_for_each_family_and_the_same_bytes_again(tmp_path: Path) -> None:
+    steps = {name: lambda: None for name in ("mine", "theirs")}
+    families = ("Speed", "Speed", "Memory")
+    units = ("ms", "ms", "MB")
+    results = [
+        (Table(family, f"size {i}", "theirs", steps, {}, unit), [{"mine": 1.0 + i, "theirs": 2.0}])
+        for i, (family, unit) in enumerate(zip(families, units, strict=True))
+    ]
+    figure(results, tmp_path / "first.svg")
+    figure(results, tmp_path / "second.svg")
+    svg = (tmp_path / "first.svg").read_text()
+    assert svg == (tmp_path / "second.svg").read_text()
+    assert len(re.findall(r'<g id="axes_\d+">', svg)) == 2
+    for text in ("Speed", "Memory", "mine", "theirs", "size 0", "size 2", "bytes / theirs"):
+        assert f"<!-- {text} -->" in svg
 
 
 def test_the_stored_table_says_how_it_was_made() -> None:
