@@ -757,8 +757,9 @@ def cayley_kernel(weight: Tensor, image_size: Size) -> Tensor:
 def circular_pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     r"""Circular padding: continues the last axes periodically.
 
-    The values of :func:`torch.nn.functional.pad` in mode ``"circular"``, from two copies that
-    have two copies as their adjoint: three times as fast with the backward pass on a CPU.
+    The values of :func:`torch.nn.functional.pad` in mode ``"circular"``, which is called where no
+    gradient is asked for. Otherwise they are made by copies that have copies as their adjoint:
+    three times as fast with the backward pass on a CPU.
 
     Parameters
     ----------
@@ -782,10 +783,13 @@ def circular_pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     >>> circular_pad(torch.arange(5), [(2, 1)])
     tensor([3, 4, 0, 1, 2, 3, 4, 0])
     """
+    for size, pair in zip(x.shape[x.dim() - len(pads) :], pads, strict=True):
+        if max(pair) > size:
+            raise ValueError(f"pads must be at most the size {size}, got {pair}")
+    if len(pads) + 2 == x.dim() <= 5 and not (x.requires_grad and torch.is_grad_enabled()):
+        return functional.pad(x, [pad for pair in reversed(pads) for pad in pair], "circular")
     for axis, (before, after) in zip(range(-1, -len(pads) - 1, -1), reversed(pads), strict=True):
         size = x.shape[axis]
-        if max(before, after) > size:
-            raise ValueError(f"pads must be at most the size {size}, got {(before, after)}")
         if before + after > size:
             x = torch.cat(
                 [x.narrow(axis, size - before, before), x, x.narrow(axis, 0, after)], axis

@@ -276,6 +276,22 @@ def test_folded_boxes_open(browser: Any) -> None:
     page.close()
 
 
+def test_a_slider_shows_one_frame_at_a_time(browser: Any) -> None:
+    page = browser.new_page(color_scheme="light")
+    page.goto((HTML / "book" / "wasserstein.html").as_uri(), wait_until="load")
+    figure = page.locator("figure.lip-slider").first
+    frames = figure.locator("img")
+    assert frames.count() > 2
+    slider = figure.locator("input")
+    for key, shown in (("End", frames.count() - 1), ("ArrowLeft", frames.count() - 2), ("Home", 0)):
+        slider.press(key)
+        visible = [k for k in range(frames.count()) if frames.nth(k).is_visible()]
+        assert visible == [shown]
+        value = frames.nth(shown).get_attribute("data-value")
+        assert figure.locator("output").inner_text() == value
+    page.close()
+
+
 def test_the_page_for_missing_pages_works_at_any_depth(browser: Any) -> None:
     text = (HTML / "404.html").read_text("utf-8")
     prefix = re.search(r'href="(/[^"]*?)_static/', text)
