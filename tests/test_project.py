@@ -37,8 +37,12 @@ FLOORS = {
     "convolutions": 3,
     "residual": 4,
     "wasserstein": 5,
+    "losses": 5,
+    "rounding": 5,
     "export": 6,
-    "lab": 7,
+    "robustness": 6,
+    "attacks": 7,
+    "lab": 8,
 }
 
 

@@ -1,0 +1,658 @@
+"""Certificates: what they say, what they report, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lipbook import attacks, robustness, rounding
+from lipbook.activations import Householder, MaxMin
+from lipbook.attacks import attacked_accuracy, fgsm, pgd
+from lipbook.composition import Residual
+from lipbook.convolutions import (
+    CayleyConv2d,
+    OrthogonalConv2d,
+    SkewOrthogonalConv2d,
+)
+from lipbook.orthogonal import InfinityNormLinear, OrthogonalLinear, UnitNormLinear
+from lipbook.residual import SLLLinear
+from lipbook.robustness import (
+    Accuracy,
+    Certificate,
+    Standardize,
+    certified_radius,
+    certify,
+    certify_by_smoothing,
+    smoothed_radius,
+    wilson_interval,
+)
+from lipbook.rounding import (
+    forward_error,
+    rigorous_matrix_norm,
+)
+
+INF = math.inf
+EXPONENTS = (1.0, 2.0, INF)
+
+# ------------------------------------------------------------------------ the margin's radius
+
+
+def test_radii_on_paper() -> None:
+    logits, labels = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 5.0]]), torch.tensor([0, 1])
+    for p, factor in ((1, 1.0), (2, math.sqrt(2)), (INF, 2.0), (4, 2 ** (3 / 4))):
+        radius = certified_radius(logits, labels, 0.5, p)
+        torch.testing.assert_close(radius, torch.tensor([1 / (0.5 * factor), 0.0]).double())
+
+
+def test_radii_with_a_head_on_paper() -> None:
+    logits, labels = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])
+    head = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
+    expected = {1: min(2 / 4, 1 / 1), 2: min(2 / 5, 1 / 1), INF: min(2 / 7, 1 / 1)}
+    for p, radius in expected.items():
+        assert certified_radius(logits, labels, 2.0, p, head=head).item() == pytest.approx(
+            radius / 2
+        )
+
+
+def test_a_difference_that_no_input_moves_bounds_nothing() -> None:
+    head = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0])
+    radius = certified_radius(torch.tensor([[2.0, 1.0, 0.0]]), labels, head=head)
+    assert radius.item() == pytest.approx(2 / math.sqrt(2))
+    tied = certified_radius(torch.tensor([[2.0, 2.0, 0.0]]), labels, head=head)
+    assert tied.item() == 0
+
+
+def test_the_radius_of_a_sign() -> None:
+    outputs, labels = torch.tensor([3.0, -1.0, 2.0]), torch.tensor([1, -1, -1])
+    assert certified_radius(outputs, labels, 2.0).tolist() == [1.5, 0.5, 0.0]
+
+
+@given(st.integers(2, 5), st.integers(1, 6), st.integers(0, 999), st.sampled_from(EXPONENTS))
+def test_the_radius_of_a_linear_classifier_is_attained(
+    classes: int, features: int, seed: int, p: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    head, x = draw(classes, features), draw(1, features)
+    logits = x @ head.mT
+    label = logits.argmax(1)
+    radius = certified_radius(logits, label, p=p, head=head)
+    steps = []
+    for j in set(range(classes)) - {label.item()}:
+        direction = head[j] - head[label[0]]
+        if p == 2:
+            unit = direction / direction.norm()
+        elif p == INF:
+            unit = direction.sign()
+        else:
+            top = direction.abs().argmax()
+            unit = functional.one_hot(top, features) * direction[top].sign()
+        steps.append(x + radius * unit)
+    for factor, kept in ((0.999, True), (1.001, False)):
+        points = x + factor * (torch.cat(steps) - x)
+        assert bool(((points @ head.mT).argmax(1) == label).all()) == kept
+
+
+def test_with_an_orthonormal_head_the_two_forms_agree() -> None:
+    head = torch.linalg.qr(torch.randn(8, 4, dtype=torch.float64)).Q.mT
+    logits = torch.randn(9, 4, dtype=torch.float64)
+    labels = logits.argmax(1)
+    plain = certified_radius(logits, labels, 3.0)
+    torch.testing.assert_close(certified_radius(logits, labels, 3.0, head=head), plain)
+
+
+# --------------------------------------------------------------------------------- certificates
+
+
+def trained_like(p: float = 2) -> nn.Sequential:
+    """A net of the usual shape with large margins, without training."""
+    torch.manual_seed(0)
+    if p == INF:
+        layers = [InfinityNormLinear(6, 8), MaxMin(), InfinityNormLinear(8, 8), MaxMin()]
+    else:
+        layers = [OrthogonalLinear(6, 8), MaxMin(), OrthogonalLinear(8, 8), MaxMin()]
+    return nn.Sequential(*layers, UnitNormLinear(8, 4)).eval()
+
+
+def points(n: int = 200) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = 3 * torch.randn(n, 6, generator=generator)
+    return x, torch.randint(4, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("sound", [True, False])
+def test_certified_points_withstand_the_attack(p: float, sound: bool) -> None:
+    net, (x, y) = trained_like(p), points()
+    certificate = certify(net, [(x, y)], (6,), p, sound=sound)
+    assert certificate.radius.max() > 0.1
+    predicted = certificate.predictions
+    moved = pgd(net, x, predicted, certificate.radius, p, steps=20, restarts=2)
+    with torch.no_grad():
+        assert (net(moved).argmax(1) == predicted).all()
+
+
+@pytest.mark.parametrize("p", [2.0, INF])
+def test_certified_is_at_most_attacked_and_the_gap_is_small(p: float) -> None:
+    net, (x, _) = trained_like(p), points()
+    loader = [(x, net(x).argmax(1))]
+    certificate = certify(net, loader, (6,), p)
+    for epsilon in (0.05, 1.0):
+        certified = certificate.certified_accuracy(epsilon).value
+        for attack, options in ((pgd, {"steps": 15}), (fgsm, {})):
+            attacked = attacked_accuracy(net, loader, epsilon, p, attack=attack, **options).value
+            assert certified <= attacked
+    assert attacked_accuracy(net, loader, 20.0, p, steps=15).value < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_the_radius_of_a_linear_program_is_attained(dtype: torch.dtype, p: float) -> None:
+    net = nn.Sequential(nn.Linear(6, 2)).eval().to(dtype)
+    x = points(20)[0].to(dtype)
+    certificate = certify(net, [(x, torch.zeros(20, dtype=torch.int64))], (6,), p)
+    predicted = certificate.predictions
+    for factor, kept in ((0.999, True), (1.001, False)):
+        moved = fgsm(net, x, predicted, factor * certificate.radius, p)
+        flat = (net(moved).argmax(1) == predicted)[certificate.radius > 0.01]
+        assert flat.all() if kept else not flat.any()
+
+
+@pytest.mark.parametrize("dimension", [1, 5])
+@pytest.mark.parametrize("sound", [True, False])
+def test_the_radius_of_a_maxmin_net_is_attained(dimension: int, sound: bool) -> None:
+    """|<u, x>| - t, which MaxMin represents with all norms 1: the distance to |<u, x>| = t."""
+    u = functional.normalize(torch.randn(dimension, dtype=torch.float64), dim=0)
+    t, root = 0.7, math.sqrt(0.5)
+    net = nn.Sequential(nn.Linear(dimension, 2, bias=False), MaxMin(), nn.Linear(2, 2)).double()
+    net[0].weight.data = root * torch.stack([u, -u])
+    net[2].weight.data = root * torch.tensor([[-1.0, 1.0], [0.0, 0.0]]).double()
+    net[2].bias.data = torch.tensor([0.0, t], dtype=torch.float64)
+    x = torch.tensor([[2.0], [-1.5], [0.25], [-0.125]]).double() * u
+    certificate = certify(net.eval(), [(x, torch.zeros(4).long())], (dimension,), sound=sound)
+    distance = ((x @ u).abs() - t).abs()
+    torch.testing.assert_close(certificate.radius, distance, rtol=1e-9, atol=0)
+    outward = torch.tensor([-1.0, 1.0, 1.0, -1.0]).double()[:, None]
+    for factor, kept in ((0.999, True), (1.001, False)):
+        moved = x + outward * (factor * certificate.radius)[:, None] * u
+        assert ((net(moved).argmax(1) == certificate.predictions) == kept).all()
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_sound_radii_are_the_real_ones_less_a_little(p: float) -> None:
+    net, (x, y) = trained_like(p), points()
+    real = certify(net, [(x, y)], (6,), p, sound=False)
+    sound = certify(net, [(x, y)], (6,), p)
+    assert (sound.radius <= real.radius).all()
+    large = real.radius > 0.1
+    assert (sound.radius[large] >= 0.999 * real.radius[large]).all()
+    assert torch.equal(sound.predictions, net(x).argmax(1))
+    lost = 1 - (sound.radius / real.radius)[real.radius > 0].median().item()
+    assert sound.facts["lost_to_rounding"] == pytest.approx(lost, rel=0.05)
+    assert "sound in floating point (median loss 0.0" in str(sound)
+    assert real.facts["lost_to_rounding"] == 0
+
+
+def test_the_sound_radius_is_what_the_formula_says() -> None:
+    """Without a head: (margin - 2 a 2^(1/q)) / ((L + c) 2^(1/q)), of the whole net."""
+    net = nn.Sequential(nn.Linear(6, 4), MaxMin()).eval()
+    x, y = points(9)
+    certificate = certify(net, [(x, y)], (6,))
+    with torch.no_grad():
+        result = forward_error(net, x)
+    top = result.outputs.double().topk(2, 1).values
+    factor = math.sqrt(2)
+    radius = (top[:, 0] - top[:, 1] - 2 * factor * result.error) / (
+        factor * (result.lipschitz + result.slope)
+    )
+    torch.testing.assert_close(certificate.radius, radius.clamp(min=0), rtol=1e-9, atol=1e-12)
+
+
+def exact_margin_survives(net: nn.Module, x: Tensor, y: Tensor) -> bool:
+    return bool((net(x).argmax(1) == net(y).argmax(1)).all())
+
+
+def cancelling() -> tuple[nn.Module, Tensor]:
+    """A linear classifier whose logits are large and close: rounding decides between them."""
+    net = nn.Sequential(nn.Linear(2, 2)).eval()
+    net[0].weight.data = torch.tensor([[4096.0, 1.0], [4096.0, 0.0]])
+    net[0].bias.data.zero_()
+    return net, torch.tensor([[2.0, 2.0**-10]])
+
+
+def test_a_counterexample_to_the_radius_of_real_arithmetic_and_none_to_the_sound_one() -> None:
+    net, x = cancelling()  # logits 8192 + 2^-10 and 8192: apart in float32, by one ulp
+    batch = [(x, torch.tensor([0]))]
+    real, sound = (certify(net, batch, (2,), sound=sound) for sound in (False, True))
+    assert real.predictions.item() == 0
+    moved = torch.tensor([[2.0, 2.0**-12]])  # where the first logit rounds to the second
+    distance = (moved - x).double().norm().item()
+    net[0].bias.data[1] = 0.0
+    with torch.no_grad():
+        logits = net(moved)
+    assert distance < real.radius.item()
+    assert logits[0, 0] == logits[0, 1]  # though in real numbers the first is larger
+    assert sound.radius.item() < distance
+
+
+def test_a_search_finds_counterexamples_without_and_none_with_the_error_of_the_program(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A round of ``tools/counterexamples.py``, which makes a million attempts."""
+    path = Path(__file__).parents[1] / "tools" / "counterexamples.py"
+    if not path.exists():
+        pytest.skip("the tools are not here")
+    spec = importlib.util.spec_from_file_location("counterexamples", path)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules["counterexamples"] = tool  # where its named tuples look for their module
+    spec.loader.exec_module(tool)
+    found = tool.search(2 * tool.CANDIDATES * len(tool.FAMILIES))
+    assert found[False] > 0
+    assert found[True] == 0
+    assert "all" in capsys.readouterr().out
+
+
+def test_the_last_layer_is_found_in_nested_networks() -> None:
+    net, (x, y) = trained_like(), points()
+    nested = nn.Sequential(nn.Sequential(*net[:2]), nn.Sequential(*net[2:])).eval()
+    plain = certify(net, [(x, y)], (6,)).radius
+    torch.testing.assert_close(certify(nested, [(x, y)], (6,)).radius, plain)
+    closed = nn.Sequential(net, nn.Identity()).eval()
+    unknown = certify(closed, [(x, y)], (6,)).radius
+    assert (unknown < plain)[plain > 0.01].all()  # ‖W‖ √2 instead of ‖w_y - w_j‖
+
+
+def test_batches_are_joined_in_order() -> None:
+    net, (x, y) = trained_like(), points(50)
+    parts = certify(net, list(zip(x.split(7), y.split(7), strict=True)), (6,))
+    whole = certify(net, [(x, y)], (6,))
+    assert torch.equal(parts.predictions, whole.predictions)
+    assert torch.equal(parts.labels, y)
+    torch.testing.assert_close(parts.radius, whole.radius, rtol=1e-5, atol=1e-7)
+
+
+def test_preprocessing_is_part_of_the_radius() -> None:
+    net, (x, y) = trained_like(), points(40)
+    images = x.view(40, 1, 2, 3)
+    flat = nn.Sequential(nn.Flatten(), net).eval()
+    for sound in (True, False):
+        plain = certify(flat, [(images, y)], (1, 2, 3), sound=sound)
+        standard = Standardize([0.0], [0.25])
+        with_std = certify(flat, [(images / 4, y)], (1, 2, 3), sound=sound, preprocess=standard)
+        torch.testing.assert_close(with_std.radius, plain.radius / 4, rtol=1e-3, atol=1e-6)
+        crop = nn.ZeroPad2d((-1, -2, -1, 0))
+        large = functional.pad(images, (1, 2, 1, 0), value=9.0)
+        cropped = certify(flat, [(large, y)], (1, 3, 6), sound=sound, preprocess=crop)
+        torch.testing.assert_close(cropped.radius, plain.radius, rtol=1e-3, atol=1e-6)
+    wide = nn.Sequential(nn.Flatten(), OrthogonalLinear(24, 4)).eval()
+    enlarged = certify(wide, [(images, y)], (1, 2, 3), preprocess=nn.Upsample(scale_factor=2))
+    doubled = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    at_once = certify(wide, [(doubled, y)], (1, 4, 6))
+    torch.testing.assert_close(enlarged.radius, at_once.radius / 2, rtol=1e-3, atol=1e-6)
+
+
+def test_half_precision_costs_radius_and_stays_sound() -> None:
+    net, (x, y) = trained_like(), points()
+    single = certify(net, [(x, y)], (6,))
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            half = certify(net, [(x, y)], (6,))
+            moved = pgd(net, x, half.predictions, half.radius, steps=10)
+            assert (net(moved).argmax(1) == half.predictions).all()
+        assert half.facts["autocast"] == str(dtype).removeprefix("torch.")
+        assert half.facts["lost_to_rounding"] > 10 * single.facts["lost_to_rounding"]
+        assert half.radius.max() > 0.5 * single.radius.max()
+
+
+def test_a_convolutional_net() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        OrthogonalConv2d(1, 8, 4, stride=2), MaxMin(),
+        Residual(nn.Conv2d(8, 8, 3, padding=1)), nn.AvgPool2d(2),
+        nn.Flatten(), OrthogonalLinear(32, 16), Householder(16), nn.Linear(16, 5),
+    ).eval()  # fmt: skip
+    x, y = torch.rand(30, 1, 8, 8), torch.zeros(30, dtype=torch.int64)
+    certificate = certify(net, [(x, y)], (1, 8, 8))
+    real = certify(net, [(x, y)], (1, 8, 8), sound=False)
+    assert (certificate.radius > 0).any()
+    assert (certificate.radius <= real.radius).all()
+    moved = pgd(net, x, certificate.predictions, certificate.radius, steps=10)
+    assert (net(moved).argmax(1) == certificate.predictions).all()
+
+
+def test_the_model_and_its_inputs_are_left_as_they_were() -> None:
+    net = nn.Sequential(nn.ReLU(inplace=True), *trained_like()).eval()
+    x, y = points(5)
+    before = copy.deepcopy(x), {k: v.clone() for k, v in net.state_dict().items()}
+    for sound in (True, False):
+        certify(net, [(x, y)], (6,), sound=sound)
+    assert torch.equal(x, before[0])
+    assert all(torch.equal(v, before[1][k]) for k, v in net.state_dict().items())
+
+
+# -------------------------------------------------------------------------- what it reports
+
+
+@given(st.integers(1, 500), st.data(), st.floats(0.5, 0.999))
+def test_wilson_against_scipy(trials: int, data: st.DataObject, confidence: float) -> None:
+    successes = data.draw(st.integers(0, trials))
+    ours = wilson_interval(successes, trials, confidence)
+    test = stats.binomtest(successes, trials)
+    theirs = test.proportion_ci(confidence, method="wilson")
+    assert ours.value == successes / trials
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def certificate() -> Certificate:
+    radius = torch.tensor([0.5, 2.0, 1.0, INF], dtype=torch.float64)
+    predictions, labels = torch.tensor([0, 1, 0, 2]), torch.tensor([0, 1, 1, 2])
+    return Certificate(radius, predictions, labels, 2.0, True, {"note": "by hand", "n": [1, 2]})
+
+
+def test_certified_accuracy_by_hand() -> None:
+    ours = certificate()
+    assert ours.correct.tolist() == [True, True, False, True]
+    expected = {0.0: 0.75, 0.5: 0.75, 0.51: 0.5, 2.0: 0.5, 2.1: 0.25, 1e9: 0.25}
+    for epsilon, value in expected.items():
+        assert ours.certified_accuracy(epsilon).value == value
+    interval = ours.certified_accuracy(0.0, confidence=0.9)
+    assert interval == wilson_interval(3, 4, 0.9)
+    assert isinstance(interval, Accuracy)
+    assert "75.00 %" in str(ours)
+
+
+def test_a_certificate_survives_its_file(tmp_path: Path) -> None:
+    ours = certificate()
+    path = tmp_path / "certificate.npz"
+    ours.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["certificate.npz"]
+    again = Certificate.load(path)
+    for name in ("radius", "predictions", "labels"):
+        assert torch.equal(getattr(again, name), getattr(ours, name))
+    assert (again.p, again.sound, again.facts) == (ours.p, ours.sound, ours.facts)
+    with np.load(path) as file:
+        assert json.loads(str(file["facts"]))["facts"]["note"] == "by hand"
+    infinite = Certificate(ours.radius, ours.predictions, ours.labels, INF, False)
+    infinite.save(path)
+    assert Certificate.load(path).p == INF
+
+
+def test_nothing_half_written(tmp_path: Path) -> None:
+    bad = Certificate(*(torch.ones(1, dtype=torch.int64),) * 3, 2.0, True, {"no JSON": {1, 2}})
+    with pytest.raises(TypeError):
+        bad.save(tmp_path / "certificate.npz")
+    nan = Certificate(bad.radius, bad.predictions, bad.labels, 2.0, True, {"no JSON": math.nan})
+    with pytest.raises(ValueError, match="JSON"):
+        nan.save(tmp_path / "certificate.npz")
+    np.savez(tmp_path / "other.npz", radius=np.zeros(2))
+    with pytest.raises(ValueError, match="must name a certificate"):
+        Certificate.load(tmp_path / "other.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["other.npz"]
+
+
+def test_the_curve_is_the_certified_accuracy() -> None:
+    mpl.use("agg")
+    axes = certificate().plot(label="ours")
+    (line,) = axes.get_lines()
+    x, y = line.get_xdata(), line.get_ydata()
+    assert line.get_drawstyle() == "steps-pre"  # y[i] holds on the way to x[i]
+    for epsilon in (0.1, 0.49, 0.6, 1.9):
+        index = np.searchsorted(x, epsilon)
+        assert y[index] == certificate().certified_accuracy(epsilon).value
+    assert axes.get_xlabel() == "radius in the 2-norm"
+    again = certificate().plot(axes)
+    assert again is axes
+
+
+def test_nothing_is_imported_for_a_plot_before_it_is_drawn() -> None:
+    assert "matplotlib" not in vars(robustness)
+
+
+# ---------------------------------------------------------------------------------- smoothing
+
+
+@given(st.integers(1, 400), st.data(), st.floats(1e-4, 0.3))
+def test_the_smoothed_radius_against_scipy(trials: int, data: st.DataObject, alpha: float) -> None:
+    successes = data.draw(st.integers(0, trials))
+    test = stats.binomtest(successes, trials, alternative="greater")
+    lower = test.proportion_ci(1 - alpha, method="exact").low
+    expected = max(0.0, 0.7 * stats.norm.ppf(lower))
+    assert smoothed_radius(successes, trials, 0.7, alpha) == pytest.approx(expected, abs=1e-9)
+
+
+def test_smoothing_a_linear_classifier_gives_its_distance() -> None:
+    """There P(class) = Φ(distance / σ), so that the radius tends to the distance from below."""
+    net = nn.Linear(4, 2).eval()
+    x = torch.randn(12, 4)
+    y = net(x).argmax(1)
+    distance = certified_radius(net(x), y, head=net.weight)
+    ours = certify_by_smoothing(net, [(x, y)], 0.5, samples=4000, selection=200, alpha=1e-3)
+    assert (ours.radius <= distance).all()
+    clear = (distance > 0.2) & (distance < 1.0)
+    assert clear.any()
+    assert (ours.radius[clear] > distance[clear] - 0.15).all()
+    assert (ours.predictions[clear] == y[clear]).all()
+    assert (ours.p, ours.sound) == (2.0, False)
+    small = certify_by_smoothing(net, [(x, y)], 100.0, samples=50)
+    assert (small.predictions == -1).any()
+    assert (small.radius[small.predictions == -1] == 0).all()
+
+
+def test_smoothing_is_reproducible_and_independent_of_the_batch() -> None:
+    net, (x, y) = trained_like(), points(4)
+    options: dict[str, Any] = {"samples": 90, "batch_size": 30}
+    ours = certify_by_smoothing(net, [(x, y)], 0.3, **options)
+    assert torch.equal(ours.radius, certify_by_smoothing(net, [(x, y)], 0.3, **options).radius)
+
+
+# ----------------------------------------------------------------------- what is refused
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def hooked() -> nn.Module:
+    net = trained_like()
+    net.register_forward_hook(lambda *_: None)
+    return net
+
+
+def nan_weights() -> nn.Module:
+    net = nn.Sequential(nn.Linear(6, 4)).eval()
+    net[0].weight.data[0, 0] = math.nan
+    return net
+
+
+NET, (X, Y) = trained_like(), points(4)
+LOGITS = torch.zeros(2, 3)
+LABELS = torch.tensor([0, 2])
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "training mode": (
+        lambda: certify(trained_like().train(), [(X, Y)], (6,)),
+        ValueError,
+        "model must be in evaluation mode",
+    ),
+    "no module": (lambda: certify(abs, [(X, Y)], (6,)), TypeError, "model must be a torch.nn"),  # type: ignore[arg-type]
+    "no rule": (
+        lambda: certify(nn.Sequential(NET, nn.Tanh()).eval(), [(X, Y)], (6,)),
+        TypeError,
+        r"'1' \(Tanh\): .*Tanh has no bound of its rounding errors: register",
+    ),
+    "no Lipschitz rule": (
+        lambda: certify(nn.Sequential(NET, nn.Bilinear(1, 1, 1)).eval(), [(X, Y)], (6,)),
+        TypeError,
+        "no Lipschitz rule",
+    ),
+    "redefined": (
+        lambda: forward_error(nn.Sequential(Doubled(6, 4)), X),
+        TypeError,
+        r"'0' \(Doubled\): forward is redefined",
+    ),
+    "hook": (lambda: certify(hooked(), [(X, Y)], (6,)), ValueError, "hooks"),
+    "NaN weight": (lambda: certify(nan_weights(), [(X, Y)], (6,)), ValueError, "must be finite"),
+    "p": (lambda: certify(NET, [(X, Y)], (6,), 3), ValueError, "p must be 1, 2 or"),
+    "shape": (lambda: certify(NET, [(X, Y)], (7,)), ValueError, "does not run on inputs"),
+    "inputs": (lambda: certify(NET, [(X[:, :5], Y)], (6,)), ValueError, "inputs must be floating"),
+    "integers": (lambda: certify(NET, [(X.long(), Y)], (6,)), ValueError, "inputs must be float"),
+    "NaN input": (lambda: certify(NET, [(X / 0 * 0, Y)], (6,)), ValueError, "inputs must be fini"),
+    "labels": (lambda: certify(NET, [(X, Y + 4)], (6,)), ValueError, "labels must be classes"),
+    "label dtype": (lambda: certify(NET, [(X, Y.float())], (6,)), TypeError, "int64"),
+    "label count": (lambda: certify(NET, [(X, Y[:2])], (6,)), ValueError, "must have shapes"),
+    "no tensors": (lambda: certify(NET, [([1], Y)], (6,)), TypeError, "inputs must be a torch"),  # type: ignore[list-item]
+    "no batch": (lambda: certify(NET, [], (6,)), ValueError, "one batch at least"),
+    "inexact dtype": (
+        lambda: certify(NET, [(X.double() / 3, Y)], (6,)),
+        ValueError,
+        "must be numbers of the model's dtype",
+    ),
+    "preprocess": (
+        lambda: certify(NET, [(X, Y)], (6,), preprocess=abs),  # type: ignore[arg-type]
+        TypeError,
+        "preprocess must be a torch.nn.Module",
+    ),
+    "preprocess without rule": (
+        lambda: certify(NET, [(X, Y)], (6,), preprocess=nn.LayerNorm(6).eval()),
+        TypeError,
+        "LayerNorm has no Lipschitz rule",
+    ),
+    "one output": (
+        lambda: certify(nn.Sequential(nn.Linear(6, 1)).eval(), [(X, Y * 0)], (6,)),
+        ValueError,
+        "two classes",
+    ),
+    "rows of classes": (
+        lambda: certify(nn.Sequential(nn.Linear(3, 4)).eval(), [(X.view(4, 2, 3), Y)], (2, 3)),
+        ValueError,
+        r"model must return \(batch, classes\), got \(4, 2, 3\)",
+    ),
+    "device": (
+        lambda: forward_error(nn.Identity(), torch.empty(2, 3, device="meta")),
+        ValueError,
+        "device must be the CPU",
+    ),
+    "softplus": (
+        lambda: forward_error(SLLLinear(6, activation="softplus"), X),
+        ValueError,
+        "rounding of softplus is not known",
+    ),
+    "half SLL": (
+        lambda: forward_error(SLLLinear(6).half(), X.half()),
+        ValueError,
+        "half precision is not supported",
+    ),
+    "half SOC": (
+        lambda: forward_error(SkewOrthogonalConv2d(1, 1, 3).half(), torch.ones(1, 1, 4, 4).half()),
+        ValueError,
+        "half precision is not supported",
+    ),
+    "Cayley": (
+        lambda: forward_error(CayleyConv2d(1, 1, 3, 4), torch.ones(1, 1, 4, 4)),
+        TypeError,
+        "CayleyConv2d has no bound of its rounding errors",
+    ),
+    "bilinear": (
+        lambda: forward_error(nn.Upsample(scale_factor=2, mode="bilinear"), torch.ones(1, 1, 2, 2)),
+        ValueError,
+        "mode must be 'nearest'",
+    ),
+    "overlap": (
+        lambda: forward_error(nn.AvgPool2d(3, 1), torch.ones(1, 1, 4, 4)),
+        ValueError,
+        "must not overlap",
+    ),
+    "radius NaN": (lambda: certified_radius(LOGITS / 0, LABELS), ValueError, "must be finite"),
+    "radius labels": (lambda: certified_radius(LOGITS, LABELS + 1), ValueError, "0 to 2, got 1 to"),
+    "radius dtype": (lambda: certified_radius(LOGITS.long(), LABELS), TypeError, "floating-point"),
+    "radius tensors": (lambda: certified_radius(LOGITS, [0, 2]), TypeError, "labels must be a"),  # type: ignore[arg-type]
+    "Lipschitz 0": (lambda: certified_radius(LOGITS, LABELS, 0.0), ValueError, "lipschitz must"),
+    "Lipschitz < 0": (lambda: certified_radius(LOGITS, LABELS, -1), ValueError, "lipschitz must"),
+    "Lipschitz NaN": (lambda: certified_radius(LOGITS, LABELS, math.nan), ValueError, "lipschitz"),
+    "radius p": (lambda: certified_radius(LOGITS, LABELS, p=0.5), ValueError, "p must be in"),
+    "head": (
+        lambda: certified_radius(LOGITS, LABELS, head=torch.ones(4, 2)),
+        ValueError,
+        r"head must have shape \(3, features\)",
+    ),
+    "head of a sign": (
+        lambda: certified_radius(LOGITS[:, 0], LABELS * 0 + 1, head=torch.ones(1, 2)),
+        ValueError,
+        "head must be None",
+    ),
+    "signs": (lambda: certified_radius(LOGITS[:, 0], LABELS), ValueError, "labels must be -1 or"),
+    "matrix p": (lambda: rigorous_matrix_norm(torch.eye(2), 3), ValueError, "p must be 1, 2 or"),
+    "epsilon": (lambda: certificate().certified_accuracy(-1.0), ValueError, "epsilon must be"),
+    "radius < 0": (
+        lambda: Certificate(-torch.ones(1), Y[:1], Y[:1], 2, True),
+        ValueError,
+        "radius must hold numbers >= 0",
+    ),
+    "lengths": (
+        lambda: Certificate(torch.ones(2), Y[:1], Y[:1], 2, True),
+        ValueError,
+        "must have one shape",
+    ),
+    "Wilson": (lambda: wilson_interval(3, 2), ValueError, "successes must be between"),
+    "confidence": (lambda: wilson_interval(1, 2, 1.0), ValueError, "confidence must be"),
+    "std 0": (lambda: Standardize([0.0], [0.0]), ValueError, "std positive"),
+    "mean and std": (lambda: Standardize([0.0, 1.0], [1.0]), ValueError, "as many numbers"),
+    "channels": (lambda: Standardize([0.0], [1.0])(X), ValueError, "must have 1 channels"),
+    "attack radius": (lambda: pgd(NET, X, Y, -1.0), ValueError, "radius must be one number"),
+    "attack radii": (lambda: pgd(NET, X, Y, torch.ones(3)), ValueError, "radius must be one"),
+    "attack inf": (lambda: fgsm(NET, X, Y, INF), ValueError, "radius must be finite"),
+    "attack labels": (lambda: fgsm(NET, X, Y + 4, 1.0), ValueError, "labels must be classes"),
+    "attack steps": (lambda: pgd(NET, X, Y, 1.0, steps=0), ValueError, "steps and restarts"),
+    "attack model": (lambda: pgd(abs, X, Y, 1.0), TypeError, "model must be"),  # type: ignore[arg-type]
+    "attack inputs": (lambda: pgd(NET, X.long(), Y, 1.0), TypeError, "inputs must be a floating"),
+    "attack output": (
+        lambda: pgd(nn.Flatten(0), X, Y, 1.0),
+        ValueError,
+        r"model must return \(batch, classes\)",
+    ),
+    "smoothing mode": (
+        lambda: certify_by_smoothing(trained_like().train(), [(X, Y)], 1.0),
+        ValueError,
+        "evaluation mode",
+    ),
+    "smoothing sigma": (lambda: smoothed_radius(1, 2, 0.0), ValueError, "sigma must be positive"),
+    "smoothing alpha": (lambda: smoothed_radius(1, 2, 1.0, 1.0), ValueError, "alpha in"),
+    "smoothing count": (lambda: smoothed_radius(3, 2, 1.0), ValueError, "successes must be"),
+    "smoothing samples": (
+        lambda: certify_by_smoothing(NET, [(X, Y)], 1.0, samples=0),
+        ValueError,
+        "at least 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str) -> None:
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_public_names() -> None:
+    for module in (attacks, robustness, rounding):
+        assert sorted(module.__all__) == module.__all__

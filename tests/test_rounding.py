@@ -1,0 +1,786 @@
+"""Norms and errors of programs, against an oracle in rational numbers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lipbook import rounding
+from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
+from lipbook.composition import Residual, Sum, lipschitz_bound
+from lipbook.convolutions import (
+    NonexpansiveConv2d,
+    OrthogonalConv2d,
+    OrthogonalConvTranspose2d,
+    SkewOrthogonalConv2d,
+)
+from lipbook.norms import convolution_norm_bound, operator_norm
+from lipbook.orthogonal import OrthogonalLinear, Scale
+from lipbook.pooling import AveragePooling, InvertibleDownsampling, NormPooling, Upsampling
+from lipbook.residual import CPLConv2d, SLLConv2d, SLLLinear
+from lipbook.robustness import (
+    Standardize,
+    certify,
+)
+from lipbook.rounding import (
+    ForwardError,
+    forward_error,
+    forward_error_rule,
+    rigorous_convolution_norm,
+    rigorous_matrix_norm,
+)
+
+INF = math.inf
+EXPONENTS = (1.0, 2.0, INF)
+
+# --------------------------------------------------------------- an oracle in rational numbers
+# Floating-point numbers are rational. Networks without roots map rational numbers to rational
+# numbers, and those are what the functions below compute, in arrays of Fractions.
+
+
+def rational(tensor: Tensor) -> np.ndarray:
+    values = tensor.detach().double().numpy()
+    return np.vectorize(Fraction, otypes=[object])(values)
+
+
+@functools.singledispatch
+def exact(module: nn.Module, x: np.ndarray) -> np.ndarray:
+    """The function of a module at one sample."""
+    raise NotImplementedError(type(module))
+
+
+@exact.register(nn.Sequential)
+def _(module: nn.Sequential, x: np.ndarray) -> np.ndarray:
+    return functools.reduce(lambda v, child: exact(child, v), module, x)
+
+
+@exact.register(nn.Linear)
+def _(module: nn.Linear, x: np.ndarray) -> np.ndarray:
+    y = x @ rational(module.weight).T
+    return y if module.bias is None else y + rational(module.bias)
+
+
+@exact.register(nn.Conv2d)
+def _(module: nn.Conv2d, x: np.ndarray) -> np.ndarray:
+    weight, (h, w) = rational(module.weight), x.shape[1:]
+    (s, t), (a, b) = module.stride, module.padding
+    if isinstance(module, OrthogonalConv2d | NonexpansiveConv2d):
+        (a, _), (b, _) = module._pads
+        rows, columns = h // s, w // t
+    else:
+        rows = (h + 2 * a - weight.shape[2]) // s + 1
+        columns = (w + 2 * b - weight.shape[3]) // t + 1
+    y = np.full((len(weight), rows, columns), Fraction(0), dtype=object)
+    for o, i, j in np.ndindex(*y.shape):
+        for c, k, m in np.ndindex(*weight.shape[1:]):
+            p, q = i * s + k - a, j * t + m - b
+            if module.padding_mode == "circular":
+                y[o, i, j] += weight[o, c, k, m] * x[c, p % h, q % w]
+            elif 0 <= p < h and 0 <= q < w:
+                y[o, i, j] += weight[o, c, k, m] * x[c, p, q]
+    return y if module.bias is None else y + rational(module.bias)[:, None, None]
+
+
+@exact.register(nn.ConvTranspose2d)
+def _(module: nn.ConvTranspose2d, x: np.ndarray) -> np.ndarray:
+    weight, (h, w) = rational(module.weight), x.shape[1:]
+    (s, t), (k, m) = module.stride, weight.shape[2:]
+    whole = np.full((weight.shape[1], (h - 1) * s + k, (w - 1) * t + m), Fraction(0), dtype=object)
+    for c, i, j in np.ndindex(*x.shape):
+        whole[:, i * s : i * s + k, j * t : j * t + m] += weight[c] * x[c, i, j]
+    if isinstance(module, OrthogonalConvTranspose2d):
+        (a, _), (b, _) = module._pads
+        y = np.full((len(whole), h * s, w * t), Fraction(0), dtype=object)
+        for i, j in np.ndindex(*whole.shape[1:]):
+            y[:, (i - a) % (h * s), (j - b) % (w * t)] += whole[:, i, j]
+    else:
+        (a, b), y = module.padding, whole
+        y = y[:, a : y.shape[1] - a, b : y.shape[2] - b]
+    return y if module.bias is None else y + rational(module.bias)[:, None, None]
+
+
+@exact.register(nn.ReLU)
+def _(module: nn.ReLU, x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, Fraction(0))
+
+
+@exact.register(nn.LeakyReLU)
+def _(module: nn.LeakyReLU, x: np.ndarray) -> np.ndarray:
+    return np.where(x > 0, x, Fraction(module.negative_slope) * x)
+
+
+@exact.register(AbsoluteValue)
+def _(module: AbsoluteValue, x: np.ndarray) -> np.ndarray:
+    return abs(x)
+
+
+@exact.register(MaxMin)
+@exact.register(GroupSort)
+@exact.register(FullSort)
+def _(module: Any, x: np.ndarray) -> np.ndarray:
+    size = {MaxMin: 2, FullSort: len(x)}.get(type(module), getattr(module, "group_size", 0))
+    return np.sort(x.reshape(-1, size, *x.shape[1:]), axis=1).reshape(x.shape)
+
+
+@exact.register(nn.Flatten)
+@exact.register(nn.Identity)
+@exact.register(nn.Dropout)
+@exact.register(InvertibleDownsampling)
+def _(module: nn.Module, x: np.ndarray) -> np.ndarray:
+    index = torch.arange(x.size).view(1, *x.shape)
+    order = module(index)[0]
+    return x.reshape(-1)[order.numpy()]
+
+
+@exact.register(Residual)
+def _(module: Residual, x: np.ndarray) -> np.ndarray:
+    return x + exact(module.branch, x)
+
+
+@exact.register(Sum)
+def _(module: Sum, x: np.ndarray) -> np.ndarray:
+    return sum(exact(branch, x) for branch in module.branches)
+
+
+@exact.register(Scale)
+def _(module: Scale, x: np.ndarray) -> np.ndarray:
+    return Fraction(module.constant) * x
+
+
+@exact.register(Standardize)
+def _(module: Standardize, x: np.ndarray) -> np.ndarray:
+    mean, std = (rational(v).reshape(-1, *[1] * (x.ndim - 1)) for v in (module.mean, module.std))
+    return (x - mean) / std
+
+
+@exact.register(nn.AvgPool2d)
+def _(module: nn.AvgPool2d, x: np.ndarray) -> np.ndarray:
+    k = module.kernel_size
+    windows = x.reshape(len(x), x.shape[1] // k, k, x.shape[2] // k, k)
+    return windows.sum((2, 4)) / Fraction(k * k)
+
+
+@exact.register(AveragePooling)
+def _(module: AveragePooling, x: np.ndarray) -> np.ndarray:  # of 2 × 2 pixels, so that √4 = 2
+    return exact(nn.AvgPool2d(2), x) * 2
+
+
+@exact.register(Upsampling)
+def _(module: Upsampling, x: np.ndarray) -> np.ndarray:
+    return x.repeat(2, 1).repeat(2, 2) / Fraction(2)
+
+
+@exact.register(nn.Upsample)
+def _(module: nn.Upsample, x: np.ndarray) -> np.ndarray:
+    return x.repeat(2, 1).repeat(2, 2)
+
+
+@exact.register(nn.MaxPool2d)
+def _(module: nn.MaxPool2d, x: np.ndarray) -> np.ndarray:
+    k, s = module.kernel_size, module.stride
+    rows, columns = ((n - k) // s + 1 for n in x.shape[1:])
+    y = np.empty((len(x), rows, columns), dtype=object)
+    for c, i, j in np.ndindex(*y.shape):
+        y[c, i, j] = x[c, i * s : i * s + k, j * s : j * s + k].max()
+    return y
+
+
+@exact.register(nn.ZeroPad2d)
+def _(module: nn.ZeroPad2d, x: np.ndarray) -> np.ndarray:
+    left, right, top, bottom = module.padding
+    if min(module.padding) < 0:
+        return x[:, -top : x.shape[1] + bottom, -left : x.shape[2] + right]
+    return np.pad(x, ((0, 0), (top, bottom), (left, right)), constant_values=Fraction(0))
+
+
+@exact.register(SLLLinear)
+def _(module: SLLLinear, x: np.ndarray) -> np.ndarray:
+    weight, scale = rational(module.weight), rational(2 / module.scale())
+    hidden = np.maximum(x @ weight.T + rational(module.bias), Fraction(0))
+    return x - (hidden * scale) @ weight
+
+
+@exact.register(SLLConv2d)
+@exact.register(CPLConv2d)
+def _(module: Any, x: np.ndarray) -> np.ndarray:
+    convolution = nn.Conv2d(*module.weight.shape[1::-1], 3, padding=1, bias=False)
+    convolution.padding_mode = module.padding_mode
+    convolution.weight.data = module.weight.detach().double()
+    bias, scale = (rational(v)[:, None, None] for v in (module.bias, 2 / module.scale()))
+    hidden = np.maximum(exact(convolution, x) + bias, Fraction(0)) * scale
+    pixels = np.vectorize(Fraction, otypes=[object])(np.eye(x.size)).reshape(-1, *x.shape)
+    matrix = np.stack([exact(convolution, pixel).reshape(-1) for pixel in pixels])
+    return x - (matrix @ hidden.reshape(-1)).reshape(x.shape)
+
+
+@exact.register(SkewOrthogonalConv2d)
+def _(module: SkewOrthogonalConv2d, x: np.ndarray) -> np.ndarray:  # without a stride
+    convolution = nn.Conv2d(*module.weight.shape[1::-1], 3, padding=1, bias=False)
+    convolution.padding_mode = "circular"
+    convolution.weight.data = module.weight.detach().double()
+    y = np.concatenate([x, np.full_like(x, Fraction(0))])
+    term = y
+    for j in range(1, module.terms + 1):
+        term = exact(convolution, term) / Fraction(j)
+        y = y + term
+    return y + rational(module.bias)[:, None, None]
+
+
+def power(values: np.ndarray, p: float) -> Fraction:
+    """The p-norm, squared for p = 2."""
+    values = abs(values.reshape(-1))
+    if p == INF:
+        return max(values)
+    return sum(values) if p == 1 else sum(v * v for v in values)
+
+
+def at_most(values: np.ndarray, bound: float | Fraction, p: float) -> bool:
+    """Whether a p-norm is at most a bound, with no rounding at all."""
+    if bound == INF:
+        return True
+    return power(values, p) <= (Fraction(bound) ** 2 if p == 2 else Fraction(bound))
+
+
+def positive_definite(matrix: np.ndarray) -> bool:
+    """Whether elimination in rational numbers meets positive pivots only."""
+    matrix = matrix.copy()
+    for i in range(len(matrix)):
+        if matrix[i, i] <= 0:
+            return False
+        for j in range(i + 1, len(matrix)):
+            matrix[j] = matrix[j] - matrix[j, i] / matrix[i, i] * matrix[i]
+    return True
+
+
+def exceeds_norm(bound: float, matrix: np.ndarray, p: float) -> bool:
+    """Whether a bound exceeds an operator norm, decided in rational numbers."""
+    if p == 2:
+        gram = matrix.T @ matrix
+        return positive_definite(Fraction(bound) ** 2 * np.eye(len(gram), dtype=int) - gram)
+    return Fraction(bound) >= abs(matrix).sum(0 if p == 1 else 1).max()
+
+
+def dense(layer: nn.Module, shape: tuple[int, ...]) -> np.ndarray:
+    """Matrix of a linear layer without bias, in rational numbers."""
+    identity = np.vectorize(Fraction, otypes=[object])(np.eye(math.prod(shape)))
+    return np.stack([exact(layer, row.reshape(shape)).reshape(-1) for row in identity], 1)
+
+
+# ------------------------------------------------------------------------ norms from above
+
+entry = st.floats(-8, 8, width=32)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.data(), st.sampled_from(EXPONENTS))
+@settings(max_examples=60)
+def test_the_norm_of_a_matrix_is_below_the_bound_in_rational_numbers(
+    m: int, n: int, data: st.DataObject, p: float
+) -> None:
+    matrix = torch.tensor(data.draw(st.lists(entry, min_size=m * n, max_size=m * n))).view(m, n)
+    bound = rigorous_matrix_norm(matrix, p)
+    values = rational(matrix)
+    assert bound == 0 if not values.any() else exceeds_norm(bound, values, p)
+    assert bound <= operator_norm(matrix, p).item() * (1 + 1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1.0, 1e30, 1e300])
+@pytest.mark.parametrize("kind", ["orthogonal", "rank one", "gaussian", "equal"])
+def test_the_bound_of_a_matrix_at_every_scale(scale: float, kind: str) -> None:
+    draw = torch.randn(6, 5, dtype=torch.float64)
+    matrix = (
+        scale
+        * {
+            "orthogonal": torch.linalg.qr(draw).Q,
+            "rank one": draw[:, :1] * draw[:1],
+            "gaussian": draw,
+            "equal": torch.full((6, 5), 1 / 3, dtype=torch.float64),
+        }[kind]
+    )
+    for p in EXPONENTS:
+        bound = rigorous_matrix_norm(matrix, p)
+        assert exceeds_norm(bound, rational(matrix), p)
+        assert bound <= operator_norm(matrix, p).item() * (1 + 1e-10)
+
+
+def test_the_bound_does_not_believe_the_eigensolver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any basis gives a bound, and one that is far from orthogonal gives the Frobenius norm."""
+    matrix = torch.randn(5, 4, dtype=torch.float64)
+    true = operator_norm(matrix).item()
+    good = torch.linalg.eigh(matrix.mT @ matrix)
+    for shrink, noise in ((0.8, 0.0), (0.9, 0.01), (1.0, 1e-3), (1.0, 0.1), (1.0, 10.0)):
+        vectors = shrink * good.eigenvectors + noise * torch.randn(4, 4, dtype=torch.float64)
+        wrong = type(good)((good.eigenvalues, vectors))
+        monkeypatch.setattr(torch.linalg, "eigh", lambda _, wrong=wrong: wrong)
+        assert rigorous_matrix_norm(matrix) >= true
+    assert rigorous_matrix_norm(matrix) == pytest.approx(matrix.norm().item(), rel=1e-9)
+
+
+def test_a_large_matrix_costs_few_digits() -> None:
+    matrix = torch.linalg.qr(torch.randn(256, 256, dtype=torch.float64)).Q
+    assert 1 <= rigorous_matrix_norm(matrix) <= 1 + 1e-9
+    complex_matrix = torch.randn(7, 9, dtype=torch.complex128)
+    true = torch.linalg.svdvals(complex_matrix)[0].item()
+    assert true <= rigorous_matrix_norm(complex_matrix) <= true * (1 + 1e-11)
+
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "zeros": {"padding": 1},
+    "valid": {},
+    "stride": {"stride": 2, "padding": 1},
+    "circular stride": {"stride": 2, "padding": 1, "padding_mode": "circular"},
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("channels", [(1, 1), (2, 1)])
+def test_the_norm_of_a_convolution_is_below_the_bound_in_rational_numbers(
+    name: str, p: float, channels: tuple[int, int]
+) -> None:
+    layer = nn.Conv2d(*channels, 3, bias=False, **GEOMETRIES[name])
+    layer.weight.data = torch.randint(-9, 10, layer.weight.shape) / 8  # keeps the fractions short
+    bound = rigorous_convolution_norm(layer.weight, 4, p=p, **GEOMETRIES[name])
+    assert exceeds_norm(bound, dense(layer, (channels[0], 4, 4)), p)
+    assert bound <= convolution_norm_bound(layer.weight, 4, p=p, **GEOMETRIES[name]).item() * 1.2
+
+
+@given(
+    st.sampled_from([*GEOMETRIES, "reflect", "replicate", "dilation", "groups"]),
+    st.integers(4, 12),
+    st.integers(0, 999),
+    st.floats(-6, 6),
+)
+@settings(max_examples=40)
+def test_the_bound_of_a_convolution_against_its_singular_values(
+    name: str, size: int, seed: int, log_scale: float
+) -> None:
+    size += size % 2
+    extra: dict[str, dict[str, Any]] = {
+        "reflect": {"padding": 2, "padding_mode": "reflect"},
+        "replicate": {"padding": 1, "padding_mode": "replicate"},
+        "dilation": {"padding": 2, "dilation": 2},
+        "groups": {"padding": 1, "groups": 2, "padding_mode": "circular"},
+    }
+    geometry = (GEOMETRIES | extra)[name]
+    torch.manual_seed(seed)
+    layer = nn.Conv2d(4, 2, 3, bias=False, dtype=torch.float64, **geometry)
+    layer.weight.data *= 10**log_scale
+    pixels = torch.eye(4 * size * size, dtype=torch.float64).view(-1, 4, size, size)
+    true = torch.linalg.matrix_norm(layer(pixels).detach().flatten(1), 2).item()
+    bound = rigorous_convolution_norm(layer.weight, size, **geometry)
+    assert true * (1 - 1e-13) <= bound
+    if geometry.get("padding_mode") == "circular" and name != "circular stride":
+        assert bound <= true * (1 + 1e-6)
+
+
+def test_the_bound_of_many_blocks_is_that_of_the_largest() -> None:
+    blocks = torch.randn(200, 6, 5, dtype=torch.complex128)
+    true = torch.linalg.matrix_norm(blocks, 2).max().item()
+    assert true <= rounding._largest_spectral_bound(blocks) <= true * (1 + 1e-6)
+
+
+# ------------------------------------------------------------------- programs and functions
+
+
+CIRCULAR: dict[str, Any] = {"padding": 1, "padding_mode": "circular"}
+
+
+def block() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+
+def deep() -> nn.Module:
+    dense = [nn.Linear(16, 6), MaxMin(), Scale(3.0), nn.Linear(6, 3)]
+    return nn.Sequential(OrthogonalConv2d(1, 4, 2, stride=2), MaxMin(), nn.Flatten(), *dense)
+
+
+# Every layer with a rule that maps rational numbers to rational numbers, tiny.
+SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Linear": (lambda: nn.Linear(5, 3), (5,)),
+    "Linear without bias": (lambda: nn.Linear(5, 3, bias=False), (5,)),
+    "Linear on rows": (lambda: nn.Linear(3, 2), (2, 3)),
+    "OrthogonalLinear": (lambda: OrthogonalLinear(4, 4), (4,)),
+    "Conv2d": (lambda: nn.Conv2d(2, 2, 3, padding=1), (2, 3, 4)),
+    "Conv2d stride": (lambda: nn.Conv2d(1, 2, 2, stride=2), (1, 4, 4)),
+    "Conv2d circular": (lambda: nn.Conv2d(1, 2, 3, **CIRCULAR), (1, 4, 4)),
+    "OrthogonalConv2d": (lambda: OrthogonalConv2d(1, 4, 2, stride=2), (1, 4, 4)),
+    "NonexpansiveConv2d": (lambda: NonexpansiveConv2d(2, 1, 3), (2, 3, 3)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 1, 3, stride=2, padding=1), (2, 2, 3)),
+    "OrthogonalConvTranspose2d": (lambda: OrthogonalConvTranspose2d(4, 1, 2, 2), (4, 2, 2)),
+    "ReLU in place": (lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), (3,)),
+    "LeakyReLU": (lambda: nn.LeakyReLU(0.3), (5,)),
+    "AbsoluteValue": (AbsoluteValue, (4,)),
+    "sorts": (lambda: nn.Sequential(MaxMin(), GroupSort(3), FullSort(), nn.Dropout()), (6,)),
+    "Residual": (lambda: Residual(block()), (4,)),
+    "Sum": (lambda: Sum(block(), nn.Linear(4, 4), nn.Identity()), (4,)),
+    "Scale": (lambda: Scale(1.7), (3,)),
+    "Standardize": (lambda: Standardize([0.1, -3.0], [0.3, 7.0]), (2, 2, 2)),
+    "AvgPool2d": (lambda: nn.AvgPool2d(2), (2, 4, 2)),
+    "AveragePooling": (lambda: AveragePooling(2), (2, 4, 2)),
+    "Upsampling": (lambda: Upsampling(2), (1, 2, 3)),
+    "Upsample": (lambda: nn.Upsample(scale_factor=2), (1, 2, 3)),
+    "MaxPool2d": (lambda: nn.MaxPool2d(2, 1), (1, 3, 3)),
+    "ZeroPad2d": (lambda: nn.Sequential(nn.ZeroPad2d(1), nn.ZeroPad2d(-1)), (1, 2, 2)),
+    "InvertibleDownsampling": (lambda: InvertibleDownsampling(2), (1, 2, 2)),
+    "SLLLinear": (lambda: SLLLinear(3, 4), (3,)),
+    "SLLConv2d": (lambda: SLLConv2d(1, 1), (1, 3, 3)),
+    "CPLConv2d": (lambda: CPLConv2d(1, 1, padding_mode="zeros"), (1, 3, 3)),
+    "SkewOrthogonalConv2d": (lambda: SkewOrthogonalConv2d(1, 2, 3, terms=4), (1, 3, 3)),
+    "deep": (deep, (1, 4, 4)),
+}
+
+
+def small(name: str, seed: int) -> tuple[nn.Module, tuple[int, ...]]:
+    torch.manual_seed(seed)
+    build, shape = SMALL[name]
+    return build().eval(), shape
+
+
+def check_program(module: nn.Module, x: Tensor, y: Tensor, p: float) -> None:
+    """All that a ForwardError says of a batch x and of others y, decided in rational numbers."""
+    result = forward_error(module, x.clone(), p)
+    outputs = module(y.clone())
+    for i in range(len(x)):
+        a, c = Fraction(result.error[i].item()), Fraction(result.slope)
+        here, there = exact(module, rational(x[i])), exact(module, rational(y[i]))
+        assert at_most(rational(result.outputs[i]) - here, a, p)
+        difference = rational(y[i]) - rational(x[i])
+        distance = float(power(difference, p)) ** (0.5 if p == 2 else 1) * (1 + 1e-12)
+        if distance <= result.limit[i]:
+            assert at_most(rational(outputs[i]) - there, a + c * Fraction(distance), p)
+        assert at_most(there - here, Fraction(result.lipschitz) * Fraction(distance), p)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_of_programs_are_below_their_bounds(name: str, dtype: torch.dtype) -> None:
+    for seed, p, scale in zip(range(4), (1.0, 2.0, 2.0, INF), (1.0, 1e-3, 1e3, 1e-3), strict=True):
+        module, shape = small(name, seed)
+        module = module.to(dtype)
+        x = (scale * torch.randn(2, *shape)).to(dtype)
+        y = x + (0.1 * scale * torch.randn(2, *shape)).to(dtype)
+        with torch.no_grad():
+            check_program(module, x, y, p)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name[:3] not in ("SLL", "CPL", "Ske")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errors_in_half_precision_are_below_their_bounds(name: str, dtype: torch.dtype) -> None:
+    for seed, p in zip(range(3), EXPONENTS, strict=True):
+        module, shape = small(name, seed)
+        module = module.to(dtype)
+        x = torch.randn(2, *shape).to(dtype)
+        y = x + (0.1 * torch.randn(2, *shape)).to(dtype)
+        with torch.no_grad():
+            check_program(module, x, y, p)
+
+
+def rounded_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose products have the weights that autocast makes."""
+    module = copy.deepcopy(module)
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            for tensor in (layer.weight, layer.bias):
+                tensor.data = tensor.data.to(dtype).to(tensor.dtype)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_errors_under_autocast_are_below_their_bounds(dtype: torch.dtype, p: float) -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(1, 2, 3, padding=1), MaxMin(), nn.Flatten(), nn.Linear(32, 4), nn.ReLU(),
+            Residual(nn.Linear(4, 4)), Scale(1.3), nn.Linear(4, 3),
+        )  # fmt: skip
+        x = torch.randn(2, 1, 4, 4)
+        y = x + 0.1 * torch.randn(2, 1, 4, 4)
+        function = rounded_weights(net, dtype)
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            result, outputs = forward_error(net, x, p), net(y)
+        for i in range(2):
+            a, c = Fraction(result.error[i].item()), Fraction(result.slope)
+            here, there = (exact(function, rational(v[i])) for v in (x, y))
+            assert at_most(rational(result.outputs[i]) - here, a, p)
+            difference = rational(y[i]) - rational(x[i])
+            distance = Fraction(float(power(difference, p)) ** (0.5 if p == 2 else 1) * (1 + 1e-12))
+            assert at_most(rational(outputs[i]) - there, a + c * distance, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_inputs_and_weights(dtype: torch.dtype) -> None:
+    """Where the rounded inputs cancel, nothing of the output tells of them."""
+    layer = nn.Linear(2, 2, bias=False)
+    u = torch.finfo(dtype).eps
+    layer.weight.data = torch.tensor([[1.0, -1.0], [1.0, -1.0 - 0.4 * u]])
+    x = torch.tensor([[1 + 0.4 * u, 1.0]])
+    with torch.autocast("cpu", dtype):
+        for net in (layer, nn.Sequential(nn.Identity(), layer)):
+            result = forward_error(net, x)
+            assert result.outputs.tolist() == [[0.0, 0.0]]
+            assert result.error.item() >= 0.4 * u * math.sqrt(2)
+        certificate = certify(layer.eval(), [(x, torch.tensor([0]))], (2,))
+    assert certificate.radius.item() == 0
+    rounded = rigorous_matrix_norm(layer.weight.detach().to(dtype))
+    assert result.lipschitz == pytest.approx(rounded, rel=1e-9)
+    assert abs(result.lipschitz / rigorous_matrix_norm(layer.weight) - 1) > 0.01 * u
+
+
+awkward = st.one_of(
+    st.floats(-1, 1, width=32),
+    st.floats(-4096, 4096, width=32),
+    st.floats(-(2.0**-126), 2.0**-126, width=32),
+    st.sampled_from([1.0, -1.0, 1 + 2.0**-23, 1 - 2.0**-24, 2.0**12, -(2.0**12), 2.0**-24]),
+)
+
+
+@given(st.data(), st.integers(1, 6), st.integers(1, 3), st.sampled_from(EXPONENTS))
+@settings(max_examples=100)
+def test_awkward_numbers_in_a_small_net(data: st.DataObject, n: int, m: int, p: float) -> None:
+    """Cancellation, denormal numbers, ties: two layers with a sort between them."""
+    net = nn.Sequential(nn.Linear(n, 2 * m), MaxMin(), nn.Linear(2 * m, m))
+    with torch.no_grad():
+        for tensor in net.parameters():
+            values = data.draw(st.lists(awkward, min_size=tensor.numel(), max_size=tensor.numel()))
+            tensor.copy_(torch.tensor(values).view_as(tensor))
+        x, y = (
+            torch.tensor([data.draw(st.lists(awkward, min_size=n, max_size=n))]) for _ in range(2)
+        )
+        check_program(net, x, y, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("features", [7, 64, 500])
+def test_the_sums_of_this_machine_follow_the_model(
+    dtype: torch.dtype, batch: int, features: int
+) -> None:
+    """Large terms that cancel show in which precision, and how, a product is added up."""
+    x = torch.rand(batch, features).to(dtype)
+    x[:, 0], x[:, -1] = 2048.0, -2048.0
+    for layer in (nn.Linear(features, 8), nn.Conv1d(features, 8, 1), nn.Conv1d(1, 8, features)):
+        shape = {1: (batch, 1, -1), features: (batch, -1, 1)}.get(
+            layer.weight.shape[1], (batch, -1)
+        )
+        inputs = x.view(shape) if layer.weight.dim() == 3 else x
+        layer.weight.data.uniform_(0.5, 1).view(8, -1)[:, [0, -1]] = 1.0
+        module = layer.to(dtype)
+        with torch.no_grad():
+            result = forward_error(module, inputs)
+            true = copy.deepcopy(module).double()(inputs.double())
+        errors = (result.outputs.double() - true).flatten(1).norm(dim=1)
+        assert (errors <= result.error).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [1, 8])
+def test_transposed_sums_follow_the_model_too(dtype: torch.dtype, channels: int) -> None:
+    """torch adds up overlapping windows in half precision, where 4096 + 1 is 4096."""
+    layer = nn.ConvTranspose2d(channels, 1, 3, bias=False)
+    layer.weight.data.fill_(1.0)
+    layer.weight.data[0, 0, 0, 0], layer.weight.data[-1, 0, -1, -1] = 4096.0, -4096.0
+    layer, x = layer.to(dtype), torch.ones(2, channels, 9, 9, dtype=dtype)
+    result = forward_error(layer, x)
+    with torch.no_grad():
+        true = copy.deepcopy(layer).double()(x.double())
+    errors = (result.outputs.double() - true).flatten(1).norm(dim=1)
+    assert (errors <= result.error).all()
+
+
+def test_the_bound_is_in_sight_of_what_happens() -> None:
+    """1 + u + u + ... rounds down every time: the error is a good part of the bound."""
+    n = 65
+    layer = nn.Linear(n, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    x = torch.full((1, n), 2.0**-24)
+    x[0, ::8] = 1.0  # a large number in each lane of a vector register
+    with torch.no_grad():
+        result = forward_error(layer, x)
+        error = abs(result.outputs.double() - x.double().sum()).item()
+    assert 0.01 * result.error.item() < error <= result.error.item()
+
+
+@given(st.integers(0, 999), st.floats(-3, 3), st.sampled_from(EXPONENTS))
+@settings(max_examples=40)
+def test_rules_with_roots_against_float64(seed: int, log_scale: float, p: float) -> None:
+    """Householder, norm pooling, batch norm: float64 judges float32."""
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm2d(4)
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        tensor.data.normal_()
+    norm.running_var.uniform_(0.01, 2)
+    bent = Householder(4)
+    bent.angle.data.uniform_(-4, 4)
+    for module in (bent, NormPooling(2), norm.eval(), nn.AvgPool2d(2), nn.PReLU(4)):
+        x = 10**log_scale * torch.randn(3, 4, 4, 4)
+        y = x + 0.1 * 10**log_scale * torch.randn(3, 4, 4, 4)
+        with torch.no_grad():
+            result, outputs = forward_error(module, x, p), module(y)
+            judge = copy.deepcopy(module).double()
+            here, there = judge(x.double()), judge(y.double())
+
+        def size(t: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(t.double().flatten(1), p, dim=1)
+
+        slack = 1e-13 * size(here)
+        distance = size(y.double() - x.double())
+        assert (size(result.outputs - here) <= result.error + slack).all()
+        assert (size(outputs - there) <= result.error + result.slope * distance + slack).all()
+        assert (size(there - here) <= result.lipschitz * distance * (1 + 1e-12) + slack).all()
+
+
+def test_reflections_near_their_border() -> None:
+    """Where a comparison errs by rounding, the branches are as close as the bound says."""
+    bent = Householder(2)
+    bent.angle.data.fill_(1.234)
+    t = torch.linspace(-1, 1, 4001)[:, None]
+    along = torch.tensor([math.cos(0.617), math.sin(0.617)])
+    x = 3 * along + 1e-7 * t * torch.tensor([-along[1], along[0]])
+    with torch.no_grad():
+        result = forward_error(bent, x)
+        true = copy.deepcopy(bent).double()(x.double())
+    assert ((result.outputs.double() - true).norm(dim=1) <= result.error).all()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_overflow_nearby_limits_the_radius(depth: int) -> None:
+    """A class that no input changes in real numbers, until sums are infinite."""
+    half, most = torch.float16, torch.finfo(torch.float16).max
+    head = nn.Linear(1, 2).to(half)
+    head.weight.data.fill_(1.0)
+    head.bias.data = torch.tensor([2000.0, 0.0], dtype=half)
+    middle = nn.Linear(1, 1, bias=False).to(half)
+    middle.weight.data.fill_(4.0)
+    net = nn.Sequential(middle, head)[-depth:].eval()
+    batch = [(torch.zeros(1, 1, dtype=half), torch.tensor([0]))]
+    radius = certify(net, batch, (1,)).radius.item()
+    scale = 4.0 ** (depth - 1)
+    assert 0.2 * most < scale * radius < 0.25 * most
+    assert certify(net.float(), [(batch[0][0].float(), batch[0][1])], (1,)).radius > most
+
+
+def test_what_overflows_is_not_certified() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    x = torch.tensor([[1e38, 0.0]])
+    assert forward_error(layer, x).limit.item() <= 0.25 * torch.finfo(torch.float32).max
+    assert forward_error(Scale(1e3), x / 1e2).limit.item() <= 0
+
+
+def test_a_batch_does_not_change_the_bound() -> None:
+    module, shape = small("deep", 0)
+    x = torch.randn(5, *shape)
+    with torch.no_grad():
+        whole, one = forward_error(module, x), forward_error(module, x[2:3])
+    assert abs(whole.error[2] / one.error[0] - 1) < 1e-4
+    assert whole.slope == one.slope
+
+
+def test_layers_compose_as_the_formula_says() -> None:
+    first, second = nn.Linear(6, 5), nn.Linear(5, 4)
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        a = forward_error(first, x)
+        b = forward_error(second, a.outputs)
+        both = forward_error(nn.Sequential(first, second), x)
+    assert both.lipschitz == pytest.approx(a.lipschitz * b.lipschitz)
+    expected = b.lipschitz * a.error + b.error + 2 * b.slope * a.error
+    torch.testing.assert_close(both.error, expected)
+    assert both.slope == pytest.approx(b.lipschitz * a.slope + b.slope * (a.lipschitz + a.slope))
+
+
+# ----------------------------------------------------------------------- rules and refusals
+
+
+def test_reduced_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = nn.Conv1d(1, 1, 1), torch.ones(1, 1, 3)
+    with torch.no_grad():
+        forward_error(layer, x)
+        torch.set_float32_matmul_precision("medium")
+        try:
+            with pytest.raises(ValueError, match="precision must be 'highest', got 'medium'"):
+                forward_error(layer, x)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+        with pytest.raises(ValueError, match="must be STRICT, got BF16"):
+            forward_error(layer, x)
+        monkeypatch.delenv("ONEDNN_DEFAULT_FPMATH_MODE")
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.nnpack, "is_available", lambda: True)
+        monkeypatch.setattr(torch._C, "_get_nnpack_enabled", lambda: True)
+        with pytest.raises(ValueError, match="NNPACK may convolve by Winograd"):
+            forward_error(layer, x)
+
+
+def test_a_layer_joins_by_one_function() -> None:
+    class Negate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return -x
+
+    @forward_error_rule.register(Negate)
+    def _(module: Negate, example: Tensor, p: float) -> Callable[[Tensor], ForwardError]:
+        def analysis(x: Tensor) -> ForwardError:
+            zero = torch.zeros(len(x), dtype=torch.float64)
+            return ForwardError(module(x), 1.0, zero, 0.0, zero + INF)
+
+        return analysis
+
+    with torch.no_grad():
+        x = torch.randn(2, 3)
+        plain = forward_error(nn.Linear(3, 3), x)
+        net = nn.Sequential(Negate(), Negate())
+    assert forward_error(net, x).error.tolist() == [0.0, 0.0]
+    assert plain.error.min() > 0
+
+
+def test_every_rule_meets_the_oracle_or_float64() -> None:
+    """No rule is left without a test that knows better."""
+    tested = {type(module) for name in SMALL for module in small(name, 0)[0].modules()}
+    tested = {c for kind in tested for c in kind.__mro__}
+    by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU}
+    kin = {"1d", "3d"}  # of layers whose two-dimensional version is tested
+    moved = set(rounding._MOVING) | {object}
+    for cls in forward_error_rule.registry:
+        if cls.__module__.startswith(("torch", "lipbook")) and cls not in moved:
+            alike = {c.__name__ for c in tested | by_float64}
+            named = cls.__name__[:-2] + "2d" if cls.__name__[-2:] in kin else cls.__name__
+            assert named in alike or cls.__name__ in ("CPLLinear", "SLLConv2d"), cls
+
+
+@pytest.mark.parametrize("norm", [0.5, 1.0, 1.9, 3.0])
+@pytest.mark.parametrize("terms", [4, 8])
+def test_a_truncated_exponential_is_nonexpansive_up_to_norm_two(norm: float, terms: int) -> None:
+    layer = SkewOrthogonalConv2d(1, 1, 3, terms=terms, bias=False).double()
+    kernel = torch.tensor([[0.0, 0.0, 0.0], [-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]).double() * norm / 2
+    parametrize.remove_parametrizations(layer, "weight")  # of norm |2 sin θ| norm / 2
+    layer.weight.data = kernel[None, None]
+    x = torch.randn(1, 1, 4, 4).double()
+    ours = forward_error(layer, x).lipschitz
+    pixels = torch.eye(16).double().view(-1, 1, 4, 4)
+    true = torch.linalg.matrix_norm(layer(pixels).detach().flatten(1), 2).item()
+    assert true <= ours * (1 + 1e-14)
+    assert (ours == 1) == (norm < 2)
+
+
+def test_the_bound_of_the_net_agrees_with_the_composition() -> None:
+    for name in SMALL:
+        module, shape = small(name, 3)
+        x = torch.randn(1, *shape)
+        with torch.no_grad():
+            ours = forward_error(module, x).lipschitz
+        theirs = lipschitz_bound(module, shape).value
+        assert theirs * (1 - 1e-9) <= ours <= theirs * (1 + 1e-5), name
