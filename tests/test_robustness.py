@@ -25,7 +25,7 @@ from torch.nn import functional
 from lipbook import attacks, robustness, rounding
 from lipbook.activations import Householder, MaxMin
 from lipbook.attacks import attacked_accuracy, fgsm, pgd
-from lipbook.composition import Residual
+from lipbook.composition import Residual, lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
     OrthogonalConv2d,
@@ -238,6 +238,23 @@ def cancelling() -> tuple[nn.Module, Tensor]:
     return net, torch.tensor([[2.0, 2.0**-10]])
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_overflow_nearby_limits_the_radius(depth: int) -> None:
+    """A class that no input changes in real numbers, until sums are infinite."""
+    half, most = torch.float16, torch.finfo(torch.float16).max
+    head = nn.Linear(1, 2).to(half)
+    head.weight.data.fill_(1.0)
+    head.bias.data = torch.tensor([2000.0, 0.0], dtype=half)
+    middle = nn.Linear(1, 1, bias=False).to(half)
+    middle.weight.data.fill_(4.0)
+    net = nn.Sequential(middle, head)[-depth:].eval()
+    batch = [(torch.zeros(1, 1, dtype=half), torch.tensor([0]))]
+    radius = certify(net, batch, (1,)).radius.item()
+    scale = 4.0 ** (depth - 1)
+    assert 0.2 * most < scale * radius < 0.25 * most
+    assert certify(net.float(), [(batch[0][0].float(), batch[0][1])], (1,)).radius > most
+
+
 def test_a_counterexample_to_the_radius_of_real_arithmetic_and_none_to_the_sound_one() -> None:
     net, x = cancelling()  # logits 8192 + 2^-10 and 8192: apart in float32, by one ulp
     batch = [(x, torch.tensor([0]))]
@@ -309,6 +326,16 @@ def test_preprocessing_is_part_of_the_radius() -> None:
     doubled = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
     at_once = certify(wide, [(doubled, y)], (1, 4, 6))
     torch.testing.assert_close(enlarged.radius, at_once.radius / 2, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+def test_standardisation_counts_by_its_smallest_deviation(p: float) -> None:
+    layer = Standardize([0.5, 0.25, 0.0], [0.5, 0.25, 1.0])
+    x, step = torch.rand(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
+    step[0, 1, 0, 1] = 0.5
+    assert lipschitz_bound(layer, (3, 2, 2), p).value == 4.0
+    moved = (layer(x + step) - layer(x)).abs().sum().item()
+    assert math.isclose(moved, 4 * 0.5, rel_tol=1e-5)
 
 
 def test_half_precision_costs_radius_and_stays_sound() -> None:
