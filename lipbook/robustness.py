@@ -232,7 +232,8 @@ def _(module: Standardize, input_shape: Shape, p: float) -> Bound:
 @forward_error_rule.register
 def _(module: Standardize, example: Tensor, p: float) -> Analysis:
     lipschitz = lipschitz_rule(module, tuple(example.shape[1:]), p).value * rounding._UP
-    return lambda x: rounding._relative(x, module(x), p, lipschitz, 2)
+    shift = module.mean.double().abs().max().item()  # since x - mean may overflow, undivided
+    return lambda x: rounding._relative(module, x, p, lipschitz, 2, shift)
 
 
 # ----------------------------------------------------------------------------- the certificate
@@ -385,7 +386,8 @@ class Certificate:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        largest = self.radius[self.radius.isfinite()].max().item() if len(self.radius) else 0.0
+        finite = self.radius[self.radius.isfinite()]
+        largest = finite.max().item() if len(finite) else 0.0
         return self.table([largest * i / 4 for i in range(5)])
 
     def plot(self, axes: Any = None, **style: Any) -> Any:
@@ -482,10 +484,11 @@ def certify(
     r"""Certify the predictions of a network, by its Lipschitz constant and its margins.
 
     With ``sound`` (the default) the statement is about the program: for every input :math:`x'` in
-    the dtype of the model with :math:`\lVert x' - x\rVert_p \le r`, in real numbers, the program
-    returns the class that it returns at :math:`x`, in any batch, on any number of threads, as
-    long as its sums follow the model of rounding (:func:`~lipbook.rounding.forward_error`). With
-    the :math:`L`, :math:`a`, :math:`c` of the logits' difference :math:`z_y - z_j`,
+    the dtype of the model with :math:`\lVert x' - x\rVert_p \le r`, in real numbers, and
+    :math:`r > 0`, the program returns the class that it returns at :math:`x`, in any batch, on any
+    number of threads, as long as its sums follow the model of rounding
+    (:func:`~lipbook.rounding.forward_error`). With the :math:`L`, :math:`a`, :math:`c` of the
+    logits' difference :math:`z_y - z_j`,
 
     .. math::
         r = \min_{j \ne y} \frac{P_y(x) - P_j(x) - 2 a}{L + c} ,
@@ -497,7 +500,8 @@ def certify(
     If the last layer is a :class:`torch.nn.Linear`, its rows give the bound of each difference
     (the second form of :func:`certified_radius`), and the rest of the network the
     :math:`L`. Weights under a parametrization are computed once, and those are the weights that
-    the certificate is about. Autocast, if on, is part of the program.
+    the certificate is about. So are the scales of SLL and CPL layers, as this run computes
+    them. Autocast, if on, is part of the program.
 
     Parameters
     ----------
@@ -674,9 +678,9 @@ def _radius_of_program(
         labels = step.logits.argmax(1)
         margins = _margins(step.logits.double(), labels)
         gap, stretch = 2 * total.error[:, None], (total.lipschitz + total.slope) * rounding._UP
-        steepness = step.norms * total.lipschitz * rounding._UP
+        steepness = step.norms * total.lipschitz * rounding._UP + rounding._FLOOR
         error = step.norms * total.error[:, None] + step.errors + step.slopes * gap
-        slope = step.norms * total.slope + step.slopes * stretch
+        slope = step.norms * total.slope + step.slopes * stretch + rounding._FLOOR
         down = 1 - 2.0**-40
         numerator = margins * down - 2 * error * rounding._UP
         radius = _least_quotient(numerator, (steepness + slope) * rounding._UP, labels)

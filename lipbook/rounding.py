@@ -44,11 +44,12 @@ Size = int | Sequence[int]
 # gamma_n = n u / (1 - n u) times the sum of the absolute products, as long as each operation on its
 # way is a rounded sum or product (Higham, Accuracy and Stability of Numerical Algorithms, 2002,
 # section 3.1). That excludes algorithms that form other sums: Winograd, Strassen and Fourier
-# convolutions. Numbers below the smallest normal one may be flushed to zero. For half precision u
-# is doubled, since some processors round its sums to odd and not to nearest. Where a handful of
-# scalars in float64 is combined at the end, _UP covers their rounding.
+# convolutions. Numbers below the smallest normal one may be flushed to zero, also where a layer
+# only moves them. For half precision u is doubled, since some processors round its sums to odd and
+# not to nearest. Where a handful of scalars in float64 is combined at the end, _UP covers their
+# rounding, and _FLOOR is added to products of constants, which may underflow.
 
-_UP = 1 + 2.0**-40
+_UP, _FLOOR = 1 + 2.0**-40, 2.0**-1000
 
 
 def _gamma(terms: float, dtype: torch.dtype) -> float:
@@ -105,7 +106,8 @@ def rigorous_matrix_norm(matrix: Tensor, p: float = 2) -> float:
     if p == 2:
         return _spectral_bounds(matrix).item()
     terms = matrix.shape[0 if p == 1 else 1] + 4
-    return norms.operator_norm(matrix, p).item() * (1 + _gamma(2 * terms, torch.float64)) * _UP
+    bound = norms.operator_norm(matrix, p).item() * (1 + _gamma(2 * terms, torch.float64)) * _UP
+    return math.nextafter(bound, math.inf) if bound else bound
 
 
 def _tall(blocks: Tensor) -> Tensor:
@@ -134,7 +136,8 @@ def _spectral_bounds(blocks: Tensor) -> Tensor:
     defect = _gram_bound(V, gamma, torch.eye(n, dtype=V.dtype))
     bound = (_gram_bound(image, gamma).sqrt() + lost) / (1 - defect).clamp(min=0).sqrt()
     bound = torch.where(defect < 0.5, bound, size)  # the Frobenius norm, if the eigensolver failed
-    return bound * scale * (1 + 4 * gamma) * _UP
+    bound = bound * (1 + 4 * gamma) * _UP * scale  # at least the scale, a power of two
+    return torch.where(bound > 0, bound.nextafter(bound.new_tensor(math.inf)), bound)  # denormal
 
 
 def _largest_spectral_bound(blocks: Tensor) -> float:
@@ -175,7 +178,7 @@ def rigorous_convolution_norm(
 
     with :math:`\varepsilon` for the rounding of the Fourier sums. **Guaranteed**: never below the
     norm of the kernel as stored, provided that torch's cosines and sines of float64 are off by at
-    most 16 units in the last place (1 or 2 are documented).
+    most 16 units in the last place.
 
     Parameters
     ----------
@@ -211,15 +214,19 @@ def rigorous_convolution_norm(
     weight = weight.detach().cpu()
 
     def sums(p: float) -> float:  # its margin is 4 n eps for sums of n terms, which is above 2 n u
-        return norms.convolution_norm_bound(weight, p=p, **geometry).item() * _UP
+        bound = norms.convolution_norm_bound(weight, p=p, **geometry).item() * _UP
+        return math.nextafter(bound, math.inf) if bound else bound
 
     p = norms._convolution_exponent(p)
     if p != 2:
         return sums(p)
     kernel, axes = norms._geometry(weight, **geometry)
+    scale = norms._scale(kernel.flatten(0, -2))  # without which squares underflow
+    kernel = kernel / scale
     magnitude = kernel.abs().flatten(3).sum(3)  # (groups, c_out, c_in)
-    rows = max(sums(1), sums(math.inf), magnitude.sum(2).max().item())
-    columns = max(sums(1), sums(math.inf), magnitude.sum(1).max().item())
+    # In a completed operator a tap takes one pixel to an output, and a pixel to that many outputs.
+    copies = math.prod(max(1.0, axis.column_counts().max().item()) for axis in axes)
+    rows, columns = (magnitude.sum(axis).max().item() for axis in (2, 1))
     blocks = norms._half(norms._completions(kernel, axes)[0])
     eps = torch.finfo(torch.float64).eps
     rounding = sum(
@@ -230,8 +237,14 @@ def rigorous_convolution_norm(
         for part in norms._parts(kernel, blocks)
     )
     factor = math.prod(block.factor for block in blocks)
-    completed = factor * (largest + rounding * math.sqrt(rows * columns) * _UP) * _UP
-    return min(completed, math.sqrt(sums(1) * sums(math.inf)) * _UP)
+    completed = factor * (largest + rounding * math.sqrt(rows * columns * copies) * _UP) * _UP
+    completed = math.nextafter(completed * scale.item(), math.inf) if completed else 0.0
+    return min(completed, _mean(sums(1), sums(math.inf)))
+
+
+def _mean(a: float, b: float) -> float:
+    """Geometric mean from above, of numbers whose product may underflow or overflow."""
+    return math.nextafter(math.sqrt(a) * math.sqrt(b) * _UP, math.inf) if a and b else 0.0
 
 
 # ----------------------------------------------------------------- the error of a program
@@ -415,6 +428,9 @@ def _check_arithmetic(example: Tensor) -> None:
             raise ValueError(
                 f"torch.backends.{name}fp32_precision must be 'ieee', got {precision!r}"
             )
+    reduced = getattr(torch._C, "_get_cpu_allow_fp16_reduced_precision_reduction", bool)
+    if reduced():  # sums of float16 in float16, on some processors
+        raise ValueError("sums of float16 must not be of reduced precision, but torch allows it")
     for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):
         mode = os.environ.get(name, "STRICT").upper()
         if mode != "STRICT":
@@ -458,9 +474,9 @@ def _then(first: ForwardError, second: ForwardError) -> ForwardError:
     gap, stretch = 2 * first.error, (first.lipschitz + first.slope) * _UP
     return ForwardError(
         second.outputs,
-        second.lipschitz * first.lipschitz * _UP,
-        (second.lipschitz * first.error + second.error + second.slope * gap) * _UP,
-        (second.lipschitz * first.slope + second.slope * stretch) * _UP,
+        second.lipschitz * first.lipschitz * _UP + _FLOOR,
+        (second.lipschitz * first.error + second.error + second.slope * gap) * _UP + _FLOOR,
+        (second.lipschitz * first.slope + second.slope * stretch) * _UP + _FLOOR,
         torch.minimum(first.limit, (second.limit - gap) / max(stretch, 1e-300)),
     )
 
@@ -471,9 +487,19 @@ def _unrounded(x: Tensor, outputs: Tensor, lipschitz: float = 1.0) -> ForwardErr
 
 
 def _relative(
-    x: Tensor, outputs: Tensor, p: float, lipschitz: float, roundings: int
+    layer: Callable[[Tensor], Tensor],
+    x: Tensor,
+    p: float,
+    lipschitz: float,
+    roundings: int,
+    shift: float = 0.0,
 ) -> ForwardError:
-    """Bound the error of outputs each of which took so many relative roundings."""
+    """Bound the error of outputs each of which took so many relative roundings.
+
+    On the way the inputs may be cast to the dtype of the outputs, and moved by a shift.
+    """
+    before = _norms(x, p) + shift  # of the inputs, on which the layer may work in place
+    outputs = layer(x)
     gamma = _gamma(roundings + 1, outputs.dtype)
     size, info = _norms(outputs, p), torch.finfo(outputs.dtype)
     tiny = roundings * _quantum(outputs.dtype) * _entries(outputs, p)
@@ -482,7 +508,7 @@ def _relative(
         lipschitz,
         (gamma * (1 + 4 * gamma) * size + tiny) * _UP,
         gamma * lipschitz * _UP,
-        (info.max / 4 - size) / max(lipschitz, 1e-300),
+        torch.minimum((info.max / 4 - size) / max(lipschitz, 1e-300), info.max / 4 - before),
     )
 
 
@@ -507,9 +533,8 @@ def _sum(parts: Sequence[ForwardError], outputs: Tensor, p: float) -> ForwardErr
 
 
 def _cast(x: Tensor, dtype: torch.dtype, p: float) -> ForwardError:
-    outputs = x.to(dtype)
     exact = torch.finfo(dtype).eps <= torch.finfo(x.dtype).eps and dtype != torch.float16
-    return _unrounded(x, outputs) if exact else _relative(x, outputs, p, 1.0, 1)
+    return _unrounded(x, x.to(dtype)) if exact else _relative(lambda v: v.to(dtype), x, p, 1.0, 1)
 
 
 class _Affine(NamedTuple):
@@ -659,7 +684,7 @@ def _after_cast(affine: _Affine, dtype: torch.dtype, p: float) -> Analysis:
 
 def _absolute_norm(norm: Callable[[float], float], p: float) -> float:
     """Bound of ‖|A|‖, which for p = 1 and ∞ is ‖A‖, by interpolation between the two."""
-    return norm(p) if p != 2 else math.sqrt(norm(1) * norm(math.inf)) * _UP
+    return norm(p) if p != 2 else _mean(norm(1), norm(math.inf))
 
 
 def _bias_norm(bias: Tensor | None, dtype: torch.dtype, positions: int, p: float) -> float:
@@ -685,7 +710,7 @@ _TRANSPOSED = (
 
 @_rule_of(*_CONVOLUTIONS, *_TRANSPOSED)
 def _(module: Any, example: Tensor, p: float) -> Analysis:
-    _check_direct()
+    _check_direct(module.weight)
     dtype = _computing_dtype(example, module.weight)
     weight = module.weight.detach().to(dtype)
     size: list[int] = list(example.shape[2:])
@@ -716,8 +741,8 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
     return _after_cast(affine, dtype, p)
 
 
-def _check_direct() -> None:
-    """Refuse NNPACK, the only library of torch that runs Winograd's algorithm unasked."""
+def _check_direct(weight: Tensor) -> None:
+    """Refuse Winograd's algorithm, which torch runs unasked by NNPACK, and on ARM by its own."""
     onednn = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
     nnpack = torch.backends.nnpack.is_available() and torch._C._get_nnpack_enabled()
     if nnpack and not onednn:
@@ -725,6 +750,16 @@ def _check_direct() -> None:
             "NNPACK may convolve by Winograd's algorithm, whose rounding errors are others: "
             "call torch.backends.nnpack.set_flags(False)"
         )
+    if weight.shape[1:] == (1, 3, 3):  # one channel a group
+        image, pair = torch.empty(1, 1, 8, 8), [1, 1]
+        backend = torch._C._select_conv_backend(
+            image, image[..., :3, :3], None, pair, pair, pair, False, [0, 0], 1
+        )
+        if "Winograd" in backend.name:
+            raise ValueError(
+                "3 x 3 kernels with one channel a group are convolved by Winograd's algorithm on "
+                "this processor, whose rounding errors are others: use sound=False"
+            )
 
 
 _MOVING = (  # permutations, sorting, clipping: results are among the inputs, or 0
@@ -743,8 +778,18 @@ _MOVING = (  # permutations, sorting, clipping: results are among the inputs, or
 
 @_rule_of(*_MOVING)
 def _(module: nn.Module, example: Tensor, p: float) -> Analysis:
-    lipschitz = _closed_form(module, example, p)
-    return lambda x: _unrounded(x, module(x), lipschitz)
+    return _moved(module, _closed_form(module, example, p), p)
+
+
+def _moved(module: nn.Module, lipschitz: float, p: float) -> Analysis:
+    """Nothing is rounded, but numbers may be flushed, and the flushed be compared as equal."""
+
+    def analysis(x: Tensor) -> ForwardError:
+        result = _unrounded(x, module(x), lipschitz)
+        flushed = 2 * _quantum(x.dtype) * _entries(result.outputs, p)
+        return dataclasses.replace(result, error=result.error + flushed)
+
+    return analysis
 
 
 def _closed_form(module: nn.Module, example: Tensor, p: float) -> float:
@@ -759,8 +804,7 @@ def _(module: nn.Upsample, example: Tensor, p: float) -> Analysis:
         raise ValueError(
             f"mode must be 'nearest' for its rounding to be known, got {module.mode!r}"
         )
-    lipschitz = _closed_form(module, example, p)
-    return lambda x: _unrounded(x, module(x), lipschitz)
+    return _moved(module, _closed_form(module, example, p), p)
 
 
 # Relative roundings: of the constant and of the product; of the slope and of the product; of the
@@ -773,13 +817,14 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
         roundings += example[0].numel() // module(example)[0].numel()
 
     def analysis(x: Tensor) -> ForwardError:
-        result = _relative(x, module(x), p, lipschitz, roundings)
+        size = _norms(x, p)
+        result = _relative(module, x, p, lipschitz, roundings)
         if not isinstance(module, pooling.NormPooling):
             return result
         # Squares may underflow or overflow where their root would not.
         info = torch.finfo(torch.promote_types(x.dtype, torch.float32))
         lost = roundings * math.sqrt(info.tiny) * _entries(result.outputs, p)
-        limit = result.limit.clamp(max=math.sqrt(info.max) / 4) - _norms(x, p)
+        limit = result.limit.clamp(max=math.sqrt(info.max) / 4 - size)
         return dataclasses.replace(result, error=result.error + lost, limit=limit)
 
     return analysis
@@ -814,7 +859,7 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
 
 
 # Note [a reflection in floating point]
-# Cosines and sines are off by at most 8u (1 or 2 units in the last place are documented), so that a
+# Cosines and sines are assumed to be off by at most 8u, so that a
 # reflected entry is off by 11u (|z1| + |z2|). The comparison can err only if |v'z| is at most
 # 10u (|z1| + |z2|), and the branches differ by 2 |v'z| there. Together 32u (|z1| + |z2|) an entry.
 
@@ -837,8 +882,8 @@ def _(module: activations.Householder, example: Tensor, p: float) -> Analysis:
 
 @_rule_of(residual.SLLLinear, residual.CPLLinear, residual.SLLConv2d, residual.CPLConv2d)
 def _(module: Any, example: Tensor, p: float) -> Analysis:
-    _check_direct()
     weight, dtype = module.weight.detach(), module.weight.dtype
+    _check_direct(weight)
     if module.activation not in ("relu", "identity"):
         raise ValueError(f"the rounding of {module.activation} is not known: use 'relu'")
     if _is_half(dtype) or _computing_dtype(example, weight) != dtype:
@@ -877,7 +922,8 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
         underflow = torch.finfo(dtype).tiny * entries * largest
         slope = gamma * (1 + back * absolute) + underflow
         room = (torch.finfo(dtype).max / 4 - inside) / (1 + back * absolute)
-        hidden = (torch.finfo(dtype).max / 4 - absolute * size - bias_norm) / max(absolute, 1e-300)
+        most = torch.finfo(dtype).max / 4 / max(1.0, scale.max().item())  # for W x + b, then scaled
+        hidden = (most - absolute * size - bias_norm) / max(absolute, 1e-300)
         return ForwardError(
             outputs,
             lipschitz,
@@ -897,8 +943,8 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
 
 @_rule_of(convolutions.SkewOrthogonalConv2d)
 def _(module: Any, example: Tensor, p: float) -> Analysis:
-    _check_direct()
     weight, dtype = module.weight.detach(), module.weight.dtype
+    _check_direct(weight)
     if _is_half(dtype) or _computing_dtype(example, weight) != dtype:
         raise ValueError("half precision is not supported: use float32 or float64")
     size = [n // module.stride for n in example.shape[2:]]

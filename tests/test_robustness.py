@@ -31,7 +31,7 @@ from lipbook.convolutions import (
     OrthogonalConv2d,
     SkewOrthogonalConv2d,
 )
-from lipbook.orthogonal import InfinityNormLinear, OrthogonalLinear, UnitNormLinear
+from lipbook.orthogonal import InfinityNormLinear, OrthogonalLinear, Scale, UnitNormLinear
 from lipbook.residual import SLLLinear
 from lipbook.robustness import (
     Accuracy,
@@ -270,6 +270,18 @@ def test_a_counterexample_to_the_radius_of_real_arithmetic_and_none_to_the_sound
     assert sound.radius.item() < distance
 
 
+def test_constants_that_underflow_do_not_certify_forever() -> None:
+    """The slope 1e-245 of the logits is a product with a factor that float64 takes for 0."""
+    net = nn.Sequential(Scale(1e-200), Scale(1e-200), nn.Linear(1, 2)).double().eval()
+    net[2].weight.data = torch.tensor([[-1e155], [0.0]], dtype=torch.float64)
+    net[2].bias.data = torch.tensor([1e60, 0.0], dtype=torch.float64)
+    here, there = (torch.full((1, 1), v, dtype=torch.float64) for v in (0.0, 1e306))
+    certificate = certify(net, [(here, torch.tensor([0]))], (1,))
+    with torch.no_grad():
+        assert net(here).argmax() != net(there).argmax()
+    assert 0 < certificate.radius.item() < 1e306
+
+
 def test_a_search_finds_counterexamples_without_and_none_with_the_error_of_the_program(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -422,6 +434,11 @@ def test_a_certificate_survives_its_file(tmp_path: Path) -> None:
     infinite = Certificate(ours.radius, ours.predictions, ours.labels, INF, False)
     infinite.save(path)
     assert Certificate.load(path).p == INF
+
+
+def test_radii_without_end_have_a_table() -> None:
+    forever = Certificate(torch.full((2,), INF), *(torch.zeros(2, dtype=torch.int64),) * 2, 2, True)
+    assert "100.00 %" in str(forever)
 
 
 def test_nothing_half_written(tmp_path: Path) -> None:

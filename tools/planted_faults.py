@@ -252,6 +252,36 @@ FAULTS = (
     ),
     Fault(
         "rounding",
+        "scale = norms._scale(kernel.flatten(0, -2))",
+        "scale = torch.tensor(1.0)",
+        "squares of a small kernel underflow",
+    ),
+    Fault(
+        "rounding",
+        "before = _norms(x, p) + shift",
+        "before = _norms(layer(x.clone()), p) + shift",
+        "a cast overflows where its result would not",
+    ),
+    Fault(
+        "rounding",
+        "most = torch.finfo(dtype).max / 4 / max(1.0, scale.max().item())",
+        "most = torch.finfo(dtype).max / 4",
+        "hidden units overflow when they are scaled",
+    ),
+    Fault(
+        "rounding",
+        "flushed = 2 * _quantum(x.dtype)",
+        "flushed = 0 * _quantum(x.dtype)",
+        "what a layer moves is flushed to zero",
+    ),
+    Fault(
+        "rounding",
+        "        second.lipschitz * first.lipschitz * _UP + _FLOOR,",
+        "        second.lipschitz * first.lipschitz * _UP,",
+        "a product of constants underflows to no bound",
+    ),
+    Fault(
+        "rounding",
         "(second.lipschitz * first.error + second.error + second.slope * gap) * _UP",
         "(first.error + second.error + second.slope * gap) * _UP",
         "an error is not stretched by the layers above it",
