@@ -424,12 +424,12 @@ def _located(error: Exception, name: str, module: nn.Module) -> Exception:
     return located
 
 
-def _rule_of(*classes: type[nn.Module]) -> Callable[[Any], Any]:
+def _rule_of(*classes: type[nn.Module], dispatch: Any = lipschitz_rule) -> Callable[[Any], Any]:
     """Register one rule for several classes."""
 
     def register(rule: Any) -> Any:
         for cls in classes:
-            lipschitz_rule.register(cls, rule)
+            dispatch.register(cls, rule)
         return rule
 
     return register

@@ -598,13 +598,7 @@ def _exactly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 # ---------------------------------------------------------------------- rules of the layers
 
 
-def _rule_of(*classes: type[nn.Module]) -> Callable[[Any], Any]:
-    def register(rule: Any) -> Any:
-        for cls in classes:
-            forward_error_rule.register(cls, rule)
-        return rule
-
-    return register
+_rule_of = functools.partial(composition._rule_of, dispatch=forward_error_rule)
 
 
 @forward_error_rule.register
