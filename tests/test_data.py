@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import zlib
 from collections.abc import Iterator
@@ -19,9 +21,10 @@ import numpy as np
 import pooch
 import pytest
 import torch
+from PIL import Image
 
 from lipbook.lab import data
-from lipbook.lab.data import Mnist, mnist
+from lipbook.lab.data import Mnist, cifar10, mnist
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "lipbook" / "lab" / "digits"
@@ -359,3 +362,110 @@ def test_the_script_makes_the_shipped_file_byte_for_byte(tmp_path: Path) -> None
     assert run.returncode == 0, run.stderr
     assert made.read_bytes() == (DIGITS / "mnist.npz").read_bytes()
     assert data.SUBSET_SHA256 in run.stdout
+
+
+# ---------------------------------------------------------------------------------- CIFAR-10
+
+
+def packed(members: dict[str, bytes], mode: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+@pytest.fixture
+def colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
+    """Stand-ins for both archives: seven images, the last of which is the test set."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (7, 3, 32, 32), np.uint8), np.arange(7, dtype=np.uint8)
+    images[:] = images[:, :, :1, :1]  # of one colour each, which JPEG keeps
+    parts = [[0], [1], [2], [3], [4, 5], [6]]
+    names = [*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"]
+    binary = {
+        f"cifar-10-batches-bin/{name}": b"".join(
+            bytes([labels[i]]) + images[i].tobytes() for i in part
+        )
+        for name, part in zip(names, parts, strict=True)
+    }
+    jpegs = {}
+    for i, image in enumerate(images):
+        file = io.BytesIO()
+        Image.fromarray(image.transpose(1, 2, 0)).save(file, "JPEG", quality=75)
+        part = "test" if i == 6 else "train"
+        jpegs[f"{part}/{data.CIFAR10_CLASSES[i]}/0000.jpg"] = file.getvalue()
+    folder = tmp_path / "data"
+    (folder / "cifar10").mkdir(parents=True)
+    url, lossy = data.CIFAR10_BINARY[0], data.CIFAR10_JPEG[0]
+    for path, content, constant, name in (
+        (folder / "cifar10" / url.rpartition("/")[2], packed(binary, "w:gz"), "BINARY", url),
+        (folder / lossy, packed(jpegs, "w:xz"), "JPEG", lossy),
+    ):
+        path.write_bytes(content)
+        monkeypatch.setattr(data, f"CIFAR10_{constant}", (name, sha256(content)))
+    monkeypatch.setenv("LIPBOOK_DATA", str(folder))
+    return images, labels
+
+
+def test_the_official_archive_is_read_pixel_for_pixel(
+    colours: tuple[np.ndarray, np.ndarray],
+) -> None:
+    images, labels = colours
+    found = cifar10()
+    assert np.array_equal((found.train_images * 255).numpy(), images[:6])
+    assert np.array_equal((found.test_images * 255).numpy(), images[6:])
+    assert found.train_labels.tolist() == labels[:6].tolist()
+    assert found.test_labels.tolist() == [6]
+    assert repr(found) == "CIFAR-10: 6 + 1 images"
+
+
+def test_the_lossy_copy_is_read_and_named(colours: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = colours
+    found = cifar10(jpeg=True)
+    assert np.abs((found.train_images * 255).numpy() - images[:6].astype(float)).max() <= 4
+    assert found.train_images.shape == (6, 3, 32, 32)
+    assert [*found.train_labels.tolist(), *found.test_labels.tolist()] == labels.tolist()
+    assert found.name == "CIFAR-10 (JPEG q75)"
+
+
+@pytest.mark.parametrize("jpeg", [False, True])
+def test_a_missing_or_another_archive_is_refused(
+    jpeg: bool, colours: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(os.environ["LIPBOOK_DATA"])
+    path = folder / "cifar10-jpeg.tar.xz" if jpeg else folder / "cifar10/cifar-10-binary.tar.gz"
+    path.write_bytes(b"another file")
+    with pytest.raises(ValueError, match=f"found {sha256(b'another file')}"):
+        cifar10(jpeg)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        cifar10(jpeg)
+    monkeypatch.delenv("LIPBOOK_DATA")
+    if jpeg:
+        with pytest.raises(FileNotFoundError, match="set LIPBOOK_DATA"):
+            cifar10(jpeg)
+
+
+def test_the_official_archive_is_downloaded_where_no_folder_is_named(
+    colours: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = Path(os.environ["LIPBOOK_DATA"], "cifar10")
+    handler = type("Handler", (RecordingHandler,), {"requested": []})
+    server = HTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    url = f"http://127.0.0.1:{server.server_port}/cifar-10-binary.tar.gz"
+    monkeypatch.setattr(data, "CIFAR10_BINARY", (url, data.CIFAR10_BINARY[1]))
+    monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("LIPBOOK_DATA")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        assert len(cifar10().train_images) == 6
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert (tmp_path / "cache" / "lipbook" / "cifar10" / "cifar-10-binary.tar.gz").exists()

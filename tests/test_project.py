@@ -43,6 +43,7 @@ FLOORS = {
     "robustness": 6,
     "attacks": 7,
     "lab": 8,
+    "cli": 9,
 }
 
 
@@ -209,12 +210,15 @@ def test_the_wheel_holds_the_library_and_its_data(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r}); import lipbook; "
         "assert '.whl' in lipbook.__file__; from lipbook.lab.data import mnist; "
-        "print(tuple(mnist().train_images.shape))"
+        "print(tuple(mnist().train_images.shape)); "
+        "from lipbook.cli import _chapters; print(*(c.name for c in _chapters()))"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
     )
-    assert ran.stdout.strip() == "(12000, 1, 28, 28)"
+    shape, chapters = ran.stdout.splitlines()
+    assert shape == "(12000, 1, 28, 28)"
+    assert chapters.split() == sorted(path.name for path in (TOP / "book").glob("*.ipynb"))
 
 
 ROOMS_WITH_A_CHAPTER = (
@@ -227,6 +231,10 @@ ROOMS_WITH_A_CHAPTER = (
     "convolutions",
     "residual",
     "wasserstein",
+    "losses",
+    "rounding",
+    "robustness",
+    "attacks",
 )
 
 

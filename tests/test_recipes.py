@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,27 @@ import torch
 from torch import Tensor
 
 from lipbook.composition import lipschitz_bound
-from lipbook.lab import records
-from lipbook.lab.data import mnist
+from lipbook.lab import networks, records
+from lipbook.lab.data import Cifar10, Mnist, mnist
+from lipbook.lab.evaluation import certificate
 from lipbook.lab.recipes import (
     Rows,
     brackets,
+    cifar10,
+    counterexamples,
     digit_generator,
     group_sizes,
     image_critics,
     known_answers,
+    mnist_best,
+    mnist_infinity,
+    mnist_small,
+    mnist_trade_off,
     recipes,
     transport_scaling,
     wgan,
 )
-from lipbook.lab.recipes.__main__ import main
+from lipbook.robustness import certify
 
 # A critic sums up to 1,568 products a unit in float32, in another order on another machine; its
 # values are of size 10 at most, and it keeps the error of a layer or reduces it.
@@ -53,12 +62,12 @@ def close(value: float, recorded: float) -> bool:
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_has_its_record(name: str) -> None:
     record = records.read(name)
-    assert record.facts["command"] == f"python -m lipbook.lab.recipes {name}"
+    assert record.facts["command"] == f"lipbook reproduce {name}"
     run = importlib.import_module(f"lipbook.lab.recipes.{name}").run
     parameters = inspect.signature(run).parameters
     assert record.facts["seed"] == parameters["seed"].default
     assert {"progress", "rows"} <= set(parameters)
-    assert 0 < record.facts["seconds"] <= 600
+    assert 0 < record.facts["seconds"] <= (900 if name == "cifar10" else 600)
     assert record.facts["threads"] >= 1
     assert len(record.facts["hardware"]) > 10
     size = sum(t.numel() * t.element_size() for t in record.tensors.values())
@@ -362,71 +371,203 @@ def test_gan_critics_divided_are_lower_bounds() -> None:
                 assert bound <= 1 + 1e-4
 
 
-# ------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------ robust networks
 
 
-def shortened(folder: Path) -> list[str]:
-    sizes = ["--set", "steps=2", "--set", "seeds=1", "--set", "sizes=[2,128]"]
-    return ["group_sizes", "--to", str(folder), "--quiet", *sizes]
+@pytest.mark.parametrize("name", networks.names())
+def test_each_network_that_ships_is_certified_again(name: str) -> None:
+    """On digits that ship, or on the images in the record; norms are those of NumPy's SVD."""
+    record, _, key = name.partition("/")
+    tensors = records.read(record).tensors
+    recorded = records.read(record).results["networks"][key]["shipped"]
+    model, p = networks.load(name), networks.norm(name)
+    images, labels = mnist()[2:]
+    if "data/images" in tensors:
+        images, labels = tensors["data/images"].float() / 255, tensors["data/labels"]
+    found = certificate(model, images, labels, p)
+    assert found.sound
+    assert found.facts["lost_to_rounding"] < 0.05
+    assert recorded["count"] == len(images)
+    for epsilon, share in zip(
+        [0, *recorded["epsilons"]], [recorded["clean"], *recorded["certified"]], strict=True
+    ):  # on another machine an input may fall on the other side
+        assert found.certified_accuracy(epsilon).value == pytest.approx(share, abs=1 / len(images))
+    for layer in model:
+        if isinstance(layer, torch.nn.Linear):
+            weight = layer.weight.double().numpy()
+            if p == 2:
+                assert np.linalg.norm(weight, 2) <= 1 + 1e-3
+            else:
+                assert np.abs(weight).sum(1).max() <= 1 + 1e-3
 
 
-def test_the_command_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = main(shortened(tmp_path / "records"))
-    record = records.read("group_sizes", tmp_path / "records")
-    assert path == tmp_path / "records" / "group_sizes.json"
-    assert [row["group_size"] for row in record.results["rows"]] == [2, 128]
-    assert record.facts["command"].endswith("--set steps=2 --set seeds=1 --set sizes=[2,128]")
-    assert list((tmp_path / ".lipbook" / "recipes").iterdir()) == []
+@pytest.mark.parametrize("name", ["mnist_best", "mnist_small", "mnist_infinity", "cifar10"])
+def test_no_certificate_exceeds_the_attack_and_epsilon_only_lowers(name: str) -> None:
+    results = records.read(name).results
+    tests = [results["test"]] if "test" in results else []
+    tests += [row["test"] for row in results.get("rows", [])]
+    tests += [facts["shipped"] for facts in results["networks"].values()]
+    assert tests
+    for test in tests:
+        curve = [test["clean"], *test["certified"]]
+        assert curve == sorted(curve, reverse=True)
+        for low, high in zip(test["certified_of_attacked"], test["attacked"], strict=True):
+            assert low <= high
 
 
-def test_an_interrupted_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    calls = []
-    fit = group_sizes.fit
-
-    def interrupted(*arguments: Any, **sizes: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return fit(*arguments, **sizes)
-
-    monkeypatch.setattr(group_sizes, "fit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main(shortened(tmp_path))
-    main(shortened(tmp_path))
-    assert len(calls) == 3
-    again = records.read("group_sizes", tmp_path).results
-    expected = records.rounded(group_sizes.run(sizes=(2, 128), seeds=1, steps=2)[0])
-    assert again == expected
+def test_the_best_network_is_better_than_the_published_one_at_both_ends() -> None:
+    results = records.read("mnist_best").results
+    clean, certified = results["published"]
+    assert results["test"]["epsilons"][-1] == 1.58
+    assert results["test"]["clean"] >= 0.988 > clean
+    assert results["test"]["certified"][-1] >= 0.57 > certified
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["group_sizes", "--set", "steps=2"], "--set needs --to"),
-        (["group_sizes", "--to", ".", "--set", "step=2"], "expected one of .*'steps'"),
-        (["group_sizes", "--to", ".", "--set", "steps=two"], "--set steps: expected a number"),
-        (["nothing"], "invalid choice: 'nothing'"),
-    ],
-)
-def test_bad_commands_are_refused(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+def test_the_order_of_the_small_networks() -> None:
+    rows = {row["method"]: row["test"] for row in records.read("mnist_small").results["rows"]}
+    assert list(rows) == list(mnist_small.METHODS)
+    far = {name: test["certified"][-1] for name, test in rows.items()}
+    assert far["BCOP, StiefelMuon"] > far["BCOP"] > max(far["OSSN"], far["SVCM"])
+    assert far["SVCM"] == min(far.values())
+
+
+def test_a_few_steps_train_each_small_network() -> None:
+    digits = mnist()
+    few = Mnist(*(t[:600] for t in digits))
+    for method in mnist_small.METHODS:
+        results, tensors = mnist_small.row(few, method, epochs=6, validation=100, attack=20)
+        assert len(results["scores"]) == 6
+        assert results["test"]["clean"] > 0.3, method
+        assert {t.dtype for t in tensors.values()} == {torch.float16}
+
+
+def test_clipping_and_masking_comes_near_the_norm_it_cannot_promise() -> None:
+    kernel = 3 * torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    clipped = mnist_small.clipped_and_masked(kernel, 8)
+    columns = torch.eye(2 * 8 * 8).view(-1, 2, 8, 8)
+    padded = torch.nn.functional.pad(columns, (1, 1, 1, 1), mode="circular")
+    matrices = [
+        torch.nn.functional.conv2d(padded, k, stride=2).flatten(1).double().numpy()
+        for k in (kernel, clipped)
+    ]
+    before, after = (np.linalg.norm(matrix, 2) for matrix in matrices)
+    assert before > 5
+    assert 0.9 < after < 1.1
+
+
+def test_margins_and_temperatures_trade_accuracy_for_radius() -> None:
+    results = records.read("mnist_trade_off").results
+    assert results["epsilons"] == list(mnist_trade_off.EPSILONS)
+    for family, (_, numbers) in mnist_trade_off.LOSSES.items():
+        rows = [row for row in results["rows"] if row["family"] == family]
+        assert [row["number"] for row in rows] == list(numbers)
+        clean = [row["certified"][0] for row in rows]
+        assert clean[0] > clean[-1]
+        assert rows[0]["certified"][-1] < max(row["certified"][-1] for row in rows)
+
+
+def test_a_short_training_shows_the_trade_off() -> None:
+    digits = mnist()
+    few = Mnist(*(t[:4000] for t in digits[:2]), *(t[::4] for t in digits[2:]))
+    short = {"width": 64, "epochs": 4, "precision": "float32", "validation": 500}
+    small, large = (
+        mnist_trade_off.row(few, "offset cross-entropy", radius, **short)[0]["certified"]
+        for radius in (0.3, 2.5)
+    )
+    assert small[0] > large[0]
+    assert small[-1] < large[-1]
+
+
+def test_larger_groups_help_in_the_infinity_norm() -> None:
+    rows = records.read("mnist_infinity").results["rows"]
+    assert {(r["radius"], r["group_size"]) for r in rows} == {
+        (radius, size) for radius in mnist_infinity.RADII for size in mnist_infinity.GROUP_SIZES
+    }
+    for radius in mnist_infinity.RADII:
+        pairs, groups = (r["test"]["certified"][-1] for r in rows if r["radius"] == radius)
+        assert pairs < groups
+    digits = mnist()
+    few = Mnist(*(t[:1000] for t in digits[:2]), *(t[::10] for t in digits[2:]))
+    short = {"width": 32, "epochs": 5, "validation": 100, "attack": 50}
+    results, tensors = mnist_infinity.row(few, 0.1, 2, **short)
+    assert results["test"]["clean"] > 0.3
+    assert tensors["1.weight"].float().abs().sum(1).max() <= 1 + 1e-3
+
+
+def colours(n: int) -> Cifar10:
+    rng = np.random.default_rng(0)
+    labels = torch.arange(n) % 10
+    images = torch.from_numpy(rng.random((n, 3, 32, 32), np.float32))
+    images[:, 0] = (images[:, 0] + labels.view(-1, 1, 1)) / 10
+    return Cifar10(images, labels, images[:50], labels[:50], "made up")
+
+
+@pytest.mark.parametrize("architecture", ["small", "large"])
+def test_both_networks_for_colours_train_and_resume(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import re  # noqa: PLC0415
+    data = colours(90)
+    monkeypatch.setattr(cifar10, "cifar10", lambda jpeg: data)
+    monkeypatch.setattr(cifar10, "KEPT", 10)
+    fit = functools.partial(cifar10.fit, data, validation=20, batch_size=35)
+    monkeypatch.setattr(cifar10, "fit", lambda _, architecture, **sizes: fit(architecture, **sizes))
+    sizes = {"architecture": architecture, "precision": "float32", "attack": 5}
+    results, tensors = cifar10.run(epochs=2, rows=Rows(tmp_path), **sizes)
+    assert (tmp_path / "training.checkpoint").exists()
+    assert results["data"] == "made up"
+    assert ("networks" in results) == (architecture == "small")
+    assert tensors["data/images"].shape == (10, 3, 32, 32)
+    again, _ = cifar10.run(epochs=2, rows=Rows(tmp_path), **sizes)  # from the checkpoint
+    assert again == results
+    with pytest.raises(ValueError, match="architecture must be one of"):
+        cifar10.run(epochs=2, **(sizes | {"architecture": "huge"}))
 
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert re.search(words, capsys.readouterr().err)
+
+def test_the_best_network_trains_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = mnist()
+    few = Mnist(*(t[:1500] for t in digits[:2]), *(t[::40] for t in digits[2:]))
+    monkeypatch.setattr(mnist_best, "mnist", lambda full=False: few)
+    fit = functools.partial(mnist_best.fit, validation=200)
+    monkeypatch.setattr(mnist_best, "fit", fit)
+    sizes = {"width": 32, "depth": 2, "epochs": 4, "precision": "float32", "attack": 10}
+    results, _ = mnist_best.run(rows=Rows(tmp_path), **sizes)
+    assert results["test"]["clean"] > 0.6
+    assert mnist_best.run(rows=Rows(tmp_path), **sizes)[0] == results
 
 
-def test_help_lists_every_recipe_with_its_minutes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = capsys.readouterr().out
-    for name in recipes():
-        minutes = records.read(name).facts["seconds"] / 60
-        assert f"{name:16} {minutes:3.0f}  " in text
+def test_the_search_finds_counterexamples_of_real_arithmetic_only() -> None:
+    record = records.read("counterexamples").results
+    assert [row["family"] for row in record["rows"]] == [f.name for f in counterexamples.FAMILIES]
+    assert sum(row["attempts"] for row in record["rows"]) >= 1_000_000
+    for row in record["rows"]:
+        assert row["sound"] == 0
+        assert row["positive"] > 0.2 * row["networks"]
+    total = {"real": 0, "sound": 0}
+    for family in counterexamples.FAMILIES:
+        for seed in range(2):
+            found = counterexamples.contradictions(family, seed)
+            for name in total:
+                total[name] += found[name]
+    assert total["real"] > 0
+    assert total["sound"] == 0
+
+
+def test_the_cost_of_soundness_is_what_the_docstring_says() -> None:
+    dense, convolutional = records.read("counterexamples").results["cost"]
+    text = certify.__doc__ or ""
+    for share, name in (
+        (dense["lost"]["float16"], "float16"),
+        (dense["lost"]["bfloat16"], "bfloat16"),
+    ):
+        assert re.search(rf"\b{100 * share:.0f} % in {name}", text)
+    assert f"{100 * dense['lost']['float32']:.1f} % is lost" in text
+    assert dense["sound"] < dense["real"]
+    assert convolutional["lost"]["float32"] < 0.015
+
+
+# --------------------------------------------------------------------------------------- rows
 
 
 def test_rows_keep_results_and_tensors(tmp_path: Path) -> None:

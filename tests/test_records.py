@@ -19,7 +19,7 @@ RESULTS = {"rows": [{"name": "a", "value": 0.5, "ok": True}, {"name": "β", "val
 
 
 def record(tensors: dict[str, Tensor] | None = None, name: str = "example") -> Record:
-    made = facts("python -m lipbook.lab.recipes example", seed=7, seconds=1.26)
+    made = facts("lipbook reproduce example", seed=7, seconds=1.26)
     return Record(name, made, RESULTS, tensors or {})
 
 

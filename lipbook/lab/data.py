@@ -1,4 +1,4 @@
-"""The handwritten digits of the experiments: a subset that ships, the full set on demand."""
+"""The images of the experiments: digits that ship, all of MNIST and CIFAR-10 on demand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import gzip
 import hashlib
 import io
 import os
+import tarfile
 import zlib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Mnist", "mnist"]
+__all__ = ["Cifar10", "Mnist", "cifar10", "mnist"]
 
 SUBSET_SHA256 = "dbc9144f028ac88e4f70e1c05dd19786cf65c1f1d00fa40d7f2c0ac2d303c735"
 
@@ -42,6 +44,18 @@ MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
+
+CIFAR10_BINARY = (
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+)
+CIFAR10_JPEG = (
+    "cifar10-jpeg.tar.xz",
+    "ee3d6612ae927a78d8ad6e128717f57fc7122eaf5c1fa89de3988d7aacc1b706",
+)
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
 
 
 class Mnist(NamedTuple):
@@ -114,6 +128,110 @@ def mnist(full: bool = False) -> Mnist:
     return Mnist(*(_images(a) if a.ndim == 3 else _labels(a) for a in arrays))
 
 
+class Cifar10(NamedTuple):
+    """Training and test images: 32×32 in colour, in [0, 1], and the class of each.
+
+    ``train_images`` and ``test_images`` are float32 of shape (n, 3, 32, 32); ``train_labels`` and
+    ``test_labels`` are int64 of shape (n,), from 0 to 9 in the order of ``CIFAR10_CLASSES``.
+    ``name`` says which pixels these are; print it beside every number measured on them.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    name: str
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {len(self.train_images)} + {len(self.test_images)} images"
+
+
+def cifar10(jpeg: bool = False) -> Cifar10:
+    r"""All of CIFAR-10 (:cite:t:`krizhevsky2009`): the official pixels, or a lossy copy.
+
+    Parameters
+    ----------
+    jpeg : bool
+        Read ``$LIPBOOK_DATA/cifar10-jpeg.tar.xz``, a copy in which every image is a JPEG file of
+        quality 75 (18 MB). What is measured on it is not what is published: its ``name`` says so.
+        Without it, the official archive: ``$LIPBOOK_DATA/cifar10/cifar-10-binary.tar.gz`` where
+        that variable is set, else downloaded once (170 MB, to the user's cache folder). Either
+        archive is compared with its SHA-256.
+
+    Returns
+    -------
+    Cifar10
+        50,000 training and 10,000 test images.
+
+    Raises
+    ------
+    FileNotFoundError
+        The archive is missing in the folder that ``LIPBOOK_DATA`` names, or is the copy and there
+        is no such folder.
+    ValueError
+        The archive is damaged or another one; the message has both hashes.
+    ConnectionError
+        The official archive is not there and cannot be downloaded.
+    """
+    folder = os.environ.get("LIPBOOK_DATA")
+    url, file_hash = CIFAR10_BINARY
+    name = url.rpartition("/")[2]
+    if jpeg:
+        name, file_hash = CIFAR10_JPEG
+        if not folder:
+            raise FileNotFoundError(
+                f"{name}: set LIPBOOK_DATA to the folder that holds it, or call cifar10() for the "
+                "official archive"
+            )
+    if folder:
+        path = Path(folder, name) if jpeg else Path(folder, "cifar10", name)
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing (its SHA-256: {file_hash})")
+    else:
+        path = _download(name, file_hash, "cifar10", (url,))
+    content = path.read_bytes()
+    _check_hash(str(path), content, file_hash, "put the right archive there")
+    parts = _decoded_jpegs(content) if jpeg else _decoded_binary(content)
+    tensors = []
+    for images, labels in parts:
+        tensors += [torch.from_numpy(images.astype(np.float32) / np.float32(255)), _labels(labels)]
+    name = "CIFAR-10 (JPEG q75)" if jpeg else "CIFAR-10"
+    train_images, train_labels, test_images, test_labels = tensors
+    return Cifar10(train_images, train_labels, test_images, test_labels, name)
+
+
+Pixels = tuple[np.ndarray, np.ndarray]  # images (n, 3, 32, 32) and labels (n,), uint8
+
+
+def _decoded_binary(content: bytes) -> list[Pixels]:
+    """Each record is one byte of class and 3,072 of pixels, channel by channel."""
+    names = [[f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]]
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        members = {Path(member.name).name: member for member in archive}
+        data = [
+            b"".join(archive.extractfile(members[name]).read() for name in part)  # type: ignore[union-attr]
+            for part in names
+        ]
+    rows = [np.frombuffer(part, np.uint8).reshape(-1, 3073) for part in data]
+    return [(part[:, 1:].reshape(-1, 3, 32, 32), part[:, 0]) for part in rows]
+
+
+def _decoded_jpegs(content: bytes) -> list[Pixels]:
+    """Files are named ``train|test/<class>/<number>.jpg``; matplotlib brings the decoder."""
+    from PIL import Image  # noqa: PLC0415 - only this copy needs it
+
+    found: dict[str, tuple[list[np.ndarray], list[int]]] = {"train": ([], []), "test": ([], [])}
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for member in archive:
+            if not member.name.endswith(".jpg"):
+                continue
+            part, kind, _ = Path(member.name).parts
+            with Image.open(io.BytesIO(archive.extractfile(member).read())) as image:  # type: ignore[union-attr]
+                found[part][0].append(np.asarray(image).transpose(2, 0, 1))
+            found[part][1].append(CIFAR10_CLASSES.index(kind))
+    return [(np.stack(images), np.array(labels)) for images, labels in found.values()]
+
+
 def _images(grey: np.ndarray) -> Tensor:  # (n, 28, 28) uint8 -> (n, 1, 28, 28) float32
     return torch.from_numpy(grey.astype(np.float32) / np.float32(255)).unsqueeze(1)
 
@@ -134,7 +252,8 @@ def _official() -> list[np.ndarray]:
     folder = os.environ.get("LIPBOOK_DATA")
     arrays = []
     for name, (file_hash, content_hash) in OFFICIAL.items():
-        path = Path(folder, "mnist", name) if folder else _download(name, file_hash)
+        urls = [mirror + name for mirror in MIRRORS]
+        path = Path(folder, "mnist", name) if folder else _download(name, file_hash, "mnist", urls)
         content = _decompress(path, content_hash)
         header, shape = (16, (-1, 28, 28)) if "images" in name else (8, (-1,))
         arrays.append(np.frombuffer(content, np.uint8, offset=header).reshape(shape))
@@ -167,28 +286,26 @@ def _check_hash(what: str, content: bytes, expected: str, remedy: str) -> None:
         raise ValueError(f"{what}: expected SHA-256 {expected}, found {found}: {remedy}")
 
 
-def _download(name: str, file_hash: str) -> Path:
+def _download(name: str, file_hash: str, place: str, urls: Sequence[str]) -> Path:
     try:
         import pooch  # noqa: PLC0415 - only a download needs it
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "mnist(full=True) downloads with pooch: pip install 'lipbook[lab]', "
-            "or set LIPBOOK_DATA to a folder with the files mnist/*.gz"
+            f"{name} is downloaded with pooch: pip install 'lipbook[lab]', "
+            "or set LIPBOOK_DATA to a folder with the files"
         ) from None
-    folder = Path(pooch.os_cache("lipbook"), "mnist")
+    folder = Path(pooch.os_cache("lipbook"), place)
     failures = []
-    for mirror in MIRRORS:
+    for url in urls:
         try:
-            path = pooch.retrieve(
-                mirror + name, f"sha256:{file_hash}", name, folder, progressbar=True
-            )
+            path = pooch.retrieve(url, f"sha256:{file_hash}", name, folder, progressbar=True)
         except (OSError, ValueError) as error:  # no connection; another file than expected
-            failures.append(f"  {mirror}{name}: {error}")
+            failures.append(f"  {url}: {error}")
         else:
             return Path(path)
     raise ConnectionError(
         f"{name} (SHA-256 {file_hash}) is not in {folder} and no mirror gave it:\n"
         + "\n".join(failures)
         + "\nConnect to the network and call again, or set LIPBOOK_DATA to a folder that holds "
-        f"mnist/{name}, or call mnist() for the subset that ships with lipbook."
+        f"{place}/{name}, or call mnist() for the digits that ship with lipbook."
     )

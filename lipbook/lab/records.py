@@ -61,7 +61,7 @@ class Record:
     Examples
     --------
     >>> import tempfile
-    >>> made = facts("python -m lipbook.lab.recipes example", seed=0, seconds=0.1)
+    >>> made = facts("lipbook reproduce example", seed=0, seconds=0.1)
     >>> record = Record("example", made, {"answer": 42}, {"ones": torch.ones(2)})
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = write(record, folder)
@@ -158,7 +158,9 @@ def names(folder: str | os.PathLike[str] | None = None) -> list[str]:
     return sorted(path.stem for path in place.glob("*.json")) if place.is_dir() else []
 
 
-def read(name: str, folder: str | os.PathLike[str] | None = None) -> Record:
+def read(
+    name: str, folder: str | os.PathLike[str] | None = None, *, tensors: bool = True
+) -> Record:
     r"""Read a record.
 
     Parameters
@@ -167,11 +169,13 @@ def read(name: str, folder: str | os.PathLike[str] | None = None) -> Record:
         One of :func:`names`.
     folder : path, optional
         The folder; that of the package if not given.
+    tensors : bool
+        Whether to read the tensors too.
 
     Returns
     -------
     Record
-        With fresh tensors on the CPU.
+        With fresh tensors on the CPU, or none.
 
     Raises
     ------
@@ -185,7 +189,7 @@ def read(name: str, folder: str | os.PathLike[str] | None = None) -> Record:
     Examples
     --------
     >>> read("digit_generator").facts["command"]
-    'python -m lipbook.lab.recipes digit_generator'
+    'lipbook reproduce digit_generator'
     """
     place = _folder(folder)
     path = place / f"{name}.json"
@@ -199,7 +203,8 @@ def read(name: str, folder: str | os.PathLike[str] | None = None) -> Record:
         raise ValueError(f"{path} must be JSON, got: {error}") from None
     if not isinstance(content, dict) or set(content) != {"facts", "results", "tensors"}:
         raise ValueError(f"{path} must hold facts, results and tensors, and nothing else")
-    return Record(name, content["facts"], content["results"], _load(path, content["tensors"]))
+    found = _load(path, content["tensors"]) if tensors else {}
+    return Record(name, content["facts"], content["results"], found)
 
 
 def write(record: Record, folder: str | os.PathLike[str] | None = None) -> Path:

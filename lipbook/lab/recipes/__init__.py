@@ -1,7 +1,7 @@
 """Recipes: one module for each experiment that takes minutes.
 
-``python -m lipbook.lab.recipes NAME`` runs one and writes its record. The module of a recipe has a
-function ``run(*, progress, rows, ...)`` that returns results (plain JSON) and tensors; its other
+``lipbook reproduce NAME`` runs one and writes its record. The module of a recipe has a function
+``run(*, progress, rows, ...)`` that returns results (plain JSON) and tensors; its other
 arguments are the sizes and have the recorded ones as defaults.
 """
 

@@ -1,27 +1,23 @@
-"""Search for inputs that contradict a certificate, with rounding accounted for and without.
+"""Inputs that contradict a certificate, searched for, and what it costs that there are none.
 
 Networks are built to round badly: large terms that cancel, hidden layers far from zero, half
 precision, inputs next to the border of a class. Each certified radius is attacked from within by
 inputs on its edge, towards the nearest class and beside. A counterexample is a number of the
-inputs' dtype, no further than the radius in rational arithmetic, with another prediction.
+inputs' dtype, no further than the radius in rational arithmetic, with another prediction. It is
+searched for with rounding accounted for (``sound=True``) and without.
 
-    python tools/counterexamples.py                      # a million attempts, some minutes
-    python tools/counterexamples.py --attempts 20000     # fewer
-    python tools/counterexamples.py --measure            # radius and time lost, on digits
-
-The exit status is 1 if a certificate with ``sound=True`` was contradicted.
+On two networks for digits, the record says how much of the radius and how much time the errors of
+the program take.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +25,18 @@ from torch.nn.utils import parametrize
 
 from lipbook import attacks, robustness
 from lipbook.activations import MaxMin
-from lipbook.attacks import pgd
 from lipbook.convolutions import OrthogonalConv2d
 from lipbook.lab.data import mnist
+from lipbook.lab.recipes import Outcome, Rows
 from lipbook.lab.training import train
 from lipbook.losses import MultiMarginLoss, margin_for_radius
 from lipbook.orthogonal import InfinityNormLinear, OrthogonalLinear, UnitNormLinear
 from lipbook.robustness import certify
 
-CANDIDATES = 250  # inputs that are tried for a radius
+__all__ = ["CANDIDATES", "FAMILIES", "Family", "run", "contradictions", "candidates", "cost"]
+
+#: Inputs that are tried for a radius.
+CANDIDATES = 250
 
 
 class Family(NamedTuple):
@@ -69,12 +68,14 @@ def cancelling(generator: torch.Generator) -> tuple[nn.Module, Tensor]:
     return net, normal(generator, 1, n)
 
 
-def far_from_zero(generator: torch.Generator, most: int = 5) -> tuple[nn.Module, Tensor]:
+def far_from_zero(
+    generator: torch.Generator, least: int = 1, most: int = 5
+) -> tuple[nn.Module, Tensor]:
     """Draw a net with biases that lift what its layers add up far from zero."""
     width, n = 2 * integer(generator, 2, 8), integer(generator, 2, 6)
     layers = [OrthogonalLinear(n, width), MaxMin(), OrthogonalLinear(width, width), MaxMin()]
     net = nn.Sequential(*layers, OrthogonalLinear(width, 3))
-    lift = 10.0 ** integer(generator, 1, most)
+    lift = 10.0 ** integer(generator, least, most)
     for index in (0, 2):
         net[index].bias.data = lift * (1 + normal(generator, width))
     centre = normal(generator, 1, n)
@@ -123,6 +124,7 @@ def convolutional(generator: torch.Generator) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*layers, MaxMin(), UnitNormLinear(8, 3)), normal(generator, 1, 1, 6, 6)
 
 
+#: Kinds of networks.
 FAMILIES = (
     Family("cancelling terms, float32", cancelling),
     Family("cancelling terms, float32, p = inf", cancelling, p=float("inf")),
@@ -132,13 +134,32 @@ FAMILIES = (
     Family("next to the border, float32", next_to_the_border),
     Family("ordinary, bfloat16", ordinary, autocast=torch.bfloat16),
     Family("ordinary, float16", ordinary, autocast=torch.float16),
-    Family("far from zero, float16", partial(far_from_zero, most=1), autocast=torch.float16),
+    Family(
+        "far from zero, float16", partial(far_from_zero, least=-1, most=0), autocast=torch.float16
+    ),
     Family("convolutional, bfloat16", convolutional, autocast=torch.bfloat16),
 )
 
 
 def candidates(net: nn.Module, x: Tensor, radius: float, p: float, seed: int) -> Tensor:
-    """Choose inputs on the edge of the ball: towards other classes, beside that, and anywhere."""
+    """Choose inputs on the edge of the ball: towards other classes, beside that, and anywhere.
+
+    Parameters
+    ----------
+    net : torch.nn.Module
+        The network.
+    x : torch.Tensor
+        One input, (1, ...).
+    radius, p : float
+        Of the ball.
+    seed : int
+        Of what is beside.
+
+    Returns
+    -------
+    torch.Tensor
+        ``CANDIDATES`` inputs, (n, ...).
+    """
     generator = torch.Generator().manual_seed(seed)
     copies = x.expand(CANDIDATES, *x.shape[1:]).contiguous()
     noise = torch.randn(copies.shape, generator=generator, dtype=torch.float64)
@@ -175,66 +196,60 @@ def within(x: Tensor, moved: Tensor, radius: float, p: float) -> bool:
 
 
 @torch.no_grad()
-def contradictions(family: Family, seed: int) -> tuple[dict[bool, int], int, int]:
-    """Certificates of one network contradicted, by ``sound``; attempts; radii above 0."""
+def contradictions(family: Family, seed: int) -> dict[str, Any]:
+    """Certify one network with one input, and attack both certificates.
+
+    Parameters
+    ----------
+    family : Family
+        One of ``FAMILIES``.
+    seed : int
+        Of the network and its input.
+
+    Returns
+    -------
+    dict
+        ``attempts`` made; whether the radius in real arithmetic (``real``) and the sound one
+        (``sound``) are contradicted; whether the sound one is ``positive``.
+    """
     torch.manual_seed(seed)  # the layers draw from torch's own generator
     net, x = family.build(torch.Generator().manual_seed(seed))
     net, x = net.to(family.dtype).eval(), x.to(family.dtype)
-    found, attempts, positive = {False: 0, True: 0}, 0, 0
+    outcome: dict[str, Any] = {"attempts": 0}
     context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if family.autocast is not None:
         context = torch.autocast("cpu", family.autocast)
     with context, parametrize.cached():
         labels = torch.zeros(1, dtype=torch.int64)
-        for sound in (False, True):
+        for name in ("real", "sound"):
             shape = tuple(x.shape[1:])
-            certificate = certify(net, [(x, labels)], shape, family.p, sound=sound)
-            radius, predicted = certificate.radius.item(), certificate.predictions.item()
-            positive += sound and radius > 0
+            found = certify(net, [(x, labels)], shape, family.p, sound=name == "sound")
+            radius, predicted = found.radius.item(), found.predictions.item()
             moved = candidates(net, x, min(radius, 1e30), family.p, seed)
-            attempts += CANDIDATES
-            for candidate in moved[net(moved).argmax(1) != predicted]:
-                if within(x[0], candidate, radius, family.p):
-                    found[sound] += 1
-                    break
-    return found, attempts, positive
+            outcome["attempts"] += CANDIDATES
+            changed = moved[net(moved).argmax(1) != predicted]
+            outcome[name] = any(within(x[0], c, radius, family.p) for c in changed)
+        outcome["positive"] = radius > 0
+    return outcome
 
 
-def rounds(attempts: int) -> Iterator[tuple[Family, int]]:
-    """Families in turn with new seeds, until there are enough attempts."""
-    for seed in range(-(-attempts // (2 * CANDIDATES * len(FAMILIES)))):
-        for family in FAMILIES:
-            yield family, seed
-
-
-def search(attempts: int) -> dict[bool, int]:
-    """Search, print a line a family, and return the certificates contradicted by ``sound``."""
-    start = time.perf_counter()
-    rows = {family.name: [0, 0, 0, 0, 0] for family in FAMILIES}
-    for family, seed in rounds(attempts):
-        found, tried, positive = contradictions(family, seed)
-        row = rows[family.name]
-        for column, value in enumerate((1, tried, found[False], found[True], positive)):
-            row[column] += value
-    header = ("nets", "attempts", "contradicted", "with sound", "sound radius > 0")
-    print(f"{'':36}" + "".join(f"{title:>18}" for title in header))
-    for name, row in rows.items():
-        print(f"{name:36}" + "".join(f"{value:18,}" for value in row))
-    total = [sum(column) for column in zip(*rows.values(), strict=True)]
-    print(f"{'all':36}" + "".join(f"{value:18,}" for value in total))
-    print(f"{time.perf_counter() - start:.0f} s, torch {torch.__version__}")
-    return {False: total[2], True: total[3]}
+def _search(family: Family, networks: int, seed: int) -> Outcome:
+    row: dict[str, Any] = {"family": family.name, "networks": networks}
+    row |= dict.fromkeys(("attempts", "real", "sound", "positive"), 0)
+    for k in range(networks):
+        for key, value in contradictions(family, seed + k).items():
+            row[key] += int(value)
+    return row, {}
 
 
 def digit_nets() -> dict[str, nn.Sequential]:
     """Return the nets whose losses are measured, as they start."""
-    torch.manual_seed(0)
     dense = [nn.Flatten(), OrthogonalLinear(784, 256), MaxMin(), OrthogonalLinear(256, 256)]
     convolutions = [OrthogonalConv2d(1, 16, 4, stride=2), MaxMin()]
     convolutions += [OrthogonalConv2d(16, 32, 4, stride=2), MaxMin(), nn.Flatten()]
     return {
-        "784-256-256-10": nn.Sequential(*dense, MaxMin(), UnitNormLinear(256, 10)),
-        "conv 16-32, 100-10": nn.Sequential(
+        "dense": nn.Sequential(*dense, MaxMin(), UnitNormLinear(256, 10)),
+        "convolutional": nn.Sequential(
             *convolutions, OrthogonalLinear(1568, 100), MaxMin(), UnitNormLinear(100, 10)
         ),
     }
@@ -250,54 +265,98 @@ def seconds(function: Callable[[], object], repetitions: int = 15) -> float:
     return min(times)
 
 
-def measure(epochs: int) -> None:
-    """Print what soundness costs on nets that are trained on the digits."""
-    data, shape = mnist(), (1, 28, 28)
-    batches = list(zip(data.test_images.split(500), data.test_labels.split(500), strict=True))
-    for name, net in digit_nets().items():
-        loss = MultiMarginLoss(margin_for_radius(1.5))
-        images, labels = data.train_images, data.train_labels
-        train(net, images, labels, epochs=epochs, lr=2e-3, optimizer=torch.optim.Adam, loss=loss)
-        real, sound = (certify(net, batches, shape, sound=sound) for sound in (False, True))
-        print(f"\n{name}, float32: {sound.certified_accuracy(0)} right")
-        medians = [c.radius[c.correct].median().item() for c in (real, sound)]
-        print(f"median radius {medians[0]:.4f}, sound {medians[1]:.4f}", end=", ")
-        print(f"lost {100 * (1 - medians[1] / medians[0]):.2f} %")
-        x = batches[0][0]
-        with torch.no_grad(), parametrize.cached():
-            body, head = robustness._split(net)
-            with_errors = robustness._radius_of_program(body, head, x, 2.0)
-            without = robustness._radius_in_real_arithmetic(body, head, shape, 2.0)
-            runs: list[Callable[[Tensor], object]] = [net, without, with_errors]
-            times = [seconds(partial(run, x)) for run in runs]
-        print("time of a batch relative to the net alone:", end=" ")
-        print(f"{times[1] / times[0]:.2f} real, {times[2] / times[0]:.2f} sound")
-        for dtype in (torch.float16, torch.bfloat16):
-            with torch.autocast("cpu", dtype):
-                half = certify(net, batches[:1], shape)
-            print(f"lost under autocast in {dtype}: {100 * half.facts['lost_to_rounding']:.0f} %")
-        moved = pgd(net, x, sound.predictions[: len(x)], sound.radius[: len(x)], steps=20)
-        kept = net(moved).argmax(1) == sound.predictions[: len(x)]
-        print(f"withstand PGD at the radius: {int(kept.sum())} of {len(x)}")
-        for epsilon in (0.5, 1.0, 1.5):
-            attacked = attacks.attacked_accuracy(net, batches[:1], epsilon, steps=20)
-            right = (sound.radius >= epsilon)[: len(x)] & sound.correct[: len(x)]
-            print(f"at {epsilon}: certified {100 * right.double().mean():.1f} %", end=", ")
-            print(f"under PGD {100 * attacked.value:.1f} %")
+def cost(name: str, epochs: int, count: int = 2000, seed: int = 0) -> Outcome:
+    """Measure what soundness costs on a network that is trained on the digits.
+
+    Parameters
+    ----------
+    name : str
+        ``"dense"``, 784-256-256-10, or ``"convolutional"``, 16 and 32 channels before 100-10.
+    epochs : int
+        Of training, on the digits that ship.
+    count : int
+        Test digits that are certified.
+    seed : int
+        Of the weights.
+
+    Returns
+    -------
+    tuple of dict
+        Results: median radii of the right predictions in real arithmetic (``real``) and ``sound``;
+        ``time``, of a batch of 500 with its certificates in real arithmetic and sound, relative to
+        the network alone (least of 15); ``lost``, the median share of the radius lost in each
+        precision. No tensors.
+    """
+    torch.manual_seed(seed)
+    net, data, shape = digit_nets()[name], mnist(), (1, 28, 28)
+    images, labels = data.test_images[:count], data.test_labels[:count]
+    batches = list(zip(images.split(500), labels.split(500), strict=True))
+    train(
+        net, data.train_images, data.train_labels, epochs=epochs, lr=2e-3,
+        optimizer=torch.optim.Adam, loss=MultiMarginLoss(margin_for_radius(1.5)),
+    )  # fmt: skip
+    real, sound = (certify(net, batches, shape, sound=sound) for sound in (False, True))
+    x = batches[0][0]
+    with torch.no_grad(), parametrize.cached():
+        body, head = robustness._split(net)
+        runs: list[Callable[[Tensor], object]] = [
+            net,
+            robustness._radius_in_real_arithmetic(body, head, shape, 2.0),
+            robustness._radius_of_program(body, head, x, 2.0),
+        ]
+        times = [seconds(partial(run, x)) for run in runs]
+    lost = {"float32": sound.facts["lost_to_rounding"]}
+    for dtype in ("float16", "bfloat16"):
+        with torch.autocast("cpu", getattr(torch, dtype)):
+            lost[dtype] = certify(net, batches[:1], shape).facts["lost_to_rounding"]
+    return {
+        "network": name,
+        "real": real.radius[real.correct].median().item(),
+        "sound": sound.radius[sound.correct].median().item(),
+        "time": {"real": times[1] / times[0], "sound": times[2] / times[0]},
+        "lost": lost,
+    }, {}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Search or measure, and return the exit status."""
-    parser = argparse.ArgumentParser(description="Search counterexamples to certificates.")
-    parser.add_argument("--attempts", type=int, default=1_000_000)
-    parser.add_argument("--measure", action="store_true", help="measure the cost instead")
-    parser.add_argument("--epochs", type=int, default=10, help="of training, for --measure")
-    options = parser.parse_args(arguments)
-    if options.measure:
-        measure(options.epochs)
-        return 0
-    return int(search(options.attempts)[True] > 0)
+def run(
+    *,
+    networks: int = 200,
+    epochs: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+    rows: Rows | None = None,
+) -> Outcome:
+    """Search in all families, and measure the cost.
 
+    Parameters
+    ----------
+    networks : int
+        In each family, with 500 attempts each.
+    epochs : int
+        As in :func:`cost`.
+    seed : int
+        Of the first network; the others have the following ones.
+    progress : bool
+        Show a bar over the families.
+    rows : Rows, optional
+        Keeps finished ones.
 
-if __name__ == "__main__":
-    sys.exit(main())
+    Returns
+    -------
+    tuple of dict
+        Results: ``rows``, one a family: ``networks``, ``attempts``, how many radii were
+        contradicted in ``real`` arithmetic and with ``sound``, and how many sound ones are
+        ``positive``; ``cost``, see :func:`cost`. No tensors.
+    """
+    from tqdm import tqdm  # noqa: PLC0415 - not needed to read the record
+
+    rows = rows or Rows()
+    table = []
+    for family in tqdm(FAMILIES, desc="families", disable=not progress):
+        one = partial(_search, family, networks, seed)
+        table.append(rows.compute(family.name, one)[0])
+    costs = [
+        rows.compute(f"cost {name}", partial(cost, name, epochs))[0]
+        for name in ("dense", "convolutional")
+    ]
+    return {"rows": table, "cost": costs}, {}

@@ -1,0 +1,285 @@
+"""Networks of the experiments: their architectures, and those that ship with their weights.
+
+``networks.load("mnist_best")`` is a trained network. Weights travel in half precision, and the
+network that is loaded computes in float32 with the rounded ones: it is that network whose
+certificates are recorded.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipbook.activations import GroupSort, MaxMin
+from lipbook.convolutions import OrthogonalConv2d
+from lipbook.export import freeze
+from lipbook.lab import records
+from lipbook.orthogonal import OrthogonalLinear
+
+__all__ = ["dense", "small", "large", "names", "load", "norm", "packed", "rebuilt"]
+
+Convolution = Callable[[int, int, int, int], nn.Module]  # c_in, c_out, kernel size, stride
+Linear = Callable[[int, int], nn.Module]
+
+
+def dense(
+    sizes: Sequence[int], group_size: int = 2, linear: Linear = OrthogonalLinear
+) -> nn.Sequential:
+    """Build a dense network: flatten, then linear layers with GroupSort between them.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Numbers of inputs, of the units of each layer, and of outputs.
+    group_size : int
+        Of GroupSort; 2 makes MaxMin.
+    linear : callable
+        Makes a layer from its numbers of inputs and outputs.
+
+    Returns
+    -------
+    torch.nn.Sequential
+
+    Examples
+    --------
+    >>> [type(layer).__name__ for layer in dense([784, 16, 10])]
+    ['Flatten', 'ParametrizedOrthogonalLinear', 'MaxMin', 'ParametrizedOrthogonalLinear']
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for n, m in itertools.pairwise(sizes):
+        layers += [linear(n, m), MaxMin() if group_size == 2 else GroupSort(group_size)]
+    return nn.Sequential(*layers[:-1])
+
+
+def small(
+    channels: int = 1,
+    size: int = 28,
+    convolution: Convolution = OrthogonalConv2d,
+    linear: Linear = OrthogonalLinear,
+) -> nn.Sequential:
+    """Build the Small network of 2019: two strided convolutions and two dense layers.
+
+    Parameters
+    ----------
+    channels : int
+        Of the image.
+    size : int
+        Height and width of the image, a multiple of 4.
+    convolution : callable
+        Makes a layer from numbers of inputs and outputs, kernel size and stride.
+    linear : callable
+        As in :func:`dense`.
+
+    Returns
+    -------
+    torch.nn.Sequential
+
+    References
+    ----------
+    :cite:t:`li2019preventing`, appendix.
+
+    Examples
+    --------
+    >>> small()(torch.rand(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+    return nn.Sequential(
+        convolution(channels, 16, 4, 2),
+        MaxMin(),
+        convolution(16, 32, 4, 2),
+        MaxMin(),
+        nn.Flatten(),
+        linear(32 * (size // 4) ** 2, 100),
+        MaxMin(),
+        linear(100, 10),
+    )
+
+
+def large(
+    channels: int = 3,
+    size: int = 32,
+    convolution: Convolution = OrthogonalConv2d,
+    linear: Linear = OrthogonalLinear,
+) -> nn.Sequential:
+    """Build the Large network of 2019: four convolutions, two of them strided, three dense layers.
+
+    Parameters
+    ----------
+    channels, size, convolution, linear
+        As in :func:`small`.
+
+    Returns
+    -------
+    torch.nn.Sequential
+
+    References
+    ----------
+    :cite:t:`li2019preventing`, appendix.
+
+    Examples
+    --------
+    >>> large()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    return nn.Sequential(
+        convolution(channels, 32, 3, 1),
+        MaxMin(),
+        convolution(32, 32, 4, 2),
+        MaxMin(),
+        convolution(32, 64, 3, 1),
+        MaxMin(),
+        convolution(64, 64, 4, 2),
+        MaxMin(),
+        nn.Flatten(),
+        linear(64 * (size // 4) ** 2, 512),
+        MaxMin(),
+        linear(512, 512),
+        MaxMin(),
+        linear(512, 10),
+    )
+
+
+def _circular(c_in: int, c_out: int, size: int, stride: int) -> nn.Conv2d:
+    padding = (size - stride) // 2
+    return nn.Conv2d(c_in, c_out, size, stride, padding, padding_mode="circular")
+
+
+_ARCHITECTURES: dict[str, Callable[..., nn.Sequential]] = {
+    "dense": functools.partial(dense, linear=nn.Linear),
+    "small": functools.partial(small, convolution=_circular, linear=nn.Linear),
+    "large": functools.partial(large, convolution=_circular, linear=nn.Linear),
+}
+
+
+def names() -> list[str]:
+    """List the networks that ship.
+
+    Returns
+    -------
+    list of str
+        Names for :func:`load`, in alphabetical order.
+
+    Examples
+    --------
+    >>> "mnist_best" in names()
+    True
+    """
+    return sorted(_shipped())
+
+
+def load(name: str) -> nn.Sequential:
+    """Load a network that ships, with its weights.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`names`.
+
+    Returns
+    -------
+    torch.nn.Sequential
+        Plain layers of torch and MaxMin, in float32 and evaluation mode, parameters frozen.
+
+    Raises
+    ------
+    ValueError
+        If there is no such network, naming those that exist.
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> print(f"{lipschitz_bound(load('mnist_best'), (1, 28, 28)).value:.2f}")
+    1.00
+    """
+    facts = _facts(name)
+    record, _, key = name.partition("/")
+    prefix = f"{key}/" if key else ""
+    tensors = {
+        entry.removeprefix(prefix): value
+        for entry, value in records.read(record).tensors.items()
+        if entry.startswith(prefix) and not entry.startswith("data/")
+    }
+    return rebuilt(facts["architecture"], facts["arguments"], tensors)
+
+
+def norm(name: str) -> float:
+    """Exponent p of the norm in which a network that ships was trained to be robust.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`names`.
+
+    Returns
+    -------
+    float
+        2 or :data:`math.inf`.
+
+    Examples
+    --------
+    >>> norm("mnist_best")
+    2.0
+    """
+    return float(_facts(name)["p"])
+
+
+def packed(model: nn.Module) -> dict[str, Tensor]:
+    """Freeze a network and round its weights to half precision, as they are stored.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        One of the architectures of this module, of any layers that can be frozen.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Weights and biases in float16, for :func:`rebuilt`.
+    """
+    state = freeze(model.eval()).state_dict()
+    return {key: value.detach().half() for key, value in state.items()}
+
+
+def rebuilt(
+    architecture: str, arguments: Sequence[Any], tensors: Mapping[str, Tensor]
+) -> nn.Sequential:
+    """Build a network of plain layers from weights that :func:`packed` has made.
+
+    Parameters
+    ----------
+    architecture : str
+        ``"dense"``, ``"small"`` or ``"large"``.
+    arguments : sequence
+        First arguments of the function of that name.
+    tensors : mapping of str to torch.Tensor
+        Weights and biases.
+
+    Returns
+    -------
+    torch.nn.Sequential
+        In float32 and evaluation mode, parameters frozen.
+    """
+    model = _ARCHITECTURES[architecture](*arguments)
+    model.load_state_dict({name: value.float() for name, value in tensors.items()})
+    return model.requires_grad_(False).eval()
+
+
+def _facts(name: str) -> dict[str, Any]:
+    shipped = _shipped()
+    if name not in shipped:
+        raise ValueError(f"no network {name!r}: expected one of {sorted(shipped)}")
+    return shipped[name]
+
+
+def _shipped() -> dict[str, dict[str, Any]]:
+    """Each record that has networks lists them: "" stands for the record itself."""
+    found = {}
+    for record in records.names():
+        results = records.read(record, tensors=False).results
+        for key, facts in results.get("networks", {}).items():
+            found[f"{record}/{key}" if key else record] = facts
+    return found

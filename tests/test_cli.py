@@ -1,0 +1,178 @@
+"""The command line: what it writes, prints and refuses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lipbook.cli import main
+from lipbook.export import save_weights
+from lipbook.lab import networks, records
+from lipbook.lab.data import mnist
+from lipbook.lab.recipes import group_sizes, recipes
+from lipbook.robustness import Certificate, certify
+
+
+def shortened(folder: Path) -> list[str]:
+    sizes = ["--set", "steps=2", "--set", "seeds=1", "--set", "sizes=[2,128]"]
+    return ["reproduce", "group_sizes", "--to", str(folder), "--quiet", *sizes]
+
+
+def test_reproduce_writes_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(shortened(tmp_path / "records")) == 0
+    record = records.read("group_sizes", tmp_path / "records")
+    assert capsys.readouterr().out == f"{tmp_path / 'records' / 'group_sizes.json'}\n"
+    assert [row["group_size"] for row in record.results["rows"]] == [2, 128]
+    assert record.facts["command"].endswith("--set steps=2 --set seeds=1 --set sizes=[2,128]")
+    assert list((tmp_path / ".lipbook" / "recipes").iterdir()) == []
+
+
+def test_an_interrupted_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    fit = group_sizes.fit
+
+    def interrupted(*arguments: Any, **sizes: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit(*arguments, **sizes)
+
+    monkeypatch.setattr(group_sizes, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(shortened(tmp_path))
+    main(shortened(tmp_path))
+    assert len(calls) == 3
+    again = records.read("group_sizes", tmp_path).results
+    expected = records.rounded(group_sizes.run(sizes=(2, 128), seeds=1, steps=2)[0])
+    assert again == expected
+
+
+@pytest.fixture
+def linear(tmp_path: Path) -> Path:
+    """A module that builds a linear classifier, weights and images."""
+    (tmp_path / "classifiers.py").write_text(
+        "from torch import nn\n"
+        "def build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))\n"
+        "def number():\n    return 1\n"
+    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[3.0, 0, 0, 0], [-3.0, 0, 0, 0]]))
+    save_weights(model, tmp_path / "net.safetensors")
+    images = np.zeros((3, 1, 2, 2), np.float32)
+    images[:, 0, 0, 0] = [0.5, 1.0, -0.25]
+    np.savez(tmp_path / "images.npz", images=images, labels=np.array([0, 0, 0]))
+    return tmp_path
+
+
+def test_certify_prints_the_radii_of_a_network_of_yours(
+    linear: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The distance to the border x₁ = 0 is |x₁|."""
+    monkeypatch.chdir(linear)
+    files = ["--weights", "net.safetensors", "--data", "images.npz", "--to", "radii.npz"]
+    arguments = ["certify", "classifiers:build", *files, "--plot", "curve.png", "--quiet"]
+    assert main([*arguments, "--epsilon", "0", "0.4", "0.9", "1.1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2-norm, sound in floating point")
+    assert [line.split()[1] for line in lines[2:6]] == ["66.67", "66.67", "33.33", "0.00"]
+    assert lines[6:] == ["radii.npz", "curve.png"]
+    found = Certificate.load(linear / "radii.npz")
+    assert found.sound
+    expected = torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
+    assert ((found.radius <= expected) & (found.radius >= 0.999 * expected)).all()
+    assert (linear / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in linear.iterdir() if "part" in p.name) == []
+    sys.modules.pop("classifiers")
+
+
+def test_certify_in_real_arithmetic_and_another_norm(
+    linear: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(linear)
+    files = ["--weights", "net.safetensors", "--data", "images.npz", "--count", "2", "--quiet"]
+    assert main(["certify", "classifiers:build", *files, "--p", "inf", "--real"]) == 0
+    assert capsys.readouterr().out.startswith("∞-norm, in real arithmetic, 2 inputs")
+    sys.modules.pop("classifiers")
+
+
+def test_certify_a_network_that_ships(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certify", "mnist_best", "--count", "100", "--epsilon", "0", "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    certificate = certify(
+        networks.load("mnist_best"), [tuple(t[:100] for t in mnist()[2:])], (1, 28, 28)
+    )
+    assert lines[2].split()[1] == f"{100 * certificate.certified_accuracy(0).value:.2f}"
+
+
+def test_notebooks_are_copied_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "copy"
+    assert main(["notebooks", str(folder)]) == 0
+    names = sorted(p.name for p in (Path(__file__).parents[1] / "book").glob("*.ipynb"))
+    assert sorted(p.name for p in folder.iterdir()) == names
+    (folder / names[0]).write_text("mine")
+    capsys.readouterr()
+    assert main(["notebooks", str(folder)]) == 0
+    assert f"{folder / names[0]} is there already" in capsys.readouterr().out
+    assert (folder / names[0]).read_text() == "mine"
+
+
+def test_the_command_is_installed() -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="lipbook")
+    assert script.load() is main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["reproduce", "group_sizes", "--set", "steps=2"], "--set needs --to"),
+        (["reproduce", "group_sizes", "--to", ".", "--set", "step=2"], "one of .*'steps'"),
+        (["reproduce", "group_sizes", "--to", ".", "--set", "steps=two"], "expected a number"),
+        (["reproduce", "nothing"], "invalid choice: 'nothing'"),
+        (["certify", "nothing"], "NETWORK: expected MODULE:FUNCTION or one of .*mnist_best"),
+        (["certify", "no_such:build"], "NETWORK: cannot use 'no_such:build': No module"),
+        (["certify", "classifiers:no"], "NETWORK: cannot use 'classifiers:no': .*attribute"),
+        (["certify", "classifiers:number"], "must return a torch.nn.Module, got int"),
+        (["certify", "mnist_best", "--weights", "x"], "--weights: only for MODULE:FUNCTION"),
+        (["certify", "mnist_best", "--data", "nothing.npz"], "--data: expected 'shipped'"),
+        (["certify", "mnist_best", "--data", "classifiers.py"], "--data: expected 'shipped'"),
+        (["certify", "mnist_best", "--count", "0"], "--count: expected a number from 1 to 2000"),
+        (["certify", "mnist_best", "--count", "1", "--epsilon", "-1"], "--epsilon: epsilon must"),
+        (["certify", "classifiers:build", "--weights", "none"], "none"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_bad_commands_are_refused_in_one_line(
+    arguments: list[str],
+    words: str,
+    linear: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(linear)
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--quiet"] if arguments else arguments)
+    assert ended.value.code == 2
+    assert re.search(words, capsys.readouterr().err.splitlines()[-1])
+    sys.modules.pop("classifiers", None)
+
+
+def test_help_lists_every_recipe_with_its_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["reproduce", "--help"])
+    text = capsys.readouterr().out
+    for name in recipes():
+        minutes = records.read(name).facts["seconds"] / 60
+        assert f"{name:16} {minutes:3.0f}  " in text

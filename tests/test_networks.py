@@ -1,0 +1,142 @@
+"""lab.networks, lab.evaluation and lab.augmentation: what the robust recipes share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from torch import nn
+
+from lipbook.activations import MaxMin
+from lipbook.composition import lipschitz_bound
+from lipbook.lab import networks
+from lipbook.lab.augmentation import distorted, shifted_and_flipped
+from lipbook.lab.data import mnist
+from lipbook.lab.evaluation import certificate, certified_score, summary
+from lipbook.losses import multi_margin
+
+# ------------------------------------------------------------------------------ architectures
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "architecture", "arguments"),
+    [
+        (lambda: networks.dense([784, 12, 10]), (1, 28, 28), "dense", ([784, 12, 10],)),
+        (networks.small, (1, 28, 28), "small", ()),
+        (lambda: networks.small(3, 32), (3, 32, 32), "small", (3, 32)),
+        (networks.large, (3, 32, 32), "large", ()),
+    ],
+)
+def test_a_stored_network_is_the_trained_one_rounded(
+    build: object, shape: tuple[int, ...], architecture: str, arguments: tuple[object, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = build().eval()  # type: ignore[operator]
+    assert lipschitz_bound(model, shape).value <= 1 + 1e-5
+    tensors = networks.packed(model)
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+    stored = networks.rebuilt(architecture, arguments, tensors)
+    x = torch.rand(5, *shape)
+    with torch.no_grad():
+        assert torch.allclose(stored(x), model(x), atol=0.02)
+    assert not any(p.requires_grad for p in stored.parameters())
+    assert {type(m) for m in stored} <= {nn.Conv2d, nn.Linear, nn.Flatten, MaxMin}
+
+
+def test_the_sizes_are_those_of_the_paper() -> None:
+    small = [m.weight.shape for m in networks.small() if hasattr(m, "weight")]
+    assert [tuple(s) for s in small] == [(16, 1, 4, 4), (32, 16, 4, 4), (100, 1568), (10, 100)]
+    large = [tuple(m.weight.shape) for m in networks.large() if hasattr(m, "weight")]
+    assert large[:4] == [(32, 3, 3, 3), (32, 32, 4, 4), (64, 32, 3, 3), (64, 64, 4, 4)]
+    assert large[4:] == [(512, 4096), (512, 512), (10, 512)]
+
+
+def test_an_unknown_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="no network 'best': expected one of"):
+        networks.load("best")
+    with pytest.raises(ValueError, match="no network 'best'"):
+        networks.norm("best")
+
+
+# --------------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = networks.dense([784, 32, 10])
+    digits = mnist()
+    descent = torch.optim.Adam(model.parameters(), 1e-2)
+    for k in range(60):
+        x, y = (t[k * 100 : k * 100 + 100] for t in digits[:2])
+        descent.zero_grad()
+        multi_margin(model(x), y, 1.0).backward()
+        descent.step()
+    return model.eval()
+
+
+def test_a_summary_is_consistent(trained: nn.Sequential) -> None:
+    images, labels = (t[:300] for t in mnist()[2:])
+    found = summary(trained, images, labels, (0.2, 0.8), attack=100)
+    with torch.no_grad():
+        right = (trained(images).argmax(1) == labels).double().mean().item()
+    assert found["clean"] == pytest.approx(right)
+    assert found["clean"] > found["certified"][0] > found["certified"][1]
+    assert found["p"] == "2"
+    for low, high in zip(found["certified_of_attacked"], found["attacked"], strict=True):
+        assert low <= high
+    assert found["attacked"][0] < right
+    few = summary(trained, images[:20], labels[:20], (0.2,), attack=100)
+    assert few["attack_count"] == few["count"] == 20
+
+
+def test_the_score_is_the_mean_of_two_accuracies(trained: nn.Sequential) -> None:
+    images, labels = (t[:300] for t in mnist()[2:])
+    found = certificate(trained, images, labels, sound=False)
+    expected = sum(found.certified_accuracy(e).value for e in (0, 0.5)) / 2
+    assert certified_score(0.5)(trained, images, labels) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------- augmentation
+
+
+def test_distortion_is_the_affine_map_of_scipy() -> None:
+    """SciPy's coordinates are (row, column) from the corner; ours are (x, y) from the centre."""
+    images = torch.from_numpy(np.random.default_rng(1).random((1, 1, 9, 9)))
+    rng = np.random.default_rng(3)
+    angle, shear = rng.uniform(-0.2, 0.2, (2, 1))[:, 0]
+    a, c = 0.7 * rng.uniform(-0.2, 0.2, (2, 1))[:, 0]
+    shift = rng.uniform(-1.5, 1.5, (1, 2))[0]
+    matrix = np.array(
+        [
+            [(1 + a) * np.cos(angle), shear - np.sin(angle)],
+            [np.sin(angle), (1 + c) * np.cos(angle)],
+        ]
+    )[::-1, ::-1]
+    centre = np.array([4.0, 4.0])
+    expected = scipy.ndimage.affine_transform(
+        images[0, 0].numpy(), matrix, centre - matrix @ centre + shift[::-1], order=1,
+        mode="grid-constant",
+    )  # fmt: skip
+    found = distorted(images, np.random.default_rng(3), 1.5, 0.2)
+    assert np.allclose(found[0, 0].numpy(), expected, atol=1e-6)
+
+
+def test_a_shift_moves_whole_pixels() -> None:
+    images = torch.rand(200, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    changed = shifted_and_flipped(images, np.random.default_rng(0), shift=1)
+    assert changed.shape == images.shape
+    seen = set()
+    for before, after in zip(images, changed, strict=True):
+        wide = nn.functional.pad(before, (1, 1, 1, 1))
+        found = {
+            (i, j, flip)
+            for i in range(3)
+            for j in range(3)
+            for flip, source in ((False, wide), (True, wide.flip(2)))
+            if source[:, i : i + 5, j : j + 5].equal(after)
+        }
+        assert len(found) == 1
+        seen |= found
+    assert len(seen) == 18
