@@ -424,6 +424,60 @@ FAULTS = (
         "return order.sort().values, order[:validation].sort().values",
         "validation examples are trained on",
     ),
+    Fault(
+        "lab/descent",
+        "tangent = n - low @ ((inner + inner.mT) / 2)",
+        "tangent = n - low @ inner",
+        "the step is not tangent to the orthonormal matrices in the usual metric",
+    ),
+    Fault(
+        "lab/descent",
+        "direction = average.lerp(gradient, 1 - mu)",
+        "direction = average",
+        "the momentum does not look ahead",
+    ),
+    Fault(
+        "lab/descent",
+        "wide = weight.shape[-2] < weight.shape[-1]",
+        "wide = False",
+        "matrices with more columns than rows leave the manifold",
+    ),
+    Fault(
+        "lab/descent",
+        "(3.7418, -5.5913, 2.3037)",
+        "(3.7418, -5.5913, 2.8037)",
+        "a slip in a coefficient of the matrix sign",
+    ),
+    Fault(
+        "lab/descent",
+        'weight.sub_(direction, alpha=group["lr"] * group["vector_lr"])',
+        'weight.sub_(direction, alpha=group["lr"])',
+        "biases have the rate of matrices",
+    ),
+    Fault(
+        "cli",
+        "sound=not chosen.real",
+        "sound=chosen.real",
+        "the command certifies in real arithmetic unless told to",
+    ),
+    Fault(
+        "cli",
+        "return images[:count], labels[:count]",
+        "return images, labels",
+        "the command certifies all inputs",
+    ),
+    Fault(
+        "cli",
+        "        if target.exists():\n",
+        "        if False:\n",
+        "notebooks that a reader has changed are overwritten",
+    ),
+    Fault(
+        "cli",
+        "return networks.load(name), networks.norm(name)",
+        "return networks.load(name), 2.0",
+        "a network for the ∞-norm is certified in the 2-norm",
+    ),
 )
 
 
