@@ -536,7 +536,7 @@ def certify(
     Notes
     -----
     Of the median radius of a dense net 784-256-256-10 on digits 0.6 % is lost to rounding in
-    float32, 6 % in float16 and 44 % in bfloat16; a batch takes twice the time of the net alone
+    float32, 7 % in float16 and 46 % in bfloat16; a batch takes twice the time of the net alone
     (``lipbook reproduce counterexamples``). The loss grows with the width of layers, since
     :math:`\gamma_n` does: it is a worst case, a thousand times what happens. ``facts`` of the
     certificate holds the median loss as ``lost_to_rounding``.

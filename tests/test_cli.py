@@ -117,6 +117,16 @@ def test_certify_a_network_that_ships(capsys: pytest.CaptureFixture[str]) -> Non
     assert lines[2].split()[1] == f"{100 * certificate.certified_accuracy(0).value:.2f}"
 
 
+def test_a_network_for_the_infinity_norm_is_certified_in_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (name, *_) = (n for n in networks.names() if n.startswith("mnist_infinity"))
+    assert main(["certify", name, "--count", "20", "--epsilon", "0", "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("∞-norm")
+    assert main(["certify", name, "--count", "20", "--p", "2", "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("2-norm")
+
+
 def test_notebooks_are_copied_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "copy"
     assert main(["notebooks", str(folder)]) == 0

@@ -228,7 +228,8 @@ def contradictions(family: Family, seed: int) -> dict[str, Any]:
             moved = candidates(net, x, min(radius, 1e30), family.p, seed)
             outcome["attempts"] += CANDIDATES
             changed = moved[net(moved).argmax(1) != predicted]
-            outcome[name] = any(within(x[0], c, radius, family.p) for c in changed)
+            # A radius of 0 says nothing, not even of x itself in another batch.
+            outcome[name] = radius > 0 and any(within(x[0], c, radius, family.p) for c in changed)
         outcome["positive"] = radius > 0
     return outcome
 
