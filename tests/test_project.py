@@ -42,6 +42,7 @@ FLOORS = {
     "export": 6,
     "robustness": 6,
     "attacks": 7,
+    "interpretability": 7,
     "lab": 8,
     "cli": 9,
 }
@@ -235,6 +236,7 @@ ROOMS_WITH_A_CHAPTER = (
     "rounding",
     "robustness",
     "attacks",
+    "interpretability",
 )
 
 

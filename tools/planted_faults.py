@@ -371,6 +371,24 @@ FAULTS = (
         "an attack leaves its ball by rounding",
     ),
     Fault(
+        "interpretability",
+        "return own - logits.scatter(1, labels[:, None], -math.inf).amax(1)",
+        "return own - logits.amax(1)",
+        "the largest logit counts as its own rival",
+    ),
+    Fault(
+        "interpretability",
+        "(math.sqrt(n) - 1)).clamp(0, 1)",
+        "math.sqrt(n)).clamp(0, 1)",
+        "a sparsity that never reaches 1",
+    ),
+    Fault(
+        "interpretability",
+        "radius = certified_radius(_outputs(model, inputs.detach()), labels, lipschitz)",
+        "radius = certified_radius(_outputs(model, inputs.detach()), labels)",
+        "a walk in units of a radius that is not certified",
+    ),
+    Fault(
         "losses",
         "excess = (margin - logits.gather(1, labels[:, None]) + logits).clamp(min=0)",
         "excess = (margin + logits.gather(1, labels[:, None]) - logits).clamp(min=0)",
