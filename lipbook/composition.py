@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -188,7 +189,13 @@ class Sum(nn.Module):
 
 
 def lipschitz_bound(
-    module: nn.Module, input_shape: Sequence[int], p: float = 2, *, name: str = ""
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    method: str = "product",
+    *,
+    name: str = "",
+    **options: Any,
 ) -> Bound:
     r"""Upper bound of the Lipschitz constant of a network, composed from its layers.
 
@@ -214,9 +221,16 @@ def lipschitz_bound(
         Shape of one sample, without the batch dimension: ``(1, 28, 28)``, not ``(28, 28)``.
     p : float
         1, 2 or :data:`math.inf`.
+    method : str
+        ``"product"``, or a bound that looks at several layers at once: ``"absolute"``,
+        ``"averaged"``, ``"eclipse"``, ``"seqlip"``, ``"lipsdp-layer"``, ``"lipsdp"`` or
+        ``"exact"``. They cost more, are for dense networks only, and live in
+        :mod:`lipbook.tightness`. Their bounds have no parts.
     name : str
         Name of the module in its parent, for the table and for errors. Rules of containers
         pass it when they bound a child by this function.
+    **options
+        Of the method; the product bound has none.
 
     Returns
     -------
@@ -227,8 +241,9 @@ def lipschitz_bound(
     ------
     TypeError
         If a module has no rule (the message says what to register), redefines the computation
-        of the class that the rule is for, or has complex weights.
+        of the class that the rule is for, or has complex weights; if the method has no such option.
     ValueError
+        If ``method`` is none of the above, or refuses the network.
         If a module has forward hooks, NaN or infinite weights, a weight that changes when it is
         read (:func:`torch.nn.utils.parametrizations.spectral_norm` in training mode), is in
         training mode where that changes its function, is not Lipschitz, or does not fit
@@ -258,6 +273,11 @@ def lipschitz_bound(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     title = f"{name} {type(module).__name__}".strip()
+    if method != "product":
+        bound = _method(method)(module, shape, p, **options)
+        return dataclasses.replace(bound, name=title, input_shape=shape)
+    if options:
+        raise TypeError(f"method 'product' takes no options, got {sorted(options)}")
     try:
         _check(module)
         children = [child for child, _ in module.named_children() if child != "parametrizations"]
@@ -275,6 +295,34 @@ def lipschitz_bound(
     except (TypeError, ValueError) as error:
         raise _located(error, name, module) from (error.__cause__ or error)
     return dataclasses.replace(bound, name=title, input_shape=shape, output_shape=output_shape)
+
+
+# Note [methods]
+# The bounds of whole networks stand on this module, so it cannot import theirs: imports go down
+# only. They register themselves here, and the first call that names one loads their module, so
+# that a user meets one function and not an order of imports.
+
+Method = Callable[..., Bound]
+_METHODS: dict[str, Method] = {}
+
+
+def bound_method(name: str) -> Callable[[Method], Method]:
+    """Register a bound of whole networks under the name that ``lipschitz_bound`` takes."""
+
+    def register(method: Method) -> Method:
+        _METHODS[name] = method
+        return method
+
+    return register
+
+
+def _method(name: str) -> Method:
+    if name not in _METHODS:
+        importlib.import_module("lipbook.tightness")  # see Note [methods]
+    if name not in _METHODS:
+        known = ", ".join(map(repr, ("product", *sorted(_METHODS))))
+        raise ValueError(f"method must be one of {known}, got {name!r}")
+    return _METHODS[name]
 
 
 @functools.singledispatch

@@ -39,6 +39,7 @@ FLOORS = {
     "wasserstein": 5,
     "losses": 5,
     "rounding": 5,
+    "tightness": 5,
     "export": 6,
     "robustness": 6,
     "attacks": 7,
