@@ -25,7 +25,7 @@ help: ## list the targets
 
 $(READY): constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[export,lab,book,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[bounds,export,lab,book,test]'
 	@touch $@
 
 book: $(READY) ## execute every chapter afresh and build the book from the result
