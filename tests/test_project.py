@@ -237,6 +237,7 @@ ROOMS_WITH_A_CHAPTER = (
     "rounding",
     "robustness",
     "attacks",
+    "tightness",
     "interpretability",
 )
 

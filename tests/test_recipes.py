@@ -35,6 +35,7 @@ from lipbook.lab.recipes import (
     mnist_small,
     mnist_trade_off,
     recipes,
+    tightness,
     transport_scaling,
     wgan,
 )
@@ -565,6 +566,45 @@ def test_the_cost_of_soundness_is_what_the_docstring_says() -> None:
     assert f"{100 * dense['lost']['float32']:.1f} % is lost" in text
     assert dense["sound"] < dense["real"]
     assert convolutional["lost"]["float32"] < 0.015
+
+
+# ----------------------------------------------------------------------------------- tightness
+
+
+def test_every_bound_is_above_the_lower_bound_and_depth_loosens_the_product() -> None:
+    rows = records.read("tightness").results["rows"]
+    assert [(r["kind"], r["width"], r["depth"]) for r in rows] == [
+        tuple(s) for s in tightness.SIZES
+    ]
+    for row in rows:
+        assert list(row["bounds"]) == list(tightness.METHODS)
+        values = {name: b["value"] for name, b in row["bounds"].items() if "value" in b}
+        assert all(value >= row["lower"] * (1 - 1e-9) for value in values.values())
+        assert values["eclipse"] <= values["product"] * (1 + 1e-6)
+        if "lipsdp" in values:
+            assert values["lipsdp"] <= values["eclipse"] * (1 + 1e-6)
+    loose = {
+        (r["width"], r["depth"]): r["bounds"]["product"]["value"] / r["lower"]
+        for r in rows
+        if r["kind"] == "ReLU"
+    }
+    for width in (16, 64, 256):
+        assert loose[width, 2] < loose[width, 4] < loose[width, 8]
+
+
+def test_a_small_row_of_the_tightness_is_found_again() -> None:
+    """Adam's float64 training differs between machines by the rounding of its sums."""
+    (recorded,) = (
+        r
+        for r in records.read("tightness").results["rows"]
+        if (r["kind"], r["width"], r["depth"]) == ("ReLU", 16, 2)
+    )
+    methods = ("product", "eclipse", "lipsdp")
+    again, _ = tightness.row("ReLU", 16, 2, methods=methods)
+    assert again["accuracy"] == pytest.approx(recorded["accuracy"], abs=0.01)
+    for method in methods:
+        value = recorded["bounds"][method]["value"]
+        assert again["bounds"][method]["value"] == pytest.approx(value, rel=0.01)
 
 
 # --------------------------------------------------------------------------------------- rows

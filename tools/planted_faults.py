@@ -495,6 +495,8 @@ FAULTS = (
         "return networks.load(name), networks.norm(name)",
         "return networks.load(name), 2.0",
         "a network for the ∞-norm is certified in the 2-norm",
+    ),
+    Fault(
         "tightness",
         "reshape(2, -1).mT.flip(1)",
         "reshape(2, -1).mT",

@@ -9,6 +9,7 @@ bound with two points as its witness stands beside.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -76,7 +77,7 @@ def network(kind: str, width: int, depth: int, epochs: int = 5, seed: int = 0) -
     linear, activation = {"ReLU": (nn.Linear, nn.ReLU), "MaxMin": (OrthogonalLinear, MaxMin)}[kind]
     sizes = [49, *[width] * (depth - 1), 10]
     layers: list[nn.Module] = []
-    for n, m in zip(sizes[:-1], sizes[1:], strict=True):
+    for n, m in itertools.pairwise(sizes):
         layers += [linear(n, m), activation()]
     model = nn.Sequential(*layers[:-1]).double()
     images, labels, *_ = tiny_digits()
