@@ -39,6 +39,7 @@ FLOORS = {
     "wasserstein": 5,
     "losses": 5,
     "rounding": 5,
+    "generalization": 5,
     "export": 6,
     "robustness": 6,
     "attacks": 7,
@@ -235,6 +236,7 @@ ROOMS_WITH_A_CHAPTER = (
     "rounding",
     "robustness",
     "attacks",
+    "generalization",
 )
 
 
