@@ -40,6 +40,7 @@ FLOORS = {
     "losses": 5,
     "rounding": 5,
     "tightness": 5,
+    "generalization": 5,
     "export": 6,
     "robustness": 6,
     "attacks": 7,
@@ -239,6 +240,7 @@ ROOMS_WITH_A_CHAPTER = (
     "attacks",
     "tightness",
     "interpretability",
+    "generalization",
 )
 
 

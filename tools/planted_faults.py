@@ -610,6 +610,42 @@ FAULTS = (
         "layer.radius[:, None] * jacobian.abs()",
         "errors of Jacobians do not add up",
     ),
+    Fault(
+        "generalization",
+        "return torch.linalg.vector_norm(weight, dim=1)",
+        "return torch.linalg.vector_norm(weight, dim=0)",
+        "columns of a matrix in place of rows",
+    ),
+    Fault(
+        "generalization",
+        "return rows.repeat_interleave(math.prod(positions))",
+        "return rows",
+        "a kernel counts once and not at each pixel",
+    ),
+    Fault(
+        "generalization",
+        "return math.fsum(terms) ** (1 / power)",
+        "return math.fsum(terms)",
+        "the outer power of the complexity is lost",
+    ),
+    Fault(
+        "generalization",
+        "norms, distances = ([q**k for k in powers] for powers in ups)",
+        "norms, distances = ([q ** (k - 1) for k in powers] for powers in ups)",
+        "norms of a class rounded down",
+    ),
+    Fault(
+        "generalization",
+        "bound(math.floor(math.log(gamma) / step))",
+        "bound(math.ceil(math.log(gamma) / step))",
+        "a margin rounded up",
+    ),
+    Fault(
+        "generalization",
+        "return found / (complexity.value * data_norm / len(found))",
+        "return found / (complexity.value * data_norm)",
+        "normalised margins without n",
+    ),
 )
 
 
