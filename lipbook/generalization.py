@@ -555,7 +555,7 @@ class MarginBound:
 
     @property
     def vacuous(self) -> bool:
-        """Whether it says nothing: an error is at most 1 without any bound."""
+        """Whether it says nothing, since an error is at most 1 without any bound."""
         return self.value >= 1
 
 

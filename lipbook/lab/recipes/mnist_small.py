@@ -116,7 +116,7 @@ def _plain(c_in: int, c_out: int, size: int) -> nn.Module:
     return nn.Conv2d(c_in, c_out, 4, 2, 1, padding_mode="circular")
 
 
-#: The rows: a way to bound convolutions each, and BCOP with another optimiser.
+#: A way to bound convolutions for each row, and BCOP with another optimiser.
 METHODS: dict[str, networks.Convolution] = {
     "BCOP": OrthogonalConv2d,
     "RKO": _rko,

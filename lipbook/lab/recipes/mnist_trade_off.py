@@ -36,8 +36,8 @@ def _tempered(temperature: float) -> Loss:
     return OffsetCrossEntropyLoss(0.0, temperature)
 
 
-#: Families of losses: how a number makes a loss, and the numbers. The first two take the radius
-#: whose margin is asked for, the last one the temperature.
+#: For each family of losses, how a number makes a loss, and the numbers. The first two take the
+#: radius whose margin is asked for, the last one the temperature.
 LOSSES: dict[str, tuple[Callable[[float], Loss], tuple[float, ...]]] = {
     "multi-margin": (_hinge, (0.3, 0.75, 1.5, 2.5)),
     "offset cross-entropy": (_offset, (0.3, 0.75, 1.2, 1.6, 2.5)),
