@@ -289,8 +289,9 @@ def private_folders(folder: Path) -> None:
 
 
 def book_files(root: Path) -> Iterator[Path]:
-    """Files that Sphinx reads, relative to `root`: the chapters' code shows library files."""
+    """Files that Sphinx reads, relative to `root`: pages show library files and the benchmark."""
     yield from (Path(name) for name in ("_config.yml", "_toc.yml"))
+    yield from (path.relative_to(root) for path in (root / "benchmarks").glob("results.*"))
     for path in [*(root / "book").rglob("*"), *(root / "lipbook").rglob("*.py")]:
         relative = path.relative_to(root)
         hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
