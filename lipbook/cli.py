@@ -207,8 +207,9 @@ def _add_certify(commands: Any) -> None:
         "--data",
         default="shipped",
         metavar="DATA",
-        help="'shipped' (2,000 test digits), 'full' (10,000), or an npz file with arrays 'images' "
-        "(n, ...) in floating point and 'labels' (n,) (default: %(default)s)",
+        help="'shipped' (2,000 test digits, or the images that ship for the network), 'full' "
+        "(10,000 digits), or an npz file with arrays 'images' (n, ...) in floating point and "
+        "'labels' (n,) (default: %(default)s)",
     )
     parser.add_argument("--count", type=int, metavar="N", help="certify the first N inputs only")
     parser.add_argument(
@@ -226,14 +227,14 @@ def _add_certify(commands: Any) -> None:
 
 def _certify(chosen: Any) -> None:
     model, p = _network(chosen.network, chosen.weights)
-    images, labels = _images(chosen.data, chosen.count)
-    certificate = certify(
-        model,
-        _batches(images, labels, quiet=chosen.quiet),
-        images.shape[1:],
-        chosen.p or p,
-        sound=not chosen.real,
-    )
+    images, labels = _images(chosen.data, chosen.network, chosen.count)
+    batches = _batches(images, labels, quiet=chosen.quiet)
+    try:
+        certificate = certify(
+            model, batches, images.shape[1:], chosen.p or p, sound=not chosen.real
+        )
+    except (TypeError, ValueError) as error:
+        raise _RefusedError(f"cannot certify {chosen.network} on {chosen.data}: {error}") from None
     _say(_table(certificate, chosen.epsilon))
     if chosen.to:
         certificate.save(chosen.to)
@@ -269,8 +270,10 @@ def _network(name: str, weights: Path | None) -> tuple[nn.Module, float]:
     return model.eval(), 2
 
 
-def _images(data: str, count: int | None) -> tuple[Tensor, Tensor]:
-    if data in ("shipped", "full"):
+def _images(data: str, network: str, count: int | None) -> tuple[Tensor, Tensor]:
+    if data == "shipped" and network in networks.names():
+        images, labels = networks.data(network)
+    elif data in ("shipped", "full"):
         digits = mnist(full=data == "full")
         images, labels = digits.test_images, digits.test_labels
     else:

@@ -127,6 +127,13 @@ def test_a_network_for_the_infinity_norm_is_certified_in_it(
     assert capsys.readouterr().out.startswith("2-norm")
 
 
+def test_a_network_for_colours_is_certified_on_its_images(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["certify", "cifar10", "--count", "20", "--epsilon", "0", "--quiet"]) == 0
+    assert "20 inputs" in capsys.readouterr().out
+
+
 def test_notebooks_are_copied_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "copy"
     assert main(["notebooks", str(folder)]) == 0
@@ -161,6 +168,7 @@ def test_the_command_is_installed() -> None:
         (["certify", "mnist_best", "--count", "0"], "--count: expected a number from 1 to 2000"),
         (["certify", "mnist_best", "--count", "1", "--epsilon", "-1"], "--epsilon: epsilon must"),
         (["certify", "classifiers:build", "--weights", "none"], "none"),
+        (["certify", "classifiers:build"], "cannot certify classifiers:build on shipped: "),
         ([], "the following arguments are required: COMMAND"),
     ],
 )

@@ -18,10 +18,12 @@ from lipbook.activations import GroupSort, MaxMin
 from lipbook.convolutions import OrthogonalConv2d
 from lipbook.export import freeze
 from lipbook.lab import records
+from lipbook.lab.data import mnist
 from lipbook.orthogonal import OrthogonalLinear
 
-__all__ = ["dense", "small", "large", "names", "load", "norm", "packed", "rebuilt"]
+__all__ = ["dense", "small", "large", "names", "load", "norm", "data", "packed", "rebuilt"]
 
+DATA = "data/"  # how the names of tensors begin that are no weights
 Convolution = Callable[[int, int, int, int], nn.Module]  # c_in, c_out, kernel size, stride
 Linear = Callable[[int, int], nn.Module]
 
@@ -84,6 +86,7 @@ def small(
 
     Examples
     --------
+    >>> import torch
     >>> small()(torch.rand(2, 1, 28, 28)).shape
     torch.Size([2, 10])
     """
@@ -122,6 +125,7 @@ def large(
 
     Examples
     --------
+    >>> import torch
     >>> large()(torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
@@ -201,7 +205,7 @@ def load(name: str) -> nn.Sequential:
     tensors = {
         entry.removeprefix(prefix): value
         for entry, value in records.read(record).tensors.items()
-        if entry.startswith(prefix) and not entry.startswith("data/")
+        if entry.startswith(prefix) and not entry.startswith(DATA)
     }
     return rebuilt(facts["architecture"], facts["arguments"], tensors)
 
@@ -225,6 +229,32 @@ def norm(name: str) -> float:
     2.0
     """
     return float(_facts(name)["p"])
+
+
+def data(name: str) -> tuple[Tensor, Tensor]:
+    """Test images that ship for a network, which it was not trained on.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`names`.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Images in [0, 1], float32, and labels: the 2,000 test digits, or those of the record.
+
+    Examples
+    --------
+    >>> data("mnist_best")[0].shape, data("cifar10")[0].shape
+    (torch.Size([2000, 1, 28, 28]), torch.Size([200, 3, 32, 32]))
+    """
+    _facts(name)
+    tensors = records.read(name.partition("/")[0]).tensors
+    if DATA + "images" in tensors:
+        return tensors[DATA + "images"].float() / 255, tensors[DATA + "labels"]
+    digits = mnist()
+    return digits.test_images, digits.test_labels
 
 
 def packed(model: nn.Module) -> dict[str, Tensor]:
