@@ -353,7 +353,7 @@ def qr(matrix: Tensor) -> Tensor:
     (Householder reflections, then one polishing step).
 
     **Guaranteed for any matrix**, of any scale and condition, rank-deficient or zero: all
-    singular values are 1, to 1e-6 in float32 up to n = 1024 (3e-6 for a matrix of equal entries,
+    singular values are 1, to 1e-6 in float32 up to n = 1024 (5e-6 for a matrix of equal entries,
     whose rounding errors do not cancel) and 1e-13 in float64.
 
     The gradient solves with :math:`R` and grows with its condition number. Where :math:`R` is
@@ -687,7 +687,7 @@ def householder_product(matrix: Tensor) -> Tensor:
         v_j = (0, \dots, 0, 1, A_{j+1,j}, \dots, A_{m,j})^\top
 
     **Guaranteed for any matrix**: all singular values are 1, to 1e-6 in float32 up to n = 1024
-    (3e-6 for a matrix of equal entries) and 1e-13 in float64. A square result has determinant
+    (5e-6 for a matrix of equal entries) and 1e-13 in float64. A square result has determinant
     :math:`(-1)^n`. The backward pass of :func:`torch.linalg.householder_product` makes this one
     of the slow maps.
 
