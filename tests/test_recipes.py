@@ -501,10 +501,13 @@ def colours(n: int) -> Cifar10:
     return Cifar10(images, labels, images[:50], labels[:50], "made up")
 
 
-@pytest.mark.parametrize("architecture", ["small", "large"])
-def test_both_networks_for_colours_train_and_resume(
+@pytest.mark.parametrize("architecture", ["small", "large", "wide"])
+def test_all_networks_for_colours_train_and_resume(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(networks, "WIDE", 40)
+    wide = functools.partial(networks._ARCHITECTURES["large"], width=40)
+    monkeypatch.setitem(networks._ARCHITECTURES, "wide", wide)
     data = colours(90)
     monkeypatch.setattr(cifar10, "cifar10", lambda jpeg: data)
     monkeypatch.setattr(cifar10, "KEPT", 10)

@@ -23,6 +23,7 @@ from lipbook.orthogonal import OrthogonalLinear
 
 __all__ = ["dense", "small", "large", "names", "load", "norm", "data", "packed", "rebuilt"]
 
+WIDE = 128  # channels of the wide network, the Large one times four
 DATA = "data/"  # how the names of tensors begin that are no weights
 Convolution = Callable[[int, int, int, int], nn.Module]  # c_in, c_out, kernel size, stride
 Linear = Callable[[int, int], nn.Module]
@@ -107,6 +108,7 @@ def large(
     size: int = 32,
     convolution: Convolution = OrthogonalConv2d,
     linear: Linear = OrthogonalLinear,
+    width: int = 32,
 ) -> nn.Sequential:
     """Build the Large network of 2019: four convolutions, two of them strided, three dense layers.
 
@@ -114,6 +116,8 @@ def large(
     ----------
     channels, size, convolution, linear
         As in :func:`small`.
+    width : int
+        Channels of the first two convolutions; the other two have twice as many.
 
     Returns
     -------
@@ -130,16 +134,16 @@ def large(
     torch.Size([2, 10])
     """
     return nn.Sequential(
-        convolution(channels, 32, 3, 1),
+        convolution(channels, width, 3, 1),
         MaxMin(),
-        convolution(32, 32, 4, 2),
+        convolution(width, width, 4, 2),
         MaxMin(),
-        convolution(32, 64, 3, 1),
+        convolution(width, 2 * width, 3, 1),
         MaxMin(),
-        convolution(64, 64, 4, 2),
+        convolution(2 * width, 2 * width, 4, 2),
         MaxMin(),
         nn.Flatten(),
-        linear(64 * (size // 4) ** 2, 512),
+        linear(2 * width * (size // 4) ** 2, 512),
         MaxMin(),
         linear(512, 512),
         MaxMin(),
@@ -156,6 +160,7 @@ _ARCHITECTURES: dict[str, Callable[..., nn.Sequential]] = {
     "dense": functools.partial(dense, linear=nn.Linear),
     "small": functools.partial(small, convolution=_circular, linear=nn.Linear),
     "large": functools.partial(large, convolution=_circular, linear=nn.Linear),
+    "wide": functools.partial(large, convolution=_circular, linear=nn.Linear, width=WIDE),
 }
 
 
@@ -282,7 +287,7 @@ def rebuilt(
     Parameters
     ----------
     architecture : str
-        ``"dense"``, ``"small"`` or ``"large"``.
+        ``"dense"``, ``"small"``, ``"large"`` or ``"wide"`` (large with 128 channels).
     arguments : sequence
         First arguments of the function of that name.
     tensors : mapping of str to torch.Tensor
