@@ -47,6 +47,7 @@ __all__ = [
     "CONVOLUTIONS",
     "ACTIVATIONS",
     "PUBLISHED",
+    "TRIALS",
     "OSSNConv2d",
     "Clouds",
     "run",
@@ -142,6 +143,15 @@ CONVOLUTIONS: dict[str, Callable[[int, int, int], nn.Module]] = {
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "MaxMin": MaxMin}
 #: Values of critics with MaxMin for CIFAR-10 in Table 4 of the paper, on images enlarged twofold.
 PUBLISHED = {"OSSN": 3.29, "RKO": 4.95, "BCOP": 5.34}
+#: From the result files in the authors' public repository (ColinQiyangLi/LConvNet, under
+#: runs/wde_stl10/lr-0.0001/conv/OSSN/n_iters-10/maxmin), for STL-10. For each of the trials A, B, D
+#: and E the value of the critic and the product of its layers' norms; trial C was not to be had.
+TRIALS = {
+    "A": (7.933720910549164, 1.1625284729037266),
+    "B": (7.055799275040626, 1.0012750500491414),
+    "D": (7.261411683559418, 1.0736759134131704),
+    "E": (7.497135261297226, 1.0054787850504063),
+}
 
 
 def critic(convolution: str, activation: str) -> nn.Sequential:
