@@ -17,6 +17,7 @@ The recorded numbers are of a lossy copy of the data set, as ``data`` says; with
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def fit(
     scores : list of float
         Validation after each epoch.
     """
-    builders = {
+    builders: dict[str, Callable[..., nn.Sequential]] = {
         "small": networks.small,
         "large": networks.large,
         "wide": functools.partial(networks.large, width=networks.WIDE),
