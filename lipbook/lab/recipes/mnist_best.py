@@ -30,12 +30,15 @@ from lipbook.lab.recipes import Outcome, Rows
 from lipbook.lab.training import train
 from lipbook.losses import OffsetCrossEntropyLoss, margin_for_radius
 
-__all__ = ["EPSILONS", "PUBLISHED", "run", "fit"]
+__all__ = ["EPSILONS", "FIRST", "PUBLISHED", "run", "fit"]
 
 #: Radii at which accuracies are certified.
 EPSILONS = (0.5, 1.0, 1.58)
 #: Clean and certified accuracy of BCOP-Large at 1.58.
 PUBLISHED = (0.9877, 0.5666)
+#: Clean and certified accuracy of a first run, whose loss had the offset of radius 1.2. That of the
+#: record was chosen once, with these test results known.
+FIRST = (0.9861, 0.6430)
 
 
 def fit(
