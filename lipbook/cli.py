@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen)
-    except (_RefusedError, FileNotFoundError, FileExistsError) as error:
+    except (_RefusedError, ConnectionError, FileNotFoundError, FileExistsError) as error:
         chosen.parser.error(str(error))
     return 0
 
@@ -266,7 +266,10 @@ def _network(name: str, weights: Path | None) -> tuple[nn.Module, float]:
             f"NETWORK: {name} must return a torch.nn.Module, got {type(model).__name__}"
         )
     if weights is not None:
-        export.load_weights(model, weights)
+        try:
+            export.load_weights(model, weights)
+        except ValueError as error:
+            raise _RefusedError(f"--weights: {error}") from None
     return model.eval(), 2
 
 

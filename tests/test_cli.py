@@ -65,6 +65,7 @@ def linear(tmp_path: Path) -> Path:
     (tmp_path / "classifiers.py").write_text(
         "from torch import nn\n"
         "def build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))\n"
+        "def wide():\n    return nn.Sequential(nn.Flatten(), nn.Linear(5, 2, bias=False))\n"
         "def number():\n    return 1\n"
     )
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
@@ -168,6 +169,7 @@ def test_the_command_is_installed() -> None:
         (["certify", "mnist_best", "--count", "0"], "--count: expected a number from 1 to 2000"),
         (["certify", "mnist_best", "--count", "1", "--epsilon", "-1"], "--epsilon: epsilon must"),
         (["certify", "classifiers:build", "--weights", "none"], "none"),
+        (["certify", "classifiers:wide", "--weights", "net.safetensors"], r"\(2, 5\) in the model"),
         (["certify", "classifiers:build"], "cannot certify classifiers:build on shipped: "),
         ([], "the following arguments are required: COMMAND"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lipbook.convolutions import OrthogonalConv2d
 from lipbook.lab.descent import StiefelMuon, matrix_sign
 from lipbook.orthogonal import OrthogonalLinear
 
@@ -96,11 +98,12 @@ def test_matrices_stay_orthonormal(
         assert np.abs(values - 1).max() <= 1e-5
 
 
-def test_training_a_layer_by_its_raw_parameter_is_training_the_weight() -> None:
+@pytest.mark.parametrize("method", ["qr", "polar", "cholesky_qr"])
+def test_training_a_layer_by_its_raw_parameter_is_training_the_weight(method: Any) -> None:
     """The map of the layer leaves orthonormal matrices as they are."""
     x, y = draw(50, 6), draw(50, 3, seed=1)
     torch.manual_seed(0)
-    layer = OrthogonalLinear(6, 3, dtype=torch.float64)
+    layer = OrthogonalLinear(6, 3, method=method, dtype=torch.float64)
     plain = nn.Linear(6, 3, dtype=torch.float64)
     plain.load_state_dict({"weight": layer.weight.detach(), "bias": layer.bias.detach()})
     for model in (layer, plain):
@@ -110,6 +113,27 @@ def test_training_a_layer_by_its_raw_parameter_is_training_the_weight() -> None:
             (model(x) - y).square().mean().backward()
             descent.step()
     assert torch.allclose(layer.weight, plain.weight, atol=1e-8)
+
+
+def test_a_block_convolution_stays_orthogonal_and_its_raw_parameters_orthonormal() -> None:
+    torch.manual_seed(0)
+    layer = OrthogonalConv2d(3, 4, 3)
+    descent = StiefelMuon(layer.parameters(), lr=0.05)
+    x = draw(8, 3, 6, 6).float()
+    losses = []
+    for _ in range(20):
+        descent.zero_grad()
+        loss = (layer(x) - 1).square().mean()
+        loss.backward()
+        descent.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for raw in layer.parametrizations.weight.parameters():
+        values = np.linalg.svd(raw.detach().double().numpy(), compute_uv=False)
+        assert np.abs(values - 1).max() <= 1e-5
+    columns = torch.eye(3 * 36).view(-1, 3, 6, 6)
+    matrix = (layer(columns) - layer(torch.zeros(1, 3, 6, 6))).flatten(1).detach().double()
+    assert np.abs(np.linalg.svd(matrix.numpy(), compute_uv=False) - 1).max() <= 1e-5
 
 
 def test_the_state_resumes() -> None:

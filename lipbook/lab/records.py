@@ -45,9 +45,10 @@ class Record:
     name : str
         Name of the recipe and of the files: letters, digits and underscores.
     facts : mapping
-        ``command`` that made the record; ``seed`` that it started from; ``seconds`` of processor
-        time it took; ``threads`` of torch; ``hardware``; ``date`` (UTC); ``versions`` of Python,
-        lipbook, torch, NumPy and POT. See :func:`facts`.
+        ``command`` that makes the record; ``seed`` that it started from; ``seconds`` of processor
+        time it took (where a training went on from its checkpoint, since then); ``threads`` of
+        torch; ``hardware``; ``date`` (UTC); ``versions`` of Python, lipbook, torch, NumPy and POT.
+        See :func:`facts`.
     results : mapping
         What JSON can hold, finite numbers only. The recipe says what is in it.
     tensors : mapping of str to torch.Tensor

@@ -94,6 +94,19 @@ class Rows:
             _save(path, results, tensors, time.process_time() - start)
         return results, tensors
 
+    def checkpoint(self) -> Path | None:
+        """Name a file for the checkpoint of a single long training.
+
+        Returns
+        -------
+        pathlib.Path or None
+            In the folder, which is made; none without a folder.
+        """
+        if self.folder is None:
+            return None
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        return Path(self.folder, "training.checkpoint")
+
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], float]:
     from safetensors import safe_open  # noqa: PLC0415 - not needed to import a recipe

@@ -156,14 +156,11 @@ def run(
         on the kept images. Tensors: that network, for :func:`lipbook.lab.networks.load`, and the
         kept images and labels (``data/...``).
     """
-    folder = rows.folder if rows else None
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
     data = cifar10(jpeg)
     model, scores = fit(
         data, architecture, epochs=epochs, offset=offset, temperature=temperature, lr=lr,
         precision=precision, device=device, seed=seed, progress=progress,
-        checkpoint=Path(folder, "training.checkpoint") if folder else None,
+        checkpoint=(rows or Rows()).checkpoint(),
     )  # fmt: skip
     weights = networks.packed(model)
     stored = networks.rebuilt(architecture, (3, 32), weights)

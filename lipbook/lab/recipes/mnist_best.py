@@ -1,4 +1,4 @@
-r"""A dense network for MNIST at ε = 1.58, better than BCOP-Large in minutes.
+r"""A dense network for MNIST at ε = 1.58: more certified than by BCOP-Large, in minutes.
 
 Three hidden layers with orthonormal weights and MaxMin, trained by
 :class:`~lipbook.lab.descent.StiefelMuon` on slightly distorted digits with the offset cross-entropy
@@ -146,9 +146,6 @@ def run(
         ``networks``, with ``shipped``, the same on the 2,000 that ship. Tensors: the network, for
         :func:`lipbook.lab.networks.load`.
     """
-    folder = rows.folder if rows else None
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
     digits, few = mnist(full=True), mnist()
     sizes = (784, *[width] * depth, 10)
     loss = OffsetCrossEntropyLoss(margin_for_radius(radius), temperature)
@@ -156,7 +153,7 @@ def run(
         sizes, digits.train_images, digits.train_labels,
         loss=loss, epsilon=EPSILONS[-1], epochs=epochs, lr=lr, precision=precision,
         seed=seed, progress=progress,
-        checkpoint=Path(folder, "training.checkpoint") if folder else None,
+        checkpoint=(rows or Rows()).checkpoint(),
     )  # fmt: skip
     tensors = networks.packed(model)
     stored = networks.rebuilt("dense", (sizes,), tensors)
