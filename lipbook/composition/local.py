@@ -1,0 +1,125 @@
+r"""Bounds on a domain: ranges, slopes and the interval of all Jacobians there.
+
+Two bounds hold for a network on a convex set. The product of what its layers may stretch on the
+values that they see; and, with :math:`\bar J` and :math:`E` such that
+:math:`|J(x) - \bar J| \le E` entry by entry for all x,
+
+.. math:: \operatorname{Lip}_p \le \lVert\, |\bar J| + E\, \rVert_p .
+
+The rows of the second are carried from the outputs to the input, each layer backwards, through
+sums, slices and products alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lipbook.composition.reading import compose
+from lipbook.graphs import Graph
+from lipbook.layers.joins import Join
+from lipbook.norms import dual_exponent
+from lipbook.rules import Range, local_lipschitz_rule, pullback_rule, range_rule
+
+__all__ = ["ranges_of", "row_bounds", "stretches"]
+
+
+def ranges_of(graph: Graph, domain: Range) -> list[Range]:
+    """Range of every node of a graph in float64, given that of the input."""
+    ranges = [domain]
+    for node in graph.nodes[1:]:
+        parts = [ranges[j] for j in node.inputs]
+        layer = node.layer
+        assert layer is not None
+        with node.located():
+            found = layer.range(parts) if isinstance(layer, Join) else range_rule(layer, parts[0])
+            if not bool((found.low <= found.high).all()):
+                raise ValueError(f"its range rule returned an empty or NaN interval: {layer}")
+        ranges.append(found)
+    return ranges
+
+
+def stretches(graph: Graph, ranges: Sequence[Range], p: float) -> list[Tensor]:
+    """Product bound of the map from the input to each node, on the domain."""
+    answers: list[list[Tensor]] = [[]]
+    for node in graph.nodes[1:]:
+        parts = [ranges[j] for j in node.inputs]
+        layer = node.layer
+        assert layer is not None
+        with node.located():
+            if isinstance(layer, Join):
+                answers.append(layer.factors(parts, p))
+            else:
+                answers.append([local_lipschitz_rule(layer, parts[0], p)])
+    return compose(graph, answers, p)
+
+
+def row_bounds(
+    graph: Graph, ranges: Sequence[Range], rows: Tensor, p: float
+) -> tuple[Tensor, Tensor] | None:
+    r"""Interval of the Jacobian of linear functions of the output, over the domain.
+
+    Parameters
+    ----------
+    graph : Graph
+        In float64.
+    ranges : sequence of Range
+        Those of the nodes.
+    rows : torch.Tensor
+        The functions, (batch or 1, k, \*output shape).
+    p : float
+        Exponent of the norm, for what has to be passed by norms.
+
+    Returns
+    -------
+    pair of torch.Tensor, or None
+        Center and radius, (batch, k, \*input shape), or None where a layer on the way has no such
+        answer.
+    """
+    batch = max(len(r.low) for r in ranges)
+    center = rows.expand(batch, *rows.shape[1:])
+    pending = {graph.output: (center, torch.zeros_like(center))}
+    for k in range(graph.output, 0, -1):
+        if k not in pending:
+            continue
+        cotangent = pending.pop(k)
+        node = graph.nodes[k]
+        layer = node.layer
+        assert layer is not None
+        parts = [ranges[j] for j in node.inputs]
+        if isinstance(layer, Join):
+            given = layer.pullback(cotangent, parts)
+        else:
+            back = pullback_rule(layer, cotangent, parts[0])
+            given = None if back is None else [back]
+        if given is None:
+            return None
+        for j, part in zip(node.inputs, given, strict=True):
+            pending[j] = _plus(pending[j], part) if j in pending else part
+    return pending.get(0, (torch.zeros(()), torch.zeros(())))
+
+
+def _plus(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    center = first[0] + second[0]
+    return center, (first[1] + second[1]) * (1 + 2.0**-48) + center.abs() * 2.0**-48
+
+
+def row_norms(interval: tuple[Tensor, Tensor], p: float) -> Tensor:
+    """Largest Lipschitz constant of each row, (batch, k)."""
+    center, radius = interval
+    entries = (center.abs() + radius).flatten(2)
+    norm = torch.linalg.vector_norm(entries, dual_exponent(p), dim=2)
+    return norm * (1 + 2.0**-40)
+
+
+def matrix_norms(interval: tuple[Tensor, Tensor], p: float) -> Tensor:
+    """Largest Lipschitz constant of the map of all rows, (batch,)."""
+    center, radius = (part.flatten(2) for part in interval)
+    slack = 1 + 2.0**-36
+    norms = torch.linalg.matrix_norm(center.abs() + radius, p)
+    if p == 2:
+        apart = torch.linalg.matrix_norm(center, 2) + torch.linalg.matrix_norm(radius, 2)
+        norms = torch.minimum(norms, apart)
+    return norms * slack

@@ -1,0 +1,411 @@
+r"""Elementwise layers of torch: slopes, global and on an interval, and ranges.
+
+An elementwise layer applies functions :math:`\varphi_i` of one variable. With
+:math:`\varphi' \in [\alpha, \beta]` on the values that it sees,
+
+.. math:: \operatorname{Lip}_p = \max(|\alpha|, |\beta|) \quad\text{for every } p .
+
+Each class has one entry in a table: its global slopes, how its slope runs, and where it turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipbook.rules import (
+    Bound,
+    Range,
+    Shape,
+    _float64,
+    _registered,
+    _rule_of,
+    local_lipschitz_rule,
+    outward,
+    range_rule,
+    slope_rule,
+)
+
+__all__ = ["AbsoluteValue", "Exp", "Log", "Power", "Reciprocal", "Sine"]
+
+
+class AbsoluteValue(nn.Module):
+    r"""Absolute value of every entry: the activation of slope ±1 that keeps a gradient's norm.
+
+    .. math:: x \mapsto |x|, \qquad \operatorname{Lip}_p = 1
+
+    Examples
+    --------
+    >>> AbsoluteValue()(torch.tensor([-2.0, 3.0]))
+    tensor([2., 3.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take the modulus of each entry."""
+        return x.abs()
+
+
+class Power(nn.Module):
+    r"""Power :math:`x \mapsto x^k` of every entry.
+
+    Not Lipschitz on all of space, but for :math:`k = 1`; on a domain the slope
+    :math:`k x^{k-1}` is bounded where x keeps away from 0, for k < 1.
+
+    Parameters
+    ----------
+    exponent : float
+        :math:`k`.
+    """
+
+    def __init__(self, exponent: float) -> None:
+        super().__init__()
+        self.exponent = exponent
+
+    def extra_repr(self) -> str:
+        """Show the exponent."""
+        return f"{self.exponent:g}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raise each entry to the power."""
+        special = {0.5: torch.sqrt, -0.5: torch.rsqrt}.get(self.exponent)
+        return special(x) if special is not None else x**self.exponent
+
+
+class Exp(nn.Module):
+    """Exponential of every entry; Lipschitz on domains that are bounded above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take the exponential of each entry."""
+        return x.exp()
+
+
+class Log(nn.Module):
+    """Logarithm of every entry; Lipschitz on domains that keep away from 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take the logarithm of each entry."""
+        return x.log()
+
+
+class Reciprocal(nn.Module):
+    """Reciprocal of every entry; Lipschitz on domains that keep away from 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take the reciprocal of each entry."""
+        return x.reciprocal()
+
+
+class Sine(nn.Module):
+    r"""Sine of every entry, :math:`x \mapsto \sin(x + \omega)`.
+
+    Parameters
+    ----------
+    phase : float
+        0 for the sine, π/2 for the cosine.
+    """
+
+    def __init__(self, phase: float) -> None:
+        super().__init__()
+        self.phase = phase
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take the sine or cosine of each entry."""
+        return x.cos() if self.phase else x.sin()
+
+
+# ----------------------------------------------------------------------------- the table
+
+Slopes = tuple[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Curve:
+    """What is known of a function of one variable."""
+
+    extent: Callable[[Any], Slopes]  # global slopes
+    local: Callable[[Any, Tensor, Tensor], Slopes] | None = None  # slopes on an interval
+    turn: Callable[[Any], float] = lambda m: -math.inf  # falls before, rises behind
+    positive: bool = False  # defined for positive numbers only
+    exact: bool = False  # its slopes are numbers without rounding
+
+
+def _pieces(left: Callable[[Any], Any], at: Callable[[Any], float] = lambda m: 0.0) -> _Curve:
+    """Two linear pieces, of slope ``left`` before a point and 1 behind."""
+
+    def extent(m: Any) -> Slopes:
+        slope = torch.as_tensor(left(m), dtype=torch.float64)
+        return slope.clamp(max=1.0), slope.clamp(min=1.0)
+
+    def local(m: Any, low: Tensor, high: Tensor) -> Slopes:
+        slope = _per_channel(torch.as_tensor(left(m), dtype=torch.float64), low)
+        one = torch.ones_like(low)
+        first = torch.where(low >= at(m), one, slope * one)
+        last = torch.where(high <= at(m), slope * one, one)
+        return torch.minimum(first, last), torch.maximum(first, last)
+
+    def turn(m: Any) -> float:
+        return 0.0 if bool((torch.as_tensor(left(m)) < 0).any()) else -math.inf
+
+    return _Curve(extent, local, turn, exact=True)
+
+
+def _per_channel(slope: Tensor, values: Tensor) -> Tensor:
+    """Slopes of the channels of a batch, dimension 1."""
+    return slope.view(-1, *[1] * (values.dim() - 2)) if slope.dim() and slope.numel() > 1 else slope
+
+
+def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> _Curve:
+    def local(m: Any, least: Tensor, most: Tensor) -> Slopes:
+        inside = ((least >= low(m)) & (most <= high(m))).double()
+        reached = ((most > low(m)) & (least < high(m))).double()
+        return inside, reached
+
+    return _Curve(lambda m: (0.0, 1.0), local, exact=True)
+
+
+def _rising(extent: Callable[[Any], Slopes], slope: Callable[[Any, Tensor], Tensor]) -> _Curve:
+    """Slopes that grow with x."""
+    return _Curve(extent, lambda m, low, high: (slope(m, low), slope(m, high)))
+
+
+def _bell(extent: Callable[[Any], Slopes], slope: Callable[[Any, Tensor], Tensor]) -> _Curve:
+    """Slopes that depend on |x| and fall with it."""
+
+    def local(m: Any, low: Tensor, high: Tensor) -> Slopes:
+        near = torch.maximum(low, -high).clamp(min=0)
+        return slope(m, torch.maximum(low.abs(), high.abs())), slope(m, near)
+
+    return _Curve(extent, local)
+
+
+def _elu_slopes(m: Any) -> Slopes:
+    return min(0.0, m.alpha), max(1.0, m.alpha)
+
+
+def _elu_local(m: Any, low: Tensor, high: Tensor) -> Slopes:
+    def slope(x: Tensor) -> Tensor:
+        return torch.where(x > 0, 1.0, m.alpha * x.clamp(max=0).exp())
+
+    first, last = slope(low), slope(high)
+    least, most = torch.minimum(first, last), torch.maximum(first, last)
+    crosses = (low <= 0) & (high >= 0)  # where the slope may jump from alpha to 1
+    least = torch.where(crosses, least.clamp(max=min(1.0, m.alpha)), least)
+    return least, torch.where(crosses, most.clamp(min=max(1.0, m.alpha)), most)
+
+
+_GELU = (1 + math.erf(1)) / 2 + math.exp(-1) / math.sqrt(math.pi)  # 1.1289, at sqrt 2
+_SILU = 1.0998393201288670  # at 2.3994
+_SELU = 1.0507009873554804934193349852946 * 1.6732632423543772848170429916717
+_MISH = 1.0884981612517279  # at 1.4906
+
+# sup and inf of phi', on paper, or to double precision where the extreme solves a transcendental
+# equation. The slopes of GELU and SiLU mirror each other at 1/2.
+_CURVES: dict[type[nn.Module], _Curve] = {
+    AbsoluteValue: _pieces(lambda m: -1.0),
+    nn.ReLU: _pieces(lambda m: 0.0),
+    nn.LeakyReLU: _pieces(lambda m: m.negative_slope),
+    nn.PReLU: _pieces(lambda m: _float64(m.weight)),
+    nn.RReLU: _pieces(lambda m: (m.lower + m.upper) / 2),
+    nn.ReLU6: _clip(lambda m: 0.0, lambda m: 6.0),
+    nn.Hardtanh: _clip(lambda m: m.min_val, lambda m: m.max_val),
+    nn.CELU: _rising(
+        lambda m: (0.0, 1.0) if m.alpha > 0 else (-math.inf, math.inf),
+        lambda m, x: (x / m.alpha).clamp(max=0).exp(),
+    ),
+    nn.ELU: _Curve(_elu_slopes, _elu_local, lambda m: 0.0 if m.alpha < 0 else -math.inf),
+    nn.SELU: _Curve(lambda m: (0.0, _SELU)),
+    nn.GELU: _Curve(
+        lambda m: {
+            "none": (1 - _GELU, _GELU),
+            "tanh": (1 - 1.1289930686587718, 1.1289930686587718),  # at 1.4185
+        }[m.approximate],
+        turn=lambda m: {"none": -0.7517915246935645, "tanh": -0.7524614220710162}[m.approximate],
+    ),
+    nn.SiLU: _Curve(lambda m: (1 - _SILU, _SILU), turn=lambda m: -1.2784645427610738),
+    nn.Mish: _Curve(lambda m: (-_MISH, _MISH), turn=lambda m: -1.1924296110664296),
+    nn.Hardswish: _Curve(lambda m: (-0.5, 1.5), turn=lambda m: -1.5),  # at -3 and 3
+    nn.Hardsigmoid: _Curve(lambda m: (0.0, 1 / 6)),
+    nn.LogSigmoid: _Curve(
+        lambda m: (0.0, 1.0), lambda m, low, high: ((-high).sigmoid(), (-low).sigmoid())
+    ),
+    nn.Sigmoid: _bell(lambda m: (0.0, 0.25), lambda m, x: x.sigmoid() * (-x).sigmoid()),
+    nn.Tanh: _bell(lambda m: (0.0, 1.0), lambda m, x: x.cosh().pow(-2)),
+    nn.Softsign: _bell(lambda m: (0.0, 1.0), lambda m, x: (1 + x).pow(-2)),
+    # torch.nn.Softplus jumps by log(1 + exp(-threshold)) / beta where it turns linear: 2e-9 at
+    # the default threshold of 20, which is taken for rounding.
+    nn.Softplus: _Curve(
+        lambda m: (0.0, 1.0) if m.threshold >= 20 and m.beta > 0 else (-math.inf, math.inf)
+    ),
+    nn.Softshrink: _Curve(lambda m: (0.0, 1.0)),
+    nn.Tanhshrink: _Curve(lambda m: (0.0, 1.0)),
+    nn.Threshold: _Curve(lambda m: (0.0, 1.0) if m.value == m.threshold else (-math.inf, math.inf)),
+    nn.Hardshrink: _Curve(lambda m: (1.0, 1.0) if m.lambd == 0 else (-math.inf, math.inf)),
+    nn.GLU: _Curve(lambda m: (-math.inf, math.inf)),  # a product of two halves of the input
+    Sine: _Curve(lambda m: (-1.0, 1.0), turn=lambda m: math.nan),
+    Exp: _rising(lambda m: (0.0, math.inf), lambda m, x: x.exp()),
+    Log: _Curve(lambda m: (0.0, math.inf), lambda m, low, high: (1 / high, 1 / low), positive=True),
+    Reciprocal: _Curve(
+        lambda m: (-math.inf, 0.0),
+        lambda m, low, high: (-1 / low**2, -1 / high**2),
+        positive=True,
+    ),
+}
+
+
+def _power(m: Power) -> _Curve:
+    k = m.exponent
+    everywhere = k >= 1 and k == int(k)
+
+    def slope(x: Tensor) -> Tensor:
+        return k * x ** (k - 1)
+
+    def local(_: Any, low: Tensor, high: Tensor) -> Slopes:
+        ends = torch.stack([slope(low), slope(high)])
+        least, most = ends.amin(0), ends.amax(0)
+        if everywhere and k % 2:  # an even slope, 0 at 0 (1 for k = 1)
+            crosses = (low < 0) & (high > 0)
+            least = torch.where(crosses, slope(torch.zeros_like(low)), least)
+        return least, most
+
+    extent = (1.0, 1.0) if k == 1 else (-math.inf, math.inf)
+    even = everywhere and k % 2 == 0
+    return _Curve(
+        lambda _: extent,
+        local,
+        turn=lambda _: 0.0 if even else -math.inf,
+        positive=not everywhere,
+    )
+
+
+def _curve(module: nn.Module) -> _Curve:
+    return _power(module) if isinstance(module, Power) else _CURVES[_registered(module)]
+
+
+_ELEMENTWISE = (*_CURVES, Power)
+
+# Largest modulus of the slopes, for each class: what the global bound needs.
+_SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {}
+
+
+def _largest(module: nn.Module) -> float:
+    """Return the largest modulus of a slope on all of space."""
+    low, high = _curve(module).extent(module)
+    ends = torch.stack(
+        [torch.as_tensor(side, dtype=torch.float64).abs().max() for side in (low, high)]
+    )
+    return float(ends.max())
+
+
+for _class in _CURVES:
+    _SLOPES[_class] = _largest
+
+
+def _check_random(module: Any) -> None:
+    if isinstance(module, nn.RReLU) and module.training:
+        raise ValueError("is random in training mode: call .eval()")
+
+
+@_rule_of(*_ELEMENTWISE)
+def _(module: nn.Module, input_shape: Shape, p: float) -> Bound:
+    _check_random(module)
+    slope = _largest(module)
+    if slope == math.inf:
+        raise ValueError(
+            f"is not Lipschitz on all of space: {module} has unbounded slope or jumps; where "
+            "its slope is bounded on a domain, give one: lipschitz_bound(..., domain=Box(0, 1))"
+        )
+    return Bound(slope, "exact", p)
+
+
+@_rule_of(*_ELEMENTWISE, dispatch=slope_rule)
+def _(module: nn.Module, values: Range | None) -> Slopes:
+    _check_random(module)
+    curve = _curve(module)
+    extent = curve.extent(module)
+    if values is None or curve.local is None:
+        if math.inf in (abs(float(torch.as_tensor(side).abs().max())) for side in extent):
+            raise ValueError(f"is not Lipschitz: {module} has unbounded slope or jumps")
+        low, high = (torch.as_tensor(side, dtype=torch.float64) for side in extent)
+        if values is not None:
+            low, high = (_per_channel(side, values.low) for side in (low, high))
+        return low, high
+    _check_values(curve, module, values)
+    low, high = curve.local(module, values.low, values.high)
+    if curve.exact:
+        return low, high
+    low, high = outward(low, high)
+    # Rounded up a slope may exceed the global bound, which holds too.
+    least, most = (
+        _per_channel(torch.as_tensor(side, dtype=torch.float64), values.low) for side in extent
+    )
+    return torch.maximum(low, least.expand_as(low)), torch.minimum(high, most.expand_as(high))
+
+
+def _check_values(curve: _Curve, module: nn.Module, values: Range) -> None:
+    if curve.positive and not bool((values.low > 0).all()):
+        raise ValueError(
+            f"{module} needs values above 0, but on the domain they reach "
+            f"{values.low.min().item():.6g}: give a smaller domain, or add a constant before it"
+        )
+
+
+@_rule_of(*_ELEMENTWISE, dispatch=range_rule)
+def _(module: nn.Module, values: Range) -> Range:
+    curve = _curve(module)
+    if isinstance(module, nn.GLU):
+        return _glu_range(module, values)
+    _check_values(curve, module, values)
+    turn = curve.turn(module)
+    if math.isnan(turn):
+        low, high = torch.full_like(values.low, -1.0), torch.full_like(values.low, 1.0)
+    else:
+        ends = [module(end.clone()) for end in (values.low, values.high)]
+        low, high = torch.minimum(*ends), torch.maximum(*ends)
+        if turn > -math.inf:
+            least = module(
+                torch.minimum(torch.maximum(values.low, _full(turn, values)), values.high)
+            )
+            low = torch.minimum(low, least)
+            high = torch.maximum(high, least)
+    slack = values.abs() * 2.0**-45 if curve.local is None else 0.0
+    low, high = outward(low, high, slack)
+    if values.center is None or values.radius is None:
+        return Range(low, high)
+    stretch = local_lipschitz_rule(module, values, 2.0)
+    center = module(values.center.clone())
+    radius = values.radius * stretch * (1 + 2.0**-40)
+    return Range(low, high, center, radius + values.norms() * stretch * 2.0**-45)
+
+
+def _full(value: float, values: Range) -> Tensor:
+    return torch.full_like(values.low, value)
+
+
+@local_lipschitz_rule.register
+def _(module: nn.GLU, values: Range, p: float) -> Tensor:
+    r"""Bound a ⊙ σ(b), whose gate is at most 1 and has a slope of at most 1/4."""
+    a = Range(*(side.chunk(2, module.dim)[0] for side in (values.low, values.high)))
+    b = Range(*(side.chunk(2, module.dim)[1] for side in (values.low, values.high)))
+    gate = b.high.sigmoid() * (1 + 2.0**-40)
+    steep = a.abs() * slope_rule(nn.Sigmoid(), b)[1]  # type: ignore[index]
+    if p == 2:  # each output reads one entry of a and one of b
+        rows: Tensor = (gate**2 + steep**2).sqrt()
+    elif p == 1:
+        rows = torch.maximum(gate, steep)
+    else:
+        rows = gate + steep
+    return rows.flatten(1).amax(1) * (1 + 2.0**-40)
+
+
+def _glu_range(module: nn.GLU, values: Range) -> Range:
+    (a_low, b_low), (a_high, b_high) = (
+        side.chunk(2, module.dim) for side in (values.low, values.high)
+    )
+    gates = b_low.sigmoid(), b_high.sigmoid()
+    ends = torch.stack([a * gate for a in (a_low, a_high) for gate in gates])
+    return Range(*outward(ends.amin(0), ends.amax(0)))

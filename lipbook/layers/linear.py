@@ -1,0 +1,109 @@
+"""Linear layers of torch, convolutions and batch normalisation: matrices that are known."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipbook.norms import convolution_norm_bound, convolution_norm_is_exact, operator_norm
+from lipbook.rules import (
+    Affine,
+    Bound,
+    Kind,
+    Shape,
+    _axes,
+    _float64,
+    _rule_of,
+    affine_rule,
+    lipschitz_rule,
+)
+
+__all__ = ["weighted_affine"]
+
+
+@lipschitz_rule.register
+def _(module: nn.Linear, input_shape: Shape, p: float) -> Bound:
+    return Bound(operator_norm(_float64(module.weight), p).item(), "exact", p)
+
+
+@_rule_of(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@_rule_of(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _(module: Any, input_shape: Shape, p: float) -> Bound:
+    names = ("stride", "padding", "dilation", "groups", "padding_mode", "transposed")
+    geometry: dict[str, Any] = {name: getattr(module, name) for name in names} | {
+        "weight": _float64(module.weight),
+        "input_size": [size for (size,) in _axes(module, input_shape)],
+        "output_padding": module.output_padding,
+        "p": p,
+    }
+    kind: Kind = "exact" if convolution_norm_is_exact(**geometry) else "upper bound"
+    return Bound(convolution_norm_bound(**geometry).item(), kind, p)
+
+
+@_rule_of(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def _(module: Any, input_shape: Shape, p: float) -> Bound:
+    if module.training or module.running_var is None:
+        raise ValueError("normalises by statistics of the batch: track them and call .eval()")
+    scale = (_float64(module.running_var) + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * _float64(module.weight)
+    return Bound(scale.abs().max().item(), "exact", p)
+
+
+# Note [matrices of weighted layers]
+# With its weights replaced by |W| a layer multiplies by |A|, and by W * W it multiplies by A * A,
+# as long as no input meets two weights of one output. Reflecting and replicating padding copies
+# inputs; then |A| is bounded still (|a + b| <= |a| + |b|), squares are not.
+
+
+def weighted_affine(module: Any, input_shape: Shape) -> Affine:
+    """Affine form of a layer whose weight is its attribute ``weight``, in float64."""
+
+    def mapped(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        twin = copy.copy(module)
+        twin.__dict__["_parameters"] = dict(module._parameters)
+        twin._parameters["weight"] = nn.Parameter(function(module.weight.detach()), False)
+        if "bias" in twin._parameters:
+            twin._parameters["bias"] = None
+        vars(twin).pop("forward", None)
+        return twin
+
+    zero = torch.zeros(1, *input_shape, dtype=torch.float64)
+    weight = module.weight.detach()
+    transposed = bool(getattr(module, "transposed", False))
+    copies = getattr(module, "padding_mode", "zeros") != "zeros"
+    terms = weight.numel() // weight.shape[1 if transposed else 0]
+    return Affine(
+        mapped(lambda w: w),
+        mapped(torch.abs),
+        None if copies else mapped(torch.square),
+        module(zero)[0].detach(),
+        terms,
+    )
+
+
+for _class in (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+):
+    affine_rule.register(_class, weighted_affine)
+
+
+@_rule_of(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, dispatch=affine_rule)
+def _(module: Any, input_shape: Shape) -> Affine:
+    scale = (_float64(module.running_var) + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * _float64(module.weight)
+    scale = scale.view(-1, *[1] * (len(input_shape) - 1))
+    zero = torch.zeros(1, *input_shape, dtype=torch.float64)
+    return Affine(
+        lambda x: scale * x,
+        lambda x: scale.abs() * x,
+        lambda x: scale**2 * x,
+        module(zero)[0].detach(),
+        8,
+    )

@@ -1,0 +1,3 @@
+"""Normalisation layers of torch."""
+
+__all__: list[str] = []

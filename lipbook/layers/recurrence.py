@@ -1,0 +1,3 @@
+"""Recurrent layers of torch."""
+
+__all__: list[str] = []

@@ -1,0 +1,193 @@
+"""Layers of torch that move, average or select entries: reshaping, padding, pooling, upsampling."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lipbook.norms import operator_norm
+from lipbook.rules import (
+    Affine,
+    Bound,
+    Range,
+    Shape,
+    _axes,
+    _eye,
+    _rule_of,
+    affine_rule,
+    lipschitz_rule,
+    range_rule,
+)
+
+__all__: list[str] = []
+
+
+@_rule_of(nn.Identity, nn.Flatten, nn.Unflatten)
+@_rule_of(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+def _(module: nn.Module, input_shape: Shape, p: float) -> Bound:
+    return Bound(1, "exact", p)  # a permutation of the entries
+
+
+@_rule_of(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+@_rule_of(nn.AlphaDropout, nn.FeatureAlphaDropout)
+def _(module: Any, input_shape: Shape, p: float) -> Bound:
+    if module.training and module.p > 0:
+        raise ValueError("is random in training mode: call .eval()")
+    return Bound(1, "exact", p)
+
+
+# Note [one axis at a time]
+# Average pooling, padding and interpolation treat all channels alike and work on one axis after
+# the other: their matrix is a Kronecker product, and operator norms of Kronecker factors
+# multiply for p in {1, 2, inf}. Each factor comes from torch's own function in one dimension.
+
+
+def _separable(matrices: list[Tensor], p: float) -> Bound:
+    return Bound(math.prod(operator_norm(m.mT, p).item() for m in matrices), "exact", p)
+
+
+@_rule_of(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+def _(module: Any, input_shape: Shape, p: float) -> Bound:
+    divisor = getattr(module, "divisor_override", None)
+    matrices = [
+        _windows(n, k, s, pad, 1, module.ceil_mode)
+        if divisor
+        else functional.avg_pool1d(
+            _eye(n), k, s, pad, module.ceil_mode, module.count_include_pad
+        ).flatten(1)
+        for n, k, s, pad in _axes(module, input_shape, "kernel_size", "stride", "padding")
+    ]
+    matrices[0] = matrices[0] / (divisor or 1)
+    return _separable(matrices, p)
+
+
+@_rule_of(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+def _(module: Any, input_shape: Shape, p: float) -> Bound:
+    names = ("kernel_size", "stride", "padding", "dilation")
+    axes = _axes(module, input_shape, *names)
+    return _max_pool([_windows(*axis, module.ceil_mode) for axis in axes], p)
+
+
+@_rule_of(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+def _(module: Any, input_shape: Shape, p: float) -> Bound:
+    return _separable(_adaptive_means(module, input_shape), p)
+
+
+@_rule_of(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+def _(module: Any, input_shape: Shape, p: float) -> Bound:
+    return _max_pool([(m > 0).double() for m in _adaptive_means(module, input_shape)], p)
+
+
+def _max_pool(windows: list[Tensor], p: float) -> Bound:
+    """Attained where one pixel exceeds all others: it alone decides every window it is in."""
+    overlap = math.prod(window.sum(1).max().item() for window in windows)
+    return Bound(overlap ** (1 / p), "exact", p)
+
+
+def _windows(size: int, *window: Any) -> Tensor:
+    """Which windows each pixel is in, (size, windows); ``window`` as ``max_pool1d`` takes it."""
+    return (functional.max_pool1d(_eye(size), *window)[:, 0] == 1).double()
+
+
+def _adaptive_means(module: Any, input_shape: Shape) -> list[Tensor]:
+    axes = _axes(module, input_shape, "output_size")
+    return [functional.adaptive_avg_pool1d(_eye(n), n if k is None else k)[:, 0] for n, k in axes]
+
+
+@_rule_of(nn.Upsample)
+def _(module: Any, input_shape: Shape, p: float) -> Bound:
+    mode = {"bilinear": "linear", "trilinear": "linear"}.get(module.mode, module.mode)
+    extra = [1] if mode == "bicubic" else []  # which torch has in two dimensions only
+    matrices = [
+        functional.interpolate(
+            _eye(n).reshape(n, 1, n, *extra),
+            size=None if size is None else [size, *extra],
+            scale_factor=None if scale is None else [scale, *map(float, extra)],
+            mode=mode,
+            align_corners=module.align_corners,
+            recompute_scale_factor=module.recompute_scale_factor,
+        ).flatten(1)
+        for n, size, scale in _axes(
+            module, input_shape, "size", "scale_factor", dims=len(input_shape) - 1
+        )
+    ]
+    return _separable(matrices, p)
+
+
+def _padding(mode: str, module: Any, input_shape: Shape, p: float) -> Bound:
+    axes = enumerate(reversed(_axes(module, input_shape)))  # torch pads the last axis first
+    pads = [
+        functional.pad(_eye(n), module.padding[2 * i : 2 * i + 2], mode)[:, 0] for i, (n,) in axes
+    ]
+    return _separable(pads, p)
+
+
+_PADDING_MODES: dict[str, tuple[type[nn.Module], ...]] = {
+    "constant": (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+}
+for _mode, _classes in _PADDING_MODES.items():
+    _rule_of(*_classes)(functools.partial(_padding, _mode))
+
+
+# ------------------------------------------------------------------- matrices and ranges
+
+_MEANS = (
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
+_MOVES = (
+    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle),
+    *(nn.ChannelShuffle, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(cls for classes in _PADDING_MODES.values() for cls in classes),
+)
+
+
+@_rule_of(*_MOVES, *_MEANS, nn.Upsample, dispatch=affine_rule)
+def _(module: Any, input_shape: Shape) -> Affine:
+    zero = torch.zeros(1, *input_shape, dtype=torch.float64)
+    offset = module(zero)
+
+    def apply(x: Tensor) -> Tensor:
+        return module(x) - offset
+
+    moves = isinstance(module, _MOVES)
+    negative = isinstance(module, nn.Upsample) and module.mode == "bicubic"
+    divisor = getattr(module, "divisor_override", None)
+    if negative or (divisor is not None and divisor < 0):
+        matrix = _dense(apply, input_shape)
+
+        def absolute(x: Tensor) -> Tensor:
+            return (x.flatten(1) @ matrix.abs().mT).view(len(x), *offset.shape[1:])
+
+        return Affine(apply, absolute, None, offset[0], math.prod(input_shape))
+    terms = 1 if moves else -(-math.prod(input_shape) // max(1, offset.numel())) + 16
+    return Affine(apply, apply, apply if moves else None, offset[0], terms)
+
+
+def _dense(apply: Any, input_shape: Shape) -> Tensor:
+    n = math.prod(input_shape)
+    return apply(torch.eye(n, dtype=torch.float64).reshape(n, *input_shape)).flatten(1).mT
+
+
+_MAXIMA = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
+
+
+@_rule_of(*_MAXIMA, dispatch=range_rule)
+def _(module: Any, values: Range) -> Range:
+    low, high = module(values.low), module(values.high)  # monotone
+    if values.center is None or values.radius is None:
+        return Range(low, high)
+    stretch = lipschitz_rule(module, values.shape, 2.0).value * (1 + 2.0**-40)
+    return Range(low, high, module(values.center), values.radius * stretch)
