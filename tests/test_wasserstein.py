@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import itertools
@@ -33,18 +34,63 @@ from lipbook.wasserstein import (
     TransportBracket,
     c_transform,
     clip_weights_,
+    clouds,
     critic_difference,
+    exact,
     fit_critic,
+    fitting,
     gradient_penalty,
     kantorovich_dual,
     sinkhorn,
     sliced_wasserstein,
+    transforms,
     wasserstein1,
     wasserstein1_bracket,
 )
+from lipbook.wasserstein import bracket as bracket_module
 
 METHODS = ["exact", "sinkhorn", "blocks", "critic"]
 UNIT = 2.0**-53
+
+
+# --------------------------------------------------------------------------------- the package
+
+ORDER = ["clouds", "transforms", "exact", "critics", "fitting", "bracket", "baselines"]
+
+
+def imported_files(source: str) -> set[str]:
+    """Files of the package that a source text imports, at any depth of the code."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[2] for name in found if name.startswith("lipbook.wasserstein.")}
+
+
+def test_files_import_only_those_before_them() -> None:
+    """And the package's page names them in that order."""
+    top = Path(wasserstein.__file__).parent
+    assert {path.stem for path in top.glob("*.py")} == {*ORDER, "__init__"}
+    for number, name in enumerate(ORDER):
+        assert imported_files((top / f"{name}.py").read_text()) <= set(ORDER[:number]), name
+    listed = ", ".join(f"``{name}``" for name in ORDER)
+    assert listed in " ".join((wasserstein.__doc__ or "").split())
+    assert imported_files("def f():\n    from lipbook.wasserstein import exact") == {"exact"}
+
+
+def test_pot_is_loaded_on_first_use() -> None:
+    code = (
+        "import sys, torch, lipbook.wasserstein as w; assert 'ot' not in sys.modules; "
+        "print(w.wasserstein1(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])).item()); "
+        "assert 'ot' in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(wasserstein.__file__).parents[2])}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    assert ran.stdout == "5.0\n"
 
 
 # ------------------------------------------------------------------- oracles in exact arithmetic
@@ -433,8 +479,8 @@ def test_bad_clouds_are_refused_everywhere(
 def test_what_does_not_fit_in_memory_is_refused_with_a_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert wasserstein._memory() >= 2**28
-    monkeypatch.setattr(wasserstein, "_memory", lambda: 2**20)
+    assert clouds._memory() >= 2**28
+    monkeypatch.setattr(clouds, "_memory", lambda: 2**20)
     x = torch.randn(300, 2)
     for function in (
         wasserstein1,
@@ -494,10 +540,10 @@ def test_tiles_give_the_minimum_over_all(d: int, monkeypatch: pytest.MonkeyPatch
         potential = f.double()
         whole = c_transform(potential, x, y)
         sizes: list[int] = []
-        distances = wasserstein._distances
+        distances = transforms.distances
         with monkeypatch.context() as patch:
-            patch.setattr(wasserstein, "_CHUNK", 2**14)
-            patch.setattr(wasserstein, "_TILE", 64)
+            patch.setattr(transforms, "CHUNK", 2**14)
+            patch.setattr(transforms, "_TILE", 64)
 
             def counted(
                 a: Tensor, b: Tensor, sizes: list[int] = sizes, distances: Any = distances
@@ -505,7 +551,7 @@ def test_tiles_give_the_minimum_over_all(d: int, monkeypatch: pytest.MonkeyPatch
                 sizes.append(len(a) * len(b))
                 return distances(a, b)
 
-            patch.setattr(wasserstein, "_distances", counted)
+            patch.setattr(transforms, "distances", counted)
             tiled = c_transform(potential, x, y)
         # of high dimensions the products of all points and of tiles differ, by 64 (d + 8) units
         size = 1 + potential.abs().max().item()
@@ -600,13 +646,14 @@ def test_plan_and_potentials_are_what_the_bounds_say(method: str, weighted: bool
 def test_blocks_never_hold_the_cost_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = mixture(3000, 2500, 2)
     sizes: list[int] = []
-    distances = wasserstein._distances
+    distances = clouds.distances
 
     def counted(a: Tensor, b: Tensor) -> tuple[Tensor, float]:
         sizes.append(len(a) * len(b))
         return distances(a, b)
 
-    monkeypatch.setattr(wasserstein, "_distances", counted)
+    for module in (bracket_module, exact, transforms):
+        monkeypatch.setattr(module, "distances", counted)
     bracket = wasserstein1_bracket(x, y, method="blocks", sweeps=4)
     assert max(sizes) <= 1500**2 < 3000 * 2500
     assert bracket.relative_gap <= 0.05
@@ -615,8 +662,8 @@ def test_blocks_never_hold_the_cost_matrix(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_auto_is_exact_where_that_is_affordable(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = mixture(60, 60, 2)
-    monkeypatch.setattr(wasserstein, "_EXACT_SIZE", 50**2)
-    monkeypatch.setattr(wasserstein, "_DENSE_SIZE", 70**2)
+    monkeypatch.setattr(bracket_module, "_EXACT_SIZE", 50**2)
+    monkeypatch.setattr(bracket_module, "_DENSE_SIZE", 70**2)
     assert "exact plan" in wasserstein1_bracket(x[:50], y[:50]).upper_from
     assert "Sinkhorn" in wasserstein1_bracket(x, y).upper_from
     assert "blocks" in wasserstein1_bracket(torch.cat((x, x)), y).upper_from
@@ -1133,7 +1180,7 @@ fit(Path(sys.argv[1]))
 def test_a_fit_killed_while_it_saves_continues_bit_for_bit(tmp_path: Path) -> None:
     """kill -9 half-way through the writing of a file: the one before is still there."""
     path = tmp_path / "critic.pt"
-    top = str(Path(wasserstein.__file__).parents[1])
+    top = str(Path(wasserstein.__file__).parents[2])
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [sys.executable, "-c", FIT + KILLED, str(path)],
@@ -1177,7 +1224,7 @@ def test_progress_is_shown_when_asked(capfd: pytest.CaptureFixture[str]) -> None
 
 def test_the_library_runs_without_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed
-    spec = importlib.util.spec_from_file_location("fresh", wasserstein.__file__)
+    spec = importlib.util.spec_from_file_location("fresh", fitting.__file__)
     assert spec is not None
     assert spec.loader is not None
     fresh = importlib.util.module_from_spec(spec)
