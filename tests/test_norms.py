@@ -26,6 +26,7 @@ from torch.autograd import gradcheck
 
 from lipbook import norms
 from lipbook.norms import (
+    axes,
     circular_convolution_gram_iteration,
     circular_convolution_norm,
     circular_convolution_singular_values,
@@ -35,6 +36,7 @@ from lipbook.norms import (
     gram_iteration,
     operator_norm,
     power_iteration,
+    responses,
 )
 
 INF = math.inf
@@ -442,13 +444,13 @@ def torch_layers(draw: Any, dims: int, valid: bool = True) -> dict[str, Any]:
 @contextlib.contextmanager
 def no_dense_axes() -> Iterator[None]:
     """Complete every axis to a circle, as for images too large to keep dense."""
-    blocks = norms._Axis.blocks
+    blocks = axes._Axis.blocks
 
     def completed(axis: Any) -> Any:
         every = blocks(axis)
         return [block for block in every if block.frequencies is not None] or every
 
-    with mock.patch.object(norms._Axis, "blocks", completed):
+    with mock.patch.object(axes._Axis, "blocks", completed):
         yield
 
 
@@ -650,7 +652,7 @@ def test_transposed_layers_swap_p_1_and_infinity() -> None:
 def test_large_symbols_are_taken_in_parts() -> None:
     weight = normal(0, 4, 3, 3, 3)
     whole = circular_convolution_singular_values(weight, 8, stride=2)
-    with mock.patch.object(norms, "_ENTRIES", 7):
+    with mock.patch.object(responses, "_ENTRIES", 7):
         assert_close(circular_convolution_singular_values(weight, 8, stride=2), whole, 1e-13)
         assert_close(circular_convolution_norm(weight, 8, stride=2), whole[0], 1e-13)
         bound = circular_convolution_gram_iteration(weight, 8, stride=2, steps=12)
