@@ -80,6 +80,8 @@ class BCOP(nn.Module):
 
     Examples
     --------
+    >>> import torch
+    >>> from torch.nn.utils import parametrize
     >>> layer = nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular")
     >>> layer = parametrize.register_parametrization(layer, "weight", BCOP(layer.weight.shape))
     >>> x = torch.randn(1, 4, 10, 10)
@@ -240,6 +242,7 @@ class OrthogonalConv2d(_OrthogonalConv, nn.Conv2d):
 
     Examples
     --------
+    >>> import torch
     >>> layer, x = OrthogonalConv2d(3, 12, 4, stride=2, bias=False), torch.randn(5, 3, 8, 8)
     >>> torch.allclose(layer(x).flatten(1).norm(dim=1), x.flatten(1).norm(dim=1))
     True
@@ -354,6 +357,7 @@ class OrthogonalConvTranspose2d(_OrthogonalConvTranspose, nn.ConvTranspose2d):  
 
     Examples
     --------
+    >>> import torch
     >>> layer = OrthogonalConvTranspose2d(12, 3, 4, stride=2, bias=False)
     >>> x = torch.randn(5, 12, 4, 4)
     >>> torch.allclose(layer(x).flatten(1).norm(dim=1), x.flatten(1).norm(dim=1))

@@ -45,6 +45,7 @@ def block_convolution(outer: Tensor, inner: Tensor) -> Tensor:
 
     Examples
     --------
+    >>> from torch.nn import functional
     >>> A, B, image = torch.randn(2, 3, 2), torch.randn(3, 4, 3), torch.randn(1, 4, 9)
     >>> composed = functional.conv1d(functional.conv1d(image, B), A)
     >>> torch.allclose(functional.conv1d(image, block_convolution(A, B)), composed, atol=1e-5)

@@ -221,6 +221,7 @@ class RKO(nn.Module):
 
     Examples
     --------
+    >>> from torch.nn.utils import parametrize
     >>> layer = nn.Conv1d(2, 2, 3, padding=1)
     >>> layer = parametrize.register_parametrization(layer, "weight", RKO())
     >>> layer.weight.flatten(1).square().sum(1)
@@ -250,6 +251,7 @@ class AOL(RKO):
 
     Examples
     --------
+    >>> from torch.nn.utils import parametrize
     >>> layer = parametrize.register_parametrization(nn.Conv1d(2, 2, 3), "weight", AOL())
     >>> layer.weight.shape
     torch.Size([2, 2, 3])
