@@ -1,0 +1,187 @@
+"""Orthogonal convolutions by a Cayley transform at each frequency, for images of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lipbook.composition import lipschitz_rule
+from lipbook.convolutions.circular import OnUnshuffled, Size, per_axis, response_rule
+
+__all__ = [
+    "cayley_kernel",
+    "CayleyKernel",
+    "CayleyConv2d",
+]
+
+
+def cayley_kernel(weight: Tensor, image_size: Size) -> Tensor:
+    r"""Orthogonal kernel by a Cayley transform at each frequency.
+
+    .. math::
+        \hat W(\theta) = \begin{pmatrix} U \\ V \end{pmatrix}, \quad
+        M = U - U^* + V^* V, \qquad
+        \hat K(\theta) = \begin{pmatrix} 2 (I + M)^{-1} - I \\ -2 V (I + M)^{-1} \end{pmatrix}
+
+    for no more inputs than outputs, and the adjoint otherwise. :math:`I + M` is invertible for
+    every weight, since its Hermitian part is at least :math:`I`.
+
+    **Guaranteed**: all singular values of the circular convolution are 1 on images of this size,
+    and of no other: the kernel is as large as the image, though it mostly decays.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        (c_out, c_in, \*k), its middle at the pixel itself.
+    image_size : int or sequence of int
+        At least k.
+
+    Returns
+    -------
+    torch.Tensor
+        (c_out, c_in, \*image_size), with tap t reading the pixel t ahead, around the circle.
+
+    Raises
+    ------
+    ValueError
+        If a kernel size exceeds the image size.
+
+    Examples
+    --------
+    >>> from lipbook.norms import circular_convolution_singular_values
+    >>> kernel = cayley_kernel(torch.randn(4, 3, 3, 3), image_size=6)
+    >>> values = circular_convolution_singular_values(kernel, 6)
+    >>> bool((values - 1).abs().max() < 1e-6)
+    True
+
+    References
+    ----------
+    :cite:t:`trockman2021`, section 4.
+    """
+    dims = weight.dim() - 2
+    size = per_axis("image_size", image_size, dims)
+    if any(k > n for k, n in zip(weight.shape[2:], size, strict=True)):
+        raise ValueError(
+            f"image_size must be at least the kernel size {tuple(weight.shape[2:])}, got {size}"
+        )
+    axes = tuple(range(2, weight.dim()))
+    working = torch.float32 if weight.device.type == "mps" else torch.float64
+    with torch.autocast(weight.device.type, enabled=False):
+        ends = [pad for k, n in zip(weight.shape[2:], size, strict=True) for pad in (n - k, 0)]
+        kernel = functional.pad(weight.to(working), ends[::-1])
+        kernel = kernel.roll([-(k // 2) for k in weight.shape[2:]], axes)
+        response = torch.fft.rfftn(kernel, dim=axes).movedim((0, 1), (-2, -1))
+        wide = weight.shape[0] < weight.shape[1]
+        response = response.mH if wide else response
+        n = response.shape[-1]
+        U, V = response[..., :n, :], response[..., n:, :]
+        eye = torch.eye(n, dtype=response.dtype, device=response.device)
+        inverse = torch.linalg.inv(eye + U - U.mH + V.mH @ V)
+        response = torch.cat([2 * inverse - eye, -2 * V @ inverse], -2)
+        response = (response.mH if wide else response).movedim((-2, -1), (0, 1))
+        return torch.fft.irfftn(response, s=size, dim=axes).to(weight.dtype)
+
+
+class CayleyKernel(nn.Module):
+    """Parametrization by :func:`cayley_kernel`: an orthogonal kernel as large as the image.
+
+    Parameters
+    ----------
+    image_size : sequence of int
+        Size of the images that it will meet.
+    """
+
+    def __init__(self, image_size: Sequence[int]) -> None:
+        super().__init__()
+        self.image_size = tuple(image_size)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Kernel (c_out, c_in, *image_size) of a weight (c_out, c_in, *k)."""
+        return cayley_kernel(weight, self.image_size)
+
+
+class CayleyConv2d(OnUnshuffled):
+    r"""Orthogonal convolution by the Cayley transform at each frequency, for one image size.
+
+    ``layer.weight`` is the kernel of :func:`cayley_kernel`, as large as the image; the layer
+    applies it by fast Fourier transforms. **Guaranteed**: all singular values are 1, on images
+    of the size in the constructor. Images of another size are refused.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        c_in and c_out.
+    kernel_size : int
+        Of the raw parameter.
+    image_size : int or sequence of int
+        Size of the input, a multiple of the stride.
+    stride : int
+        By invertible downsampling.
+    bias : bool
+        Whether to add one number a channel.
+    device, dtype
+        As in :class:`torch.nn.Conv2d`.
+
+    Raises
+    ------
+    ValueError
+        If ``image_size`` is no multiple of ``stride`` or too small for the kernel; when called, if
+        the image has another size.
+
+    Examples
+    --------
+    >>> layer, x = CayleyConv2d(3, 6, 3, image_size=8, bias=False), torch.randn(2, 3, 8, 8)
+    >>> torch.allclose(layer(x).norm(), x.norm())
+    True
+
+    References
+    ----------
+    :cite:t:`trockman2021`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        image_size: Size,
+        stride: int = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        sizes = per_axis("image_size", image_size, 2)
+        if any(n % stride or n < kernel_size * stride for n in sizes):
+            raise ValueError(
+                f"image_size must be a multiple of stride {stride} and hold {kernel_size} of them, "
+                f"got {sizes}"
+            )
+        shape = (out_channels, in_channels * stride**2, kernel_size, kernel_size)
+        weight = torch.empty(shape, device=device, dtype=dtype)
+        constraint = CayleyKernel([n // stride for n in sizes])
+        super().__init__(out_channels, stride, bias, weight, constraint, new_shape=True)
+        self.image_size = sizes
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve, (batch, c_in, h, w) to (batch, c_out, h / stride, w / stride)."""
+        if tuple(input.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"input must have the image size {self.image_size}, got {tuple(input.shape[-2:])}"
+            )
+        return super().forward(input)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply by the frequency response, from the phases (batch, c_in s², h / s, w / s)."""
+        with torch.autocast(x.device.type, enabled=False):
+            weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+            response = torch.fft.rfft2(weight).conj()  # of a cross-correlation
+            images = torch.fft.rfft2(x.to(weight.dtype))
+            outputs = torch.einsum("oihw,...ihw->...ohw", response, images)
+            return torch.fft.irfft2(outputs, s=x.shape[-2:]).to(x.dtype)
+
+
+lipschitz_rule.register(CayleyConv2d, response_rule)

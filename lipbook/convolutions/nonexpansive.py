@@ -1,0 +1,342 @@
+"""1-Lipschitz convolutions, in general not orthogonal: RKO, AOL, and a bound of any kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lipbook.composition import lipschitz_rule
+from lipbook.convolutions.circular import (
+    CONV,
+    CircularConv,
+    Size,
+    check_kernel,
+    convolution_rule,
+    per_axis,
+    semi_orthogonal,
+)
+from lipbook.orthogonal import cholesky_qr
+
+__all__ = [
+    "rko_kernel",
+    "aol_kernel",
+    "kernel_norm_bound",
+    "RKO",
+    "AOL",
+    "NonexpansiveConv2d",
+    "NonexpansiveConv1d",
+    "NonexpansiveConv3d",
+]
+
+NonexpansiveMethod = Literal["aol", "rko"]
+
+
+def rko_kernel(weight: Tensor, stride: Size = 1, dilation: Size = 1, groups: int = 1) -> Tensor:
+    r"""Reshaped kernel orthogonalisation (RKO): a 1-Lipschitz kernel, in general not orthogonal.
+
+    .. math::
+        K = \frac{Q}{\sqrt{\prod\lceil k g / s\rceil}}, \qquad
+        \operatorname{mat}(Q) = \text{orthogonal factor of } \operatorname{mat}(W)
+        \in \mathbb R^{c_{out} \times c_{in} k^d},
+        \qquad g = \gcd(s, \text{dilation})
+
+    A pixel is read by at most :math:`\prod\lceil kg/s\rceil` windows, hence
+    :math:`\lVert Kx\rVert^2 = \sum_i\lVert Q\, x_{\text{window }i}\rVert^2 /
+    \prod\lceil kg/s\rceil \le \lVert x\rVert^2`.
+
+    **Guaranteed**: norm at most 1. **Not guaranteed**: orthogonality, except if windows do not
+    overlap (k = stride), where it is orthogonal.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        (c_out, c_in / groups, \*k).
+    stride, dilation : int or sequence of int
+        Of the convolution.
+    groups : int
+        Groups of channels, orthogonalised one by one.
+
+    Returns
+    -------
+    torch.Tensor
+        Like ``weight``.
+
+    Raises
+    ------
+    ValueError
+        If ``weight`` is no such kernel or a geometry does not fit it.
+
+    Examples
+    --------
+    >>> from lipbook.norms import circular_convolution_singular_values
+    >>> kernel = rko_kernel(torch.randn(4, 4, 3, 3))
+    >>> values = circular_convolution_singular_values(kernel, 8)
+    >>> bool(values.max() < 1 and values.min() < 0.5)
+    True
+
+    References
+    ----------
+    :cite:t:`li2019preventing`, section 4.1 and appendix.
+    """
+    dims = check_kernel(weight, groups)
+    strides, dilations = per_axis("stride", stride, dims), per_axis("dilation", dilation, dims)
+    axes = zip(weight.shape[2:], strides, dilations, strict=True)
+    overlap = math.prod([-(-k * math.gcd(s, d) // s) for k, s, d in axes])
+    matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    kernel = cholesky_qr(matrix.unflatten(0, (groups, -1)).flatten(2)).reshape(weight.shape)
+    return (kernel / math.sqrt(overlap)).to(weight.dtype)
+
+
+def aol_kernel(weight: Tensor, stride: Size = 1, dilation: Size = 1, groups: int = 1) -> Tensor:
+    r"""Almost-orthogonal Lipschitz (AOL) kernel: columns rescaled to a norm of at most 1.
+
+    .. math::
+        K = W \operatorname{diag}(d), \qquad
+        d_j = \Big(\sum_{i,\tau} \big|(W^\top W)_{ij,\tau}\big|\Big)^{-1/2}, \qquad
+        (W^\top W)_{ij,\tau} = \sum_{o,t} W_{oi,t}\, W_{oj,t+\tau}
+
+    The row sums of :math:`|DW^\top WD|` weighted by :math:`1/d` are 1, so that its norm is at
+    most 1. With a stride, the phases of the input are channels of their own: :math:`d` has one
+    entry a channel and phase.
+
+    **Guaranteed**: norm at most 1 for any weight. **Not guaranteed**: orthogonality. It holds
+    at an orthogonal ``weight``, and training can drift from there.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        (c_out, c_in / groups, \*k).
+    stride, dilation : int or sequence of int
+        Of the convolution.
+    groups : int
+        Groups of channels.
+
+    Returns
+    -------
+    torch.Tensor
+        Like ``weight``.
+
+    Raises
+    ------
+    ValueError
+        If ``weight`` is no such kernel or a geometry does not fit it.
+
+    Examples
+    --------
+    >>> from lipbook.norms import circular_convolution_norm
+    >>> bool(circular_convolution_norm(aol_kernel(torch.randn(4, 4, 3, 3)), 8) < 1)
+    True
+
+    References
+    ----------
+    :cite:t:`prach2022aol`, Theorem 2.
+    """
+    sizes, dims = weight.shape[2:], check_kernel(weight, groups)
+    strides, dilations = per_axis("stride", stride, dims), per_axis("dilation", dilation, dims)
+    with torch.autocast(weight.device.type, enabled=False):
+        kernel = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        phases = input_phases(kernel, strides, dilations).unflatten(0, (groups, -1))
+        phases = phases.transpose(1, 2)  # (groups, channels, rows, *whole strides)
+        gram = CONV[dims - 1](
+            phases.transpose(0, 1).flatten(1, 2),
+            phases.flatten(0, 1),
+            padding=[size - 1 for size in phases.shape[3:]],
+            groups=groups,
+        )  # (channels, groups * channels, *shifts)
+        sums = gram.abs().sum((0, *range(2, gram.dim())))
+        scale = sums.clamp(min=torch.finfo(sums.dtype).tiny).rsqrt()
+        scale = scale.view(groups, 1, weight.shape[1], *strides)
+        for axis, (k, s, d) in enumerate(zip(sizes, strides, dilations, strict=True), 3):
+            scale = scale.index_select(axis, torch.arange(0, k * d, d, device=scale.device) % s)
+        kernel = (kernel.unflatten(0, (groups, -1)) * scale).flatten(0, 1)
+    return kernel.to(weight.dtype)
+
+
+def input_phases(kernel: Tensor, strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
+    """Kernel on the phases of the input, (c_out, c_in * prod(stride), *whole strides)."""
+    dims = len(strides)
+    for axis, (s, d) in enumerate(zip(strides, dilations, strict=True), 2):
+        spread = functional.pad(kernel.movedim(axis, -1).unsqueeze(-1), (0, d - 1)).flatten(-2)
+        spread = functional.pad(spread, (0, -spread.shape[-1] % s)).unflatten(-1, (-1, s))
+        kernel = spread.movedim(-2, axis)  # the phases of all axes gather at the end
+    phases = range(2 + dims, 2 + 2 * dims)
+    return kernel.permute(0, 1, *phases, *range(2, 2 + dims)).flatten(1, 1 + dims)
+
+
+def kernel_norm_bound(kernel: Tensor, squarings: int = 4) -> Tensor:
+    r"""Upper bound of the norm of a convolution on all images, from its reshaped kernel.
+
+    .. math::
+        \lVert K * \rVert \le \sqrt{\textstyle\prod k}\; \lVert\operatorname{mat}(K)\rVert_2
+        \le \sqrt{\textstyle\prod k}\; \lVert (M M^\top)^{2^j} \rVert_F^{1 / 2^{j+1}},
+        \qquad M = \operatorname{mat}(K) \in \mathbb R^{c_{out} \times c_{in} k^d}
+
+    The first inequality counts how often a pixel is read (as :func:`rko_kernel` does), the second
+    is Gram iteration :cite:p:`delattre2023gram`. Cheap, differentiable, and without a look at the
+    values: for use in layers. :func:`~lipbook.norms.convolution_norm_bound` is much tighter.
+
+    Parameters
+    ----------
+    kernel : torch.Tensor
+        (c_out, c_in, \*k). A matrix is a kernel without axes.
+    squarings : int
+        :math:`j`. With 4 the second inequality is off by at most :math:`c_{out}^{1/64}`.
+
+    Returns
+    -------
+    torch.Tensor
+        The bound, a scalar in the dtype of ``kernel``.
+
+    Examples
+    --------
+    >>> from lipbook.norms import circular_convolution_norm
+    >>> kernel = torch.randn(8, 8, 3, 3)
+    >>> bool(circular_convolution_norm(kernel, 16) <= kernel_norm_bound(kernel))
+    True
+    """
+    with torch.autocast(kernel.device.type, enabled=False):
+        matrix = kernel.flatten(1)
+        gram = matrix @ matrix.mT
+        bound = gram.new_ones(())
+        for step in range(squarings + 1):
+            norm = torch.linalg.matrix_norm(gram).clamp(min=torch.finfo(gram.dtype).tiny)
+            bound = bound * norm ** (0.5**step)
+            if step < squarings:
+                gram = (gram / norm) @ (gram / norm)
+        return (bound * math.prod(kernel.shape[2:])).sqrt()
+
+
+class RKO(nn.Module):
+    r"""Parametrization by :func:`rko_kernel`: norm at most 1, in general not orthogonal.
+
+    Parameters
+    ----------
+    stride, dilation, groups
+        Of the convolution.
+
+    Examples
+    --------
+    >>> from torch.nn.utils import parametrize
+    >>> layer = nn.Conv1d(2, 2, 3, padding=1)
+    >>> layer = parametrize.register_parametrization(layer, "weight", RKO())
+    >>> layer.weight.flatten(1).square().sum(1)
+    tensor([0.3333, 0.3333], grad_fn=<SumBackward1>)
+    """
+
+    def __init__(self, stride: Size = 1, dilation: Size = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.stride, self.dilation, self.groups = stride, dilation, groups
+
+    def initial(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Raw weight to start from: its matrix (c_out, c_in k²) is semi-orthogonal."""
+        return (semi_orthogonal(weight.flatten(1)).view(weight.shape),)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Kernel, like ``weight``."""
+        return rko_kernel(weight, self.stride, self.dilation, self.groups)
+
+
+class AOL(RKO):
+    r"""Parametrization by :func:`aol_kernel`: norm at most 1, almost orthogonal at best.
+
+    Parameters
+    ----------
+    stride, dilation, groups
+        Of the convolution.
+
+    Examples
+    --------
+    >>> from torch.nn.utils import parametrize
+    >>> layer = parametrize.register_parametrization(nn.Conv1d(2, 2, 3), "weight", AOL())
+    >>> layer.weight.shape
+    torch.Size([2, 2, 3])
+    """
+
+    def initial(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Raw weight to start from: an orthogonal middle tap, which is orthogonal at stride 1."""
+        raw = torch.zeros_like(weight)
+        middle = raw
+        for size in reversed(weight.shape[2:]):
+            middle = middle.select(-1, size // 2)
+        middle.copy_(semi_orthogonal(middle.unflatten(0, (self.groups, -1))).flatten(0, 1))
+        return (raw,)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Kernel, like ``weight``."""
+        return aol_kernel(weight, self.stride, self.dilation, self.groups)
+
+
+class _NonexpansiveConv(CircularConv):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = "same",
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "circular",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        method: NonexpansiveMethod = "aol",
+    ) -> None:
+        if method not in get_args(NonexpansiveMethod):
+            raise ValueError(
+                f"method must be one of {get_args(NonexpansiveMethod)}, got {method!r}"
+            )
+        geometry = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(in_channels, out_channels, *geometry, device, dtype)
+        constraint = AOL if method == "aol" else RKO
+        self._constrain(constraint(self.stride, self.dilation, groups))
+
+
+class NonexpansiveConv2d(_NonexpansiveConv, nn.Conv2d):
+    r"""1-Lipschitz convolution in two dimensions, not orthogonal (AOL or RKO).
+
+    **Guaranteed**: norm at most 1, with circular and with zero padding. **Not guaranteed**:
+    anything from below; trained layers of either kind attenuate most directions.
+
+    Parameters
+    ----------
+    in_channels, ..., padding_mode, device, dtype
+        As in :class:`OrthogonalConv2d`, with any kernel size and any groups.
+    method : str
+        ``"aol"``: :func:`aol_kernel`, from an orthogonal start. ``"rko"``: :func:`rko_kernel`.
+
+    Raises
+    ------
+    ValueError
+        As in :class:`OrthogonalConv2d`.
+
+    Examples
+    --------
+    >>> layer, x = NonexpansiveConv2d(8, 8, 3, groups=8, bias=False), torch.randn(5, 8, 8, 8)
+    >>> bool((layer(x).norm() <= x.norm() * (1 + 1e-6)))
+    True
+    """
+
+    _dims = 2
+
+
+class NonexpansiveConv1d(_NonexpansiveConv, nn.Conv1d):
+    """1-Lipschitz convolution in one dimension: see :class:`NonexpansiveConv2d`."""
+
+    _dims = 1
+
+
+class NonexpansiveConv3d(_NonexpansiveConv, nn.Conv3d):
+    """1-Lipschitz convolution in three dimensions: see :class:`NonexpansiveConv2d`."""
+
+    _dims = 3
+
+
+for _layer in (NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d):
+    lipschitz_rule.register(_layer, convolution_rule)

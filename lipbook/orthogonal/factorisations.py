@@ -1,0 +1,180 @@
+"""Orthonormal columns by Gram–Schmidt: the orthogonal factor of the QR decomposition."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipbook.orthogonal.orthonormality import (
+    Orthonormal,
+    add_to_diagonal,
+    map_tall,
+    negligible,
+    polish,
+)
+
+__all__ = [
+    "qr",
+    "cholesky_qr",
+    "QR",
+    "CholeskyQR",
+]
+
+
+def qr(matrix: Tensor) -> Tensor:
+    r"""Orthogonal factor of the QR decomposition with a positive diagonal of R, by reflections.
+
+    .. math:: A = Q R, \qquad R \text{ upper triangular}, \quad R_{ii} > 0
+
+    That is Gram–Schmidt orthonormalisation of the columns from left to right, computed stably
+    (Householder reflections, then one polishing step).
+
+    **Guaranteed for any matrix**, of any scale and condition, rank-deficient or zero: all
+    singular values are 1, to 1e-6 in float32 up to n = 1024 (5e-6 for a matrix of equal entries,
+    whose rounding errors do not cancel) and 1e-13 in float64.
+
+    The gradient solves with :math:`R` and grows with its condition number. Where :math:`R` is
+    singular, :math:`Q` jumps and has no gradient; what is returned is finite.
+
+    Parameters
+    ----------
+    matrix : torch.Tensor
+        Shape (..., m, n).
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (..., m, n).
+
+    Raises
+    ------
+    TypeError
+        If ``matrix`` is no real floating-point tensor.
+    ValueError
+        If ``matrix`` has no rows and columns.
+
+    Examples
+    --------
+    Even a matrix of rank one becomes orthogonal:
+
+    >>> rank_one = torch.outer(torch.randn(4), torch.randn(4))
+    >>> bool((torch.linalg.svdvals(qr(rank_one)) - 1).abs().max() < 1e-6)
+    True
+    """
+    return map_tall(lambda tall: _QR.apply(tall)[0], matrix)
+
+
+class _QR(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        factor, triangle = torch.linalg.qr(matrix)
+        signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(matrix.dtype)
+        return polish(factor * signs[..., None, :]), triangle * signs[..., :, None]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, triangle_gradient: Tensor | None) -> Tensor:
+        # dA = (dQ + Q sym(tril(R dRᵀ - dQᵀ Q))) R⁻ᵀ. dR is None but for second derivatives.
+        factor, triangle = ctx.saved_tensors
+        gradient = torch.zeros_like(factor) if gradient is None else gradient
+        with torch.autocast(factor.device.type, enabled=False):
+            inner = gradient.mT @ factor
+            if triangle_gradient is not None:
+                inner = inner - triangle @ triangle_gradient.mT
+            lower = inner.tril()
+            inner = add_to_diagonal(lower + lower.mT, -lower.diagonal(dim1=-2, dim2=-1))
+            gradient = gradient - factor @ inner
+            # Where R is singular there is no derivative: a least diagonal keeps this one finite.
+            diagonal = triangle.diagonal(dim1=-2, dim2=-1)
+            least = diagonal.amax(-1, keepdim=True) * (
+                factor.shape[-2] * torch.finfo(factor.dtype).eps
+            )
+            diagonal = diagonal.maximum(least.clamp(min=negligible(factor.dtype)))
+            triangle = triangle.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+            return torch.linalg.solve_triangular(triangle.mT, gradient, upper=False, left=False)
+
+
+def cholesky_qr(matrix: Tensor) -> Tensor:
+    r"""Orthogonal factor of the QR decomposition, by two shifted Cholesky factorisations.
+
+    .. math::
+        R_1^\top R_1 = A^\top A + s \lVert A\rVert^2 I, \quad Q_1 = A R_1^{-1}, \qquad
+        R_2^\top R_2 = Q_1^\top Q_1 + s I, \quad Q_2 = Q_1 R_2^{-1}
+
+    The factor that :func:`qr` finds, from matrix products, Cholesky factorisations and triangular
+    solves instead of reflections. It is no faster on a processor whose LAPACK is good, and meant
+    for hardware that favours products. The shift :math:`s = 2 \sqrt n\,\varepsilon` keeps the
+    factorisations from breaking down, and a polishing step undoes its effect.
+
+    **Guaranteed**: finite, with all singular values at most 1 up to rounding, for any matrix.
+    They are equal to 1, to 1e-6 in float32 up to n = 1024 (1e-13 in float64), for condition
+    numbers up to 2e3 (1e7); smaller singular values end below 1.
+
+    Parameters
+    ----------
+    matrix : torch.Tensor
+        Shape (..., m, n).
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (..., m, n).
+
+    Raises
+    ------
+    TypeError
+        If ``matrix`` is no real floating-point tensor.
+    ValueError
+        If ``matrix`` has no rows and columns.
+
+    Notes
+    -----
+    CholeskyQR2 with the shift of Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa (SIAM
+    Journal on Scientific Computing 42, 2020), smaller than their worst case demands.
+
+    Examples
+    --------
+    >>> A = torch.randn(6, 3, dtype=torch.float64)
+    >>> torch.allclose(cholesky_qr(A), qr(A))
+    True
+    """
+    return map_tall(lambda tall: _CholeskyQR.apply(tall)[0], matrix)
+
+
+class _CholeskyQR(_QR):
+    @staticmethod
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        gram = matrix.mT @ matrix
+        shift = 2 * math.sqrt(gram.shape[-1]) * torch.finfo(gram.dtype).eps
+        norm = gram.abs().sum(-1).amax(-1, keepdim=True).clamp(min=negligible(gram.dtype) ** 2)
+        first = torch.linalg.cholesky_ex(add_to_diagonal(gram, shift * norm)).L.mT
+        factor = torch.linalg.solve_triangular(first, matrix, upper=True, left=False)
+        gram = factor.mT @ factor
+        second = torch.linalg.cholesky_ex(add_to_diagonal(gram, shift)).L.mT
+        factor = torch.linalg.solve_triangular(second, factor, upper=True, left=False)
+        return polish(factor), second @ first
+
+
+class QR(Orthonormal):
+    """Parametrization by :func:`qr`."""
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        """Map the raw parameter to the weight."""
+        return qr(matrix)
+
+
+class CholeskyQR(Orthonormal):
+    """Parametrization by :func:`cholesky_qr`."""
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        """Map the raw parameter to the weight."""
+        return cholesky_qr(matrix)

@@ -1,0 +1,349 @@
+"""Linear layers whose weight is constrained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lipbook.composition import Bound, lipschitz_rule
+from lipbook.orthogonal.bounded import (
+    InfinityNorm,
+    SpectralNorm,
+    UnitNorm,
+    project_l1_ball,
+    unit_rows,
+)
+from lipbook.orthogonal.factorisations import QR, CholeskyQR, qr
+from lipbook.orthogonal.iterations import Bjorck, Polar
+from lipbook.orthogonal.orthonormality import working_dtype
+from lipbook.orthogonal.reflections import HouseholderProduct
+from lipbook.orthogonal.rotations import Cayley, MatrixExp
+
+__all__ = [
+    "OrthogonalLinear",
+    "SpectralNormLinear",
+    "InfinityNormLinear",
+    "UnitNormLinear",
+    "Scale",
+]
+
+Method = Literal["qr", "cholesky_qr", "polar", "cayley", "exp", "householder", "bjorck"]
+
+
+_METHODS: dict[str, Callable[[], nn.Module]] = {
+    "qr": QR,
+    "cholesky_qr": CholeskyQR,
+    "polar": Polar,
+    "cayley": Cayley,
+    "exp": MatrixExp,
+    "householder": HouseholderProduct,
+    "bjorck": Bjorck,
+}
+
+
+class _ConstrainedLinear(nn.Linear):
+    """Linear layer whose weight is the image of a raw parameter."""
+
+    def __init__(
+        self,
+        constraint: nn.Module,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        **factory: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, **factory)
+        parametrize.register_parametrization(self, "weight", constraint)
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew."""
+        weight = self._draw(torch.empty_like(self.weight, requires_grad=False))
+        if parametrize.is_parametrized(self):
+            self.weight = weight
+        else:
+            self.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _draw(self, weight: Tensor) -> Tensor:
+        """Draw a matrix with orthonormal columns or rows, uniformly among all."""
+        gaussian = torch.randn_like(weight, dtype=working_dtype(weight.dtype))
+        return qr(gaussian).to(weight.dtype)
+
+
+class OrthogonalLinear(_ConstrainedLinear):
+    r"""Linear layer whose weight has orthonormal rows, or columns if it has fewer of them.
+
+    .. math:: x \mapsto W x + b, \qquad W W^\top = I \ (m \le n)
+        \quad\text{or}\quad W^\top W = I \ (m \ge n)
+
+    All singular values of the weight are 1: a square layer keeps the norm of every vector and of
+    every gradient, a layer that widens keeps the norm of every vector, and one that narrows keeps
+    the norm of every gradient.
+
+    The methods reach the same matrices by different paths. How exact each is, for which raw
+    parameters, is said in the docstring of its map; those that are not exact everywhere fall
+    short of 1 and do not exceed it.
+
+    ``"qr"`` (the default)
+        :func:`qr`: exact for every raw parameter, and fast.
+    ``"cholesky_qr"``
+        :func:`cholesky_qr`: the same map from matrix products and triangular solves. Exact for
+        condition numbers up to 2e3.
+    ``"polar"``
+        :func:`polar`: the best conditioned gradient, and no row or column is treated before
+        another. Exact for condition numbers up to about 1e4. Matrix products and one
+        eigendecomposition.
+    ``"cayley"``
+        :func:`cayley`: exact for every raw parameter, and as fast. Learns slowly far from where
+        it starts, and keeps the component of the orthogonal group (the sign of the determinant)
+        that it starts in.
+    ``"exp"``
+        :func:`matrix_exp`: exact for every raw parameter, slow. Keeps the component.
+    ``"householder"``
+        :func:`householder_product`: exact for every raw parameter, slow backward pass. Keeps the
+        component.
+    ``"bjorck"``
+        :func:`bjorck` of order 1 with 15 steps, the method of the first Lipschitz networks:
+        nonexpansive always, orthogonal while the raw parameter is well-conditioned.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Numbers n and m of inputs and outputs.
+    bias : bool
+        Whether to add a learnt bias.
+    method : str
+        One of the above.
+    device, dtype
+        Of the parameters. In float16 and bfloat16 the weight is computed in float32 and rounded.
+
+    Raises
+    ------
+    ValueError
+        If ``method`` is unknown; if a weight is assigned that is not orthonormal.
+
+    Examples
+    --------
+    >>> layer = OrthogonalLinear(5, 3)
+    >>> bool((torch.linalg.svdvals(layer.weight) - 1).abs().max() < 1e-6)
+    True
+
+    Any treatment of the raw parameter leaves the weight orthonormal, and an orthonormal weight can
+    be assigned:
+
+    >>> with torch.no_grad():
+    ...     _ = layer.parametrizations.weight.original.mul_(0.01).add_(1)
+    >>> bool((torch.linalg.svdvals(layer.weight) - 1).abs().max() < 1e-6)
+    True
+    >>> layer.weight = torch.eye(3, 5)
+    >>> torch.equal(layer.weight, torch.eye(3, 5))
+    True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        method: Method = "qr",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if method not in _METHODS:
+            raise ValueError(f"method must be one of {tuple(_METHODS)}, got {method!r}")
+        super().__init__(
+            _METHODS[method](), in_features, out_features, bias, device=device, dtype=dtype
+        )
+
+
+class SpectralNormLinear(_ConstrainedLinear):
+    r"""Linear layer whose weight has spectral norm at most 1.
+
+    .. math:: x \mapsto W x + b, \qquad \lVert W\rVert_2 \le 1
+
+    1-Lipschitz in the :math:`\ell_2` norm, by :func:`clip_spectral_norm`. Only the largest singular
+    value is controlled: the layer starts orthogonal and need not stay so.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Numbers of inputs and outputs.
+    bias : bool
+        Whether to add a learnt bias.
+    device, dtype
+        Of the parameters.
+
+    Raises
+    ------
+    ValueError
+        If a weight is assigned whose spectral norm exceeds 1.
+
+    Examples
+    --------
+    >>> layer = SpectralNormLinear(5, 3)
+    >>> with torch.no_grad():
+    ...     _ = layer.parametrizations.weight.original.mul_(10)
+    >>> bool(torch.linalg.matrix_norm(layer.weight, 2) <= 1 + 1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            SpectralNorm(), in_features, out_features, bias, device=device, dtype=dtype
+        )
+
+
+class InfinityNormLinear(_ConstrainedLinear):
+    r"""Linear layer whose absolute row sums are at most 1.
+
+    .. math:: x \mapsto W x + b, \qquad
+        \lVert W\rVert_\infty = \max_i \sum_j \lvert W_{ij}\rvert \le 1
+
+    1-Lipschitz in the :math:`\ell_\infty` norm, by :func:`project_l1_ball`. With such layers and
+    GroupSort every function that is 1-Lipschitz in that norm can be approximated
+    (:cite:t:`anil2019sorting`, theorem 3).
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Numbers of inputs and outputs.
+    bias : bool
+        Whether to add a learnt bias.
+    device, dtype
+        Of the parameters.
+
+    Raises
+    ------
+    ValueError
+        If a weight is assigned whose absolute row sums exceed 1.
+
+    Examples
+    --------
+    >>> layer = InfinityNormLinear(5, 3)
+    >>> bool(layer.weight.abs().sum(1).max() <= 1 + 1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            InfinityNorm(), in_features, out_features, bias, device=device, dtype=dtype
+        )
+
+    def _draw(self, weight: Tensor) -> Tensor:
+        return project_l1_ball(nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))
+
+
+class UnitNormLinear(_ConstrainedLinear):
+    r"""Linear layer whose rows have Euclidean norm 1, for the last layer of a classifier.
+
+    .. math:: x \mapsto W x + b, \qquad \lVert w_i\rVert_2 = 1 \text{ for each row}
+
+    **Each output** is 1-Lipschitz in the :math:`\ell_2` norm, and the difference of outputs i and j
+    is :math:`\lVert w_i - w_j\rVert_2`-Lipschitz, which is all that a certificate needs. The layer
+    is not 1-Lipschitz: its norm is between 1 and the square root of the number of rows.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Numbers of inputs and outputs.
+    bias : bool
+        Whether to add a learnt bias.
+    device, dtype
+        Of the parameters.
+
+    Raises
+    ------
+    ValueError
+        If a weight is assigned whose rows do not have norm 1.
+
+    Examples
+    --------
+    >>> layer = UnitNormLinear(5, 3)
+    >>> torch.allclose(layer.weight.norm(dim=1), torch.ones(3))
+    True
+
+    References
+    ----------
+    :cite:t:`singla2022improved`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(UnitNorm(), in_features, out_features, bias, device=device, dtype=dtype)
+
+    def _draw(self, weight: Tensor) -> Tensor:
+        return unit_rows(nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))
+
+
+class Scale(nn.Module):
+    r"""Multiplication by a constant, which turns a 1-Lipschitz network into a K-Lipschitz one.
+
+    .. math:: x \mapsto K x
+
+    Its Lipschitz constant is :math:`\lvert K\rvert` in every norm.
+
+    Parameters
+    ----------
+    constant : float
+        The factor :math:`K`, fixed.
+
+    Raises
+    ------
+    ValueError
+        If ``constant`` is not finite.
+
+    Examples
+    --------
+    >>> Scale(3.0)(torch.tensor([1.0, -2.0]))
+    tensor([ 3., -6.])
+    """
+
+    def __init__(self, constant: float) -> None:
+        super().__init__()
+        if not math.isfinite(constant):
+            raise ValueError(f"constant must be finite, got {constant}")
+        self.constant = float(constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` by the constant."""
+        return self.constant * x
+
+    def extra_repr(self) -> str:
+        """Show the constant."""
+        return f"{self.constant:g}"
+
+
+@lipschitz_rule.register
+def _(module: Scale, input_shape: tuple[int, ...], p: float) -> Bound:
+    return Bound(abs(module.constant), "exact", p)

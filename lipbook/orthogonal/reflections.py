@@ -1,0 +1,82 @@
+"""Products of reflections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipbook.orthogonal.orthonormality import Signed, map_tall, polish
+
+__all__ = [
+    "householder_product",
+    "HouseholderProduct",
+]
+
+
+def householder_product(matrix: Tensor) -> Tensor:
+    r"""Product of Householder reflections, one for each column.
+
+    .. math::
+        A \mapsto H_1 H_2 \cdots H_n \begin{pmatrix} I \\ 0 \end{pmatrix}, \qquad
+        H_j = I - \frac{2 v_j v_j^\top}{v_j^\top v_j}, \quad
+        v_j = (0, \dots, 0, 1, A_{j+1,j}, \dots, A_{m,j})^\top
+
+    **Guaranteed for any matrix**: all singular values are 1, to 1e-6 in float32 up to n = 1024
+    (5e-6 for a matrix of equal entries) and 1e-13 in float64. A square result has determinant
+    :math:`(-1)^n`. The backward pass of :func:`torch.linalg.householder_product` makes this one
+    of the slow maps.
+
+    Parameters
+    ----------
+    matrix : torch.Tensor
+        Shape (..., m, n). Only entries below the diagonal have an effect.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (..., m, n).
+
+    Raises
+    ------
+    TypeError
+        If ``matrix`` is no real floating-point tensor.
+    ValueError
+        If ``matrix`` has no rows and columns.
+
+    Notes
+    -----
+    The coefficient :math:`2 / v^\top v` is computed here and the diagonal is not a parameter. In
+    :func:`torch.nn.utils.parametrizations.orthogonal` the diagonal stores signs as numbers that
+    are cut to integers, which one step of weight decay turns from 1 into 0, and the weight with
+    them.
+
+    Examples
+    --------
+    >>> householder_product(torch.zeros(3, 2))
+    tensor([[-1.,  0.],
+            [ 0., -1.],
+            [ 0.,  0.]])
+    """
+
+    def reflect(matrix: Tensor) -> Tensor:
+        eye = torch.eye(*matrix.shape[-2:], dtype=matrix.dtype, device=matrix.device)
+        vectors = matrix.tril(-1) + eye
+        coefficients = 2 / vectors.square().sum(-2)
+        return polish(torch.linalg.householder_product(vectors, coefficients))
+
+    return map_tall(reflect, matrix)
+
+
+class HouseholderProduct(Signed):
+    r"""Parametrization by :func:`householder_product`, times fixed signs of the columns.
+
+    The signs are a buffer, as those of :class:`Cayley`.
+    """
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        """Map the raw parameter to the weight."""
+        return self._signed(householder_product(matrix))
+
+    def _invert(self, tall: Tensor) -> tuple[Tensor, Tensor]:
+        raw = torch.geqrf(tall).a.tril(-1)
+        return raw, (householder_product(raw) * tall).sum(0).sign()
