@@ -106,7 +106,8 @@ def test_every_module_says_what_is_public() -> None:
         names = [
             ast.literal_eval(node.value)
             for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+            if (isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__")
+            or (isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "__all__")
         ]
         assert names, f"{path.name} has no __all__"
         module = ".".join(path.relative_to(TOP).with_suffix("").parts)

@@ -31,7 +31,6 @@ __all__ = [
     "Box",
     "Residual",
     "Sum",
-    "bound_method",
     "lipschitz_bound",
     "lipschitz_lower_bound",
     "lipschitz_rule",

@@ -5,8 +5,8 @@ Torch shows every function, method and operator that is called to a mode
 (``torch.overrides.TorchFunctionMode``). So a network is traced by running a copy of it on a batch
 of two samples: Python's own control flow on shapes simply happens, layers with a rule are written
 down whole, and a decision that depends on values (``if x.sum() > 0``, ``x.item()``) is seen when
-it is made and refused. ``torch.fx`` would stop at ``len(x)`` and at every test of a shape. The graph is
-then run against the network on other inputs and another size of batch, bit by bit.
+it is made and refused. ``torch.fx`` would stop at ``len(x)`` and at every test of a shape. The
+graph is then run against the network on other inputs and another size of batch, bit by bit.
 """
 
 from __future__ import annotations
