@@ -14,6 +14,7 @@ from lipbook.rules import Bound, _exponent, _float64, _plain_copy
 __all__ = ["lipschitz_lower_bound"]
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def lipschitz_lower_bound(
     module: nn.Module,
@@ -23,6 +24,7 @@ def lipschitz_lower_bound(
     radius: float = 1.0,
     steps: int = 100,
     seed: int = 0,
+    output: str | int | None = None,
 ) -> Bound:
     r"""Lower bound of the Lipschitz constant of a network, with the two points that prove it.
 
@@ -65,6 +67,8 @@ def lipschitz_lower_bound(
         Steps of Adam in the climb.
     seed : int
         Seed of the first directions.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -99,8 +103,10 @@ def lipschitz_lower_bound(
         raise ValueError(f"radius must be positive and finite, got {radius}")
     if not (isinstance(steps, int) and steps >= 0):
         raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
-    x = _float64(inputs)
-    module = _plain_copy(module).double().requires_grad_(False)
+    x = inputs.detach().clone().double()
+    module = opened(_plain_copy(unwrapped(module))).double().requires_grad_(False)
+    if output is not None:
+        module = _Chosen(module, output)
     twice = [module(torch.cat([x, other]))[: len(x)] for other in (x, 1 - x)]
     if not torch.allclose(twice[0], twice[1], rtol=1e-6, equal_nan=True):
         raise ValueError("module must be deterministic and keep samples apart: call .eval()")
@@ -124,6 +130,17 @@ def lipschitz_lower_bound(
         output_shape=tuple(module(x[:1]).shape[1:]),
         witness=(chords[0, best], chords[1, best]),
     )
+
+
+class _Chosen(nn.Module):
+    """One tensor of the outputs of a network."""
+
+    def __init__(self, module: nn.Module, output: str | int) -> None:
+        super().__init__()
+        self.module, self.output = module, output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)[self.output]
 
 
 # A bundle of chords is one tensor (2, batch, *shape): the two ends of each.

@@ -39,7 +39,7 @@ from lipbook.rules import (
     _shape,
 )
 
-__all__ = ["trace", "unwrapped"]
+__all__ = ["opened", "trace", "unwrapped"]
 
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -191,7 +191,7 @@ class _Trace:
 
     def __init__(self, module: nn.Module, shape: Shape, output: str | int | None) -> None:
         self.original = dict(module.named_modules(remove_duplicate=False))
-        self.module, self.shape, self.output_key = _opened(_plain_copy(module)), shape, output
+        self.module, self.shape, self.output_key = opened(_plain_copy(module)), shape, output
         self.copies = dict(self.module.named_modules(remove_duplicate=True))
         tensors = itertools.chain(self.module.parameters(), self.module.buffers())
         like = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
@@ -504,7 +504,7 @@ def _slow_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _opened(module: nn.Module) -> nn.Module:
+def opened(module: nn.Module) -> nn.Module:
     """Open the wrappers inside a copy."""
     module = unwrapped(module)
     for child in list(module.modules()):
