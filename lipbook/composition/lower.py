@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipbook.rules import Bound, _exponent, _float64, _plain_copy
+from lipbook.graphs.trace import opened, unwrapped
+from lipbook.rules import Bound, _exponent, _plain_copy
 
 __all__ = ["lipschitz_lower_bound"]
 
