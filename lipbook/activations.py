@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lipbook.composition import Bound, lipschitz_rule
+from lipbook.layers.elementwise import Absolute, register_like
+from lipbook.rules import Range, _rule_of, pullback_rule, range_rule
 
 __all__ = [
     "group_sort",
@@ -476,7 +478,6 @@ class AbsoluteValue(nn.Module):
 @lipschitz_rule.register(GroupSort)
 @lipschitz_rule.register(MaxMin)
 @lipschitz_rule.register(FullSort)
-@lipschitz_rule.register(AbsoluteValue)
 def _(module: nn.Module, input_shape: tuple[int, ...], p: float) -> Bound:
     return Bound(1.0, "exact", p)
 
@@ -521,3 +522,62 @@ def _check_divides(name: str, size: int, x: Tensor, dim: int) -> None:
 def _check_pairing(pairing: str) -> None:
     if pairing not in _PAIRINGS:
         raise ValueError(f"pairing must be one of {_PAIRINGS}, got {pairing!r}")
+
+
+# ------------------------------------------------------------------ answers on a domain
+
+register_like(AbsoluteValue, Absolute)
+
+
+@_rule_of(GroupSort, MaxMin, FullSort, dispatch=range_rule)
+def _(module: nn.Module, values: Range) -> Range:
+    """Sort both ends: every order statistic grows with each of its entries."""
+    low, high = module(values.low), module(values.high)
+    if values.center is None or values.radius is None:
+        return Range(low, high)
+    return Range(low, high, module(values.center), values.radius)
+
+
+def _members(module: GroupSort | MaxMin | FullSort, n: int) -> tuple[Tensor, Tensor]:
+    """Name the inputs of each group, (groups, size), and its outputs in ascending order."""
+    if isinstance(module, MaxMin):
+        pairs = torch.arange(n)
+        halves = module.pairing == "halves"
+        inputs = pairs.view(2, -1).mT if halves else pairs.view(-1, 2)
+        plain = MaxMin(dim=1, pairing=module.pairing)
+        places = plain(torch.arange(n, dtype=torch.float64)[None])[0].long().argsort()
+        return inputs, places[inputs]
+    size = n if isinstance(module, FullSort) else module.group_size
+    inputs = torch.arange(n).view(-1, size)
+    return inputs, inputs
+
+
+# Note [undecided groups]
+# Where the intervals of a group do not overlap, its order is known and the Jacobian is one
+# permutation. Else each input goes to some output of its group, and its row entry lies between the
+# least and the largest of theirs.
+
+
+@_rule_of(GroupSort, MaxMin, FullSort, dispatch=pullback_rule)
+def _(
+    module: GroupSort | MaxMin | FullSort, cotangent: tuple[Tensor, Tensor], values: Range
+) -> tuple[Tensor, Tensor]:
+    dim = module.dim % values.low.dim()
+    inputs, outputs = _members(module, values.low.shape[dim])
+    center, radius = (part.movedim(dim + 1, -1)[..., outputs] for part in cotangent)
+    low, high = (end.movedim(dim, -1)[..., inputs][:, None] for end in (values.low, values.high))
+    order = (low + high).argsort(-1)
+    sorted_low, sorted_high = low.gather(-1, order), high.gather(-1, order)
+    decided = (sorted_high[..., :-1] <= sorted_low[..., 1:]).all(-1, keepdim=True)
+    rank = order.argsort(-1).expand_as(center)
+    least = (center - radius).amin(-1, keepdim=True)
+    most = (center + radius).amax(-1, keepdim=True)
+    middle = torch.where(decided, center.gather(-1, rank), (least + most) / 2)
+    spread = (most - least) / 2 * (1 + 2.0**-45) + (least.abs() + most.abs()) * 2.0**-50
+    half = torch.where(decided, radius.gather(-1, rank), spread)
+    result = []
+    for part, whole in zip((middle, half), cotangent, strict=True):
+        flat = torch.zeros_like(whole.movedim(dim + 1, -1))
+        flat[..., inputs.flatten()] = part.flatten(-2)
+        result.append(flat.movedim(-1, dim + 1))
+    return result[0], result[1]

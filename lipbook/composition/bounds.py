@@ -357,7 +357,7 @@ def _bound_on(
         rows = torch.eye(outputs, dtype=torch.float64)
         rows = rows.view(1, outputs, *graph.nodes[graph.output].shape)
         interval = row_bounds(graph, ranges, rows, p)
-        if interval is not None and interval[0].dim() > 2:
+        if interval is not None:
             value = torch.minimum(value, matrix_norms(interval, p).max())
     return Bound(
         value.item(), "upper bound", p, parts=parts, output_shape=graph.nodes[graph.output].shape

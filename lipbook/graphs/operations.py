@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook.layers.attention import ScaledDotProduct
-from lipbook.layers.elementwise import AbsoluteValue, Exp, Log, Power, Reciprocal, Sine
+from lipbook.layers.elementwise import Absolute, Exp, Log, Power, Reciprocal, Sine
 from lipbook.layers.joins import Add, Concatenate, MatMul, Maximum, Multiply, Subtract
 from lipbook.layers.rearrangements import (
     Cast,
@@ -140,8 +140,8 @@ _ELEMENTWISE: dict[str, Callable[..., nn.Module]] = {
     "square": lambda: Power(2.0),
     "sin": lambda: Sine(0.0),
     "cos": lambda: Sine(math.pi / 2),
-    "abs": AbsoluteValue,
-    "absolute": AbsoluteValue,
+    "abs": Absolute,
+    "absolute": Absolute,
     "clamp_min": lambda low: Clamp(_number(low), None),
     "clamp_max": lambda high: Clamp(None, _number(high)),
 }

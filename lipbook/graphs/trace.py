@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -516,15 +517,13 @@ def opened(module: nn.Module) -> nn.Module:
 
 def _place() -> tuple[str, str]:
     """File, line and text of the innermost line that is the reader's."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _Trace.graph.__code__:
         name = frame.f_code.co_filename
-        if not name.startswith(_FOREIGN) and "contextlib" not in name and "functools" not in name:
+        if not name.startswith(_FOREIGN) and Path(name).stem not in ("contextlib", "functools"):
             code = linecache.getline(name, frame.f_lineno).strip()
-            inside_forward = frame.f_code.co_name not in ("<module>",)
-            if inside_forward:
-                return f"{Path(name).name}:{frame.f_lineno}", code
-        frame = frame.f_back  # type: ignore[assignment]
+            return f"{Path(name).name}:{frame.f_lineno}", code
+        frame = frame.f_back
     return "", ""
 
 

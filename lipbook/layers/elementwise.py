@@ -25,23 +25,24 @@ from lipbook.rules import (
     _float64,
     _registered,
     _rule_of,
+    lipschitz_rule,
     local_lipschitz_rule,
     outward,
     range_rule,
     slope_rule,
 )
 
-__all__ = ["AbsoluteValue", "Exp", "Log", "Power", "Reciprocal", "Sine"]
+__all__ = ["Absolute", "Exp", "Log", "Power", "Reciprocal", "Sine", "register_like"]
 
 
-class AbsoluteValue(nn.Module):
+class Absolute(nn.Module):
     r"""Absolute value of every entry: the activation of slope ±1 that keeps a gradient's norm.
 
     .. math:: x \mapsto |x|, \qquad \operatorname{Lip}_p = 1
 
     Examples
     --------
-    >>> AbsoluteValue()(torch.tensor([-2.0, 3.0]))
+    >>> Absolute()(torch.tensor([-2.0, 3.0]))
     tensor([2., 3.])
     """
 
@@ -206,7 +207,7 @@ _MISH = 1.0884981612517279  # at 1.4906
 # sup and inf of phi', on paper, or to double precision where the extreme solves a transcendental
 # equation. The slopes of GELU and SiLU mirror each other at 1/2.
 _CURVES: dict[type[nn.Module], _Curve] = {
-    AbsoluteValue: _pieces(lambda m: -1.0),
+    Absolute: _pieces(lambda m: -1.0),
     nn.ReLU: _pieces(lambda m: 0.0),
     nn.LeakyReLU: _pieces(lambda m: m.negative_slope),
     nn.PReLU: _pieces(lambda m: _float64(m.weight)),
@@ -287,6 +288,15 @@ def _curve(module: nn.Module) -> _Curve:
 
 
 _ELEMENTWISE = (*_CURVES, Power)
+
+
+def register_like(cls: type[nn.Module], known: type[nn.Module]) -> None:
+    """Give a class the answers of one that computes the same function."""
+    _CURVES[cls] = _CURVES[known]
+    rules: tuple[Any, ...] = (lipschitz_rule, slope_rule, range_rule)
+    for rule in rules:
+        rule.register(cls, rule.dispatch(known))
+
 
 # Largest modulus of the slopes, for each class: what the global bound needs.
 _SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {}

@@ -21,6 +21,7 @@ from lipbook.rules import (
     _rule_of,
     affine_rule,
     lipschitz_rule,
+    pullback_rule,
     range_rule,
 )
 
@@ -191,3 +192,49 @@ def _(module: Any, values: Range) -> Range:
         return Range(low, high)
     stretch = lipschitz_rule(module, values.shape, 2.0).value * (1 + 2.0**-40)
     return Range(low, high, module(values.center), values.radius * stretch)
+
+
+# Note [undecided windows]
+# A window whose largest lower end no other upper end reaches has one winner. Else the entry of a
+# candidate, whose upper end does reach it, lies between 0 and the cotangent, and the others are 0.
+
+
+@_rule_of(nn.MaxPool1d, nn.MaxPool2d, dispatch=pullback_rule)
+def _(module: Any, cotangent: tuple[Tensor, Tensor], values: Range) -> tuple[Tensor, Tensor] | None:
+    if module.ceil_mode:
+        return None
+    one = isinstance(module, nn.MaxPool1d)
+    names = ("kernel_size", "stride", "padding", "dilation")
+    axes = _axes(module, values.shape, *names)
+    options = [tuple(axis[k] for axis in axes) for k in range(1, 5)]
+    if one:
+        options = [(k, *option) for k, option in zip((1, 1, 0, 1), options, strict=True)]
+    kernel, stride, padding, dilation = options
+    window: dict[str, Any] = {
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": 0,
+        "dilation": dilation,
+    }
+    edge = (padding[1], padding[1], padding[0], padding[0])
+
+    def windows(image: Tensor) -> Tensor:  # (batch, c, taps, windows)
+        image = functional.pad(image.unsqueeze(2) if one else image, edge, value=-math.inf)
+        return functional.unfold(image, **window).unflatten(1, (values.shape[0], -1))
+
+    low, high = windows(values.low), windows(values.high)
+    candidates = (high >= low.amax(2, keepdim=True)).double()
+    least = torch.where(candidates.sum(2, keepdim=True) == 1, candidates, 0.0)
+    shape = tuple(values.shape[1:])
+    sizes = (1, *shape) if one else shape
+    padded = tuple(n + 2 * k for n, k in zip(sizes, padding, strict=True))
+    result = []
+    center, radius = (part.flatten(3)[:, :, :, None] for part in cotangent)  # one tap axis
+    middle, half = ((candidates + least) / 2)[:, None], ((candidates - least) / 2)[:, None]
+    for part in (center * middle, radius * (middle + half) + center.abs() * half):
+        batch, rows = part.shape[:2]
+        image = functional.fold(part.flatten(0, 1).flatten(1, 2), padded, **window)
+        image = functional.pad(image, tuple(-k for k in edge))
+        image = image.squeeze(2) if one else image
+        result.append(image.unflatten(0, (batch, rows)))
+    return result[0], result[1] * (1 + 2.0**-40) + result[0].abs() * 2.0**-45
