@@ -19,7 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from lipbook.composition import Bound, lipschitz_rule
+from lipbook.errors import (
+    Analysis,
+    ForwardError,
+    _closed_form,
+    _entries,
+    _error_rule_of,
+    _norms,
+    _quantum,
+    moved_error,
+)
 from lipbook.layers.elementwise import Absolute, register_like
+from lipbook.norms.rigorous import _UP
 from lipbook.rules import Range, _rule_of, pullback_rule, range_rule
 
 __all__ = [
@@ -581,3 +592,30 @@ def _(
         flat[..., inputs.flatten()] = part.flatten(-2)
         result.append(flat.movedim(-1, dim + 1))
     return result[0], result[1]
+
+
+# ------------------------------------------------------------------- errors of programs
+
+_error_rule_of(GroupSort, MaxMin, FullSort, AbsoluteValue)(moved_error)
+
+
+# Note [a reflection in floating point]
+# Cosines and sines are assumed to be off by at most 8u, so that a
+# reflected entry is off by 11u (|z1| + |z2|). The comparison can err only if |v'z| is at most
+# 10u (|z1| + |z2|), and the branches differ by 2 |v'z| there. Together 32u (|z1| + |z2|) an entry.
+
+
+@_error_rule_of(Householder)
+def _(module: Householder, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+
+    def analysis(x: Tensor) -> ForwardError:
+        outputs = module(x)
+        dtype = max(outputs.dtype, module.angle.dtype, key=lambda d: torch.finfo(d).eps)
+        slope = 32 * torch.finfo(dtype).eps
+        size = _norms(x, p)
+        tiny = 8 * _quantum(outputs.dtype) * _entries(outputs, p)
+        limit = torch.finfo(outputs.dtype).max / 4 - 2 * size
+        return ForwardError(outputs, lipschitz, (slope * size + tiny) * _UP, slope, limit / 2)
+
+    return analysis

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipbook import composition, orthogonal, robustness, rounding
+from lipbook import composition, errors, orthogonal, robustness
 from lipbook.robustness import Accuracy, Batches, wilson_interval
 
 __all__ = ["attacked_accuracy", "decision_attack", "fgsm", "pgd"]
@@ -238,7 +238,7 @@ def decision_attack(
 
     point, found = inputs.clone(), adversarial(inputs)
     already = found
-    size = rounding._norms(inputs, 2).mean().to(inputs) + 1
+    size = errors._norms(inputs, 2).mean().to(inputs) + 1
     starts = [inputs.roll(i, 0) for i in range(1, len(inputs))]
     starts += [noise() * size * 2.0**i for i in range(-4, 5)]
     for start in starts:

@@ -18,6 +18,7 @@ layer                          what it keeps                              p = 1 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -28,6 +29,17 @@ import torch
 from torch import Tensor, nn
 
 from lipbook.composition import Bound, lipschitz_rule
+from lipbook.errors import (
+    Analysis,
+    ForwardError,
+    _Affine,
+    _closed_form,
+    _entries,
+    _error_rule_of,
+    _norms,
+    _relative,
+    moved_error,
+)
 
 __all__ = [
     "AveragePooling",
@@ -384,3 +396,39 @@ _EXPONENTS: dict[type[nn.Module], dict[float, float]] = {  # of w, for each p
 }
 for _layer, _powers in _EXPONENTS.items():
     lipschitz_rule.register(_layer, functools.partial(_rule, _powers))
+
+
+# ------------------------------------------------------------------- errors of programs
+
+_error_rule_of(InvertibleDownsampling, InvertibleUpsampling)(moved_error)
+
+
+@_error_rule_of(Upsampling)
+def _(module: Upsampling, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+    return lambda x: _relative(module, x, p, lipschitz, 3)  # the constant and the quotient
+
+
+@_error_rule_of(NormPooling)
+def _(module: NormPooling, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+    roundings = 3 + example[0].numel() // module(example)[0].numel()  # squares, sum, root
+
+    def analysis(x: Tensor) -> ForwardError:
+        size = _norms(x, p)
+        result = _relative(module, x, p, lipschitz, roundings)
+        # Squares may underflow or overflow where their root would not.
+        info = torch.finfo(torch.promote_types(x.dtype, torch.float32))
+        lost = roundings * math.sqrt(info.tiny) * _entries(result.outputs, p)
+        limit = result.limit.clamp(max=math.sqrt(info.max) / 4 - size)
+        return dataclasses.replace(result, error=result.error + lost, limit=limit)
+
+    return analysis
+
+
+@_error_rule_of(AveragePooling)
+def _(module: AveragePooling, example: Tensor, p: float) -> Analysis:
+    norm = _closed_form(module, example, p)
+    window = -(-example[0].numel() // module(example)[0].numel())
+    affine = _Affine(module, norm, norm * window, 0.0, 1.0, window + 2)  # the sum comes undivided
+    return lambda x: affine(x, p)

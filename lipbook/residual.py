@@ -21,6 +21,7 @@ anything from below. Eigenvalues may be 0: these layers are nonexpansive, not no
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -31,7 +32,25 @@ from torch.nn import functional
 
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.convolutions import circular_fold, circular_pad, kernel_norm_bound
-from lipbook.norms import convolution_norm_bound, operator_norm
+from lipbook.errors import (
+    Analysis,
+    ForwardError,
+    _absolute_norm,
+    _bias_norm,
+    _check_direct,
+    _computing_dtype,
+    _entries,
+    _error_rule_of,
+    _is_half,
+    _norms,
+)
+from lipbook.norms import convolution_norm_bound, dual_exponent, operator_norm
+from lipbook.norms.rigorous import (
+    _UP,
+    _gamma,
+    rigorous_convolution_norm,
+    rigorous_matrix_norm,
+)
 
 __all__ = [
     "CPLConv2d",
@@ -434,3 +453,61 @@ def _norm(module: Any, weight: Tensor, input_shape: tuple[int, ...], p: float) -
 
 for _layer in (SLLLinear, CPLLinear, SLLConv2d, CPLConv2d):
     lipschitz_rule.register(_layer, _step_rule)
+
+
+# ------------------------------------------------------------------- errors of programs
+
+
+@_error_rule_of(SLLLinear, CPLLinear, SLLConv2d, CPLConv2d)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    weight, dtype = module.weight.detach(), module.weight.dtype
+    _check_direct(weight)
+    if module.activation not in ("relu", "identity"):
+        raise ValueError(f"the rounding of {module.activation} is not known: use 'relu'")
+    if _is_half(dtype) or _computing_dtype(example, weight) != dtype:
+        raise ValueError("half precision is not supported: use float32 or float64")
+    dense = weight.dim() == 2
+    scale = (2 / module.scale()).to(dtype).double()
+    geometry: dict[str, Any] = {}
+    if not dense:
+        padding = weight.shape[-1] // 2
+        geometry = {"padding": padding, "padding_mode": module.padding_mode}
+
+    def norm(matrix: Tensor, q: float) -> float:
+        if dense:
+            return rigorous_matrix_norm(matrix, q)
+        return rigorous_convolution_norm(matrix, list(example.shape[2:]), p=q, **geometry)
+
+    view = scale.view(-1, *[1] * (weight.dim() - 1))
+    absolute = _absolute_norm(functools.partial(norm, weight), p)
+    back = _absolute_norm(functools.partial(norm, view * weight.double()), dual_exponent(p)) * _UP
+    if p == 2:
+        lipschitz = max(1.0, norm(view.sqrt() * weight.double(), 2) ** 2 * _UP - 1)
+    else:
+        lipschitz = (1 + back * absolute) * _UP
+    positions = 1 if dense else example[0, 0].numel()
+    bias_norm = _bias_norm(module.bias, dtype, positions, p)
+    rows, columns = weight[0].numel() + 3, weight[:, 0].numel() + 3
+    gamma = _gamma(rows + columns, dtype)
+    largest = max(1.0, weight.abs().max().item(), scale.max().item()) ** 3
+
+    def analysis(x: Tensor) -> ForwardError:
+        # Every product on a path from x to the output is rounded at most rows + columns times.
+        outputs = module(x)
+        size = _norms(x, p)
+        inside = size + back * (absolute * size + bias_norm)
+        entries = _entries(outputs, p) * len(weight) * rows * columns
+        underflow = torch.finfo(dtype).tiny * entries * largest
+        slope = gamma * (1 + back * absolute) + underflow
+        room = (torch.finfo(dtype).max / 4 - inside) / (1 + back * absolute)
+        most = torch.finfo(dtype).max / 4 / max(1.0, scale.max().item())  # for W x + b, then scaled
+        hidden = (most - absolute * size - bias_norm) / max(absolute, 1e-300)
+        return ForwardError(
+            outputs,
+            lipschitz,
+            (gamma * inside + underflow * (2 + size + bias_norm)) * _UP,
+            slope * _UP,
+            torch.minimum(room, hidden),
+        )
+
+    return analysis

@@ -188,6 +188,9 @@ def lipschitz_rule(module: nn.Module, input_shape: Shape, p: float) -> Bound:
 # Modules that only call others: a graph goes through them. Modules above add theirs.
 CONTAINERS: set[type[nn.Module]] = {nn.Sequential}
 
+# Registries whose classes are layers of a graph. Rooms above add theirs.
+LEAVES: list[Any] = [lipschitz_rule]
+
 # Attributes that decide what calling a module computes, and that a rule therefore relies on.
 _COMPUTATION = ("forward", "__call__", "_call_impl", "_conv_forward", "__iter__")
 

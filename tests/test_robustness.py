@@ -491,6 +491,11 @@ def test_smoothing_is_reproducible_and_independent_of_the_batch() -> None:
 # ----------------------------------------------------------------------- what is refused
 
 
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
 class Doubled(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
@@ -524,7 +529,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"'1' \(Tanh\): .*Tanh has no bound of its rounding errors: register",
     ),
     "no Lipschitz rule": (
-        lambda: certify(nn.Sequential(NET, nn.Bilinear(1, 1, 1)).eval(), [(X, Y)], (6,)),
+        lambda: certify(nn.Sequential(NET, Unknown()).eval(), [(X, Y)], (6,)),
         TypeError,
         "no Lipschitz rule",
     ),
@@ -600,10 +605,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "mode must be 'nearest'",
     ),
-    "overlap": (
-        lambda: forward_error(nn.AvgPool2d(3, 1), torch.ones(1, 1, 4, 4)),
-        ValueError,
-        "must not overlap",
+    "product": (
+        lambda: forward_error(nn.GLU(), torch.ones(1, 4)),
+        TypeError,
+        "GLU has no bound of its rounding errors",
     ),
     "radius NaN": (lambda: certified_radius(LOGITS / 0, LABELS), ValueError, "must be finite"),
     "radius labels": (lambda: certified_radius(LOGITS, LABELS + 1), ValueError, "0 to 2, got 1 to"),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import lipbook.layers  # noqa: F401 - which registers the answers of torch's layers
 from lipbook.composition.local import matrix_norms, ranges_of, row_bounds, stretches
-from lipbook.composition.reading import compose
+from lipbook.composition.reading import compose, times
 from lipbook.graphs import Graph, Node, trace
 from lipbook.graphs.trace import unwrapped
 from lipbook.layers.joins import Join
@@ -44,7 +44,7 @@ from lipbook.rules import (
     lipschitz_rule,
 )
 
-__all__ = ["Residual", "Sum", "bound_method", "lipschitz_bound"]
+__all__ = ["Residual", "Sum", "bound_method", "graph_bound", "lipschitz_bound"]
 
 
 class Residual(nn.Module):
@@ -224,7 +224,7 @@ def lipschitz_bound(
             elif output is not None or not _has_rule(module):
                 _check(module)
                 graph = trace(module, shape, output=output)
-                bound = _bound_of(graph, _answers(graph, p), p)
+                bound = graph_bound(graph, p)
             else:
                 bound = _bound_by_rule(module, shape, p)
     except (TypeError, ValueError) as error:
@@ -292,6 +292,11 @@ _ISOMETRIES = (nn.Identity, nn.Flatten, nn.Unflatten, Cast, Shift)
 def _isometry(layer: nn.Module | None) -> bool:
     moves_all = isinstance(layer, Rearrangement) and layer.moves_nothing
     return moves_all or isinstance(layer, _ISOMETRIES)
+
+
+def graph_bound(graph: Graph, p: float) -> Bound:
+    """Product bound of a graph that has been traced."""
+    return _bound_of(graph, _answers(graph, p), p)
 
 
 def _bound_of(graph: Graph, answers: list[list[Bound]], p: float) -> Bound:
@@ -423,8 +428,8 @@ def _(module: nn.Sequential, input_shape: Shape, p: float) -> Bound:
         parts.append(lipschitz_bound(child, shape, p, name=name))
         shape = parts[-1].output_shape
     kind: Kind = parts[0].kind if len(parts) == 1 else "upper bound" if parts else "exact"
-    zero = any(part.value == 0 for part in parts)  # also where the others overflow
-    value = 0.0 if zero else math.prod(part.value for part in parts)
+    factors = [torch.tensor(part.value, dtype=torch.float64) for part in parts]
+    value = functools.reduce(times, factors, torch.ones((), dtype=torch.float64)).item()
     return Bound(value, kind, p, parts=tuple(parts), output_shape=shape)
 
 

@@ -24,6 +24,8 @@ from lipbook.convolutions.circular import (
     resolve_padding,
     semi_orthogonal,
 )
+from lipbook.errors import _error_rule_of
+from lipbook.layers.linear import convolution_error
 
 __all__ = [
     "BCOP",
@@ -388,3 +390,9 @@ for _layer in (
     OrthogonalConvTranspose3d,
 ):
     lipschitz_rule.register(_layer, convolution_rule)
+
+
+_error_rule_of(
+    *(OrthogonalConv1d, OrthogonalConv2d, OrthogonalConv3d),
+    *(OrthogonalConvTranspose1d, OrthogonalConvTranspose2d, OrthogonalConvTranspose3d),
+)(convolution_error)

@@ -20,6 +20,8 @@ from lipbook.convolutions.circular import (
     per_axis,
     semi_orthogonal,
 )
+from lipbook.errors import _error_rule_of
+from lipbook.layers.linear import convolution_error
 from lipbook.orthogonal import cholesky_qr
 
 __all__ = [
@@ -340,3 +342,6 @@ class NonexpansiveConv3d(_NonexpansiveConv, nn.Conv3d):
 
 for _layer in (NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d):
     lipschitz_rule.register(_layer, convolution_rule)
+
+
+_error_rule_of(NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d)(convolution_error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,19 @@ from torch.nn import functional
 from lipbook.composition import lipschitz_rule
 from lipbook.convolutions.circular import CONV, OnUnshuffled, circular_pad, response_rule
 from lipbook.convolutions.nonexpansive import kernel_norm_bound
+from lipbook.errors import (
+    Analysis,
+    ForwardError,
+    _absolute_norm,
+    _bias_norm,
+    _check_direct,
+    _computing_dtype,
+    _entries,
+    _error_rule_of,
+    _is_half,
+    _norms,
+)
+from lipbook.norms.rigorous import _UP, _gamma, rigorous_convolution_norm
 
 __all__ = [
     "skew_kernel",
@@ -206,3 +220,58 @@ class SkewOrthogonalConv2d(OnUnshuffled):
 
 
 lipschitz_rule.register(SkewOrthogonalConv2d, response_rule)
+
+
+# ------------------------------------------------------------------- errors of programs
+
+# Note [the norm of a truncated exponential]
+# A skew-symmetric A has eigenvalues i λ, |λ| ≤ ‖A‖. For m a multiple of 4, the derivative of
+# |T_m(iλ)|² is -2 λ^m / m! times the Taylor polynomial of the sine of degree m - 1, whose terms
+# pair to positive numbers for 0 < λ² ≤ 6. So ‖T_m(A)‖ ≤ T_m(0) = 1 if ‖A‖ ≤ 2, which is checked.
+
+
+@_error_rule_of(SkewOrthogonalConv2d)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    weight, dtype = module.weight.detach(), module.weight.dtype
+    _check_direct(weight)
+    if _is_half(dtype) or _computing_dtype(example, weight) != dtype:
+        raise ValueError("half precision is not supported: use float32 or float64")
+    size = [n // module.stride for n in example.shape[2:]]
+
+    def norm(q: float) -> float:
+        padding = weight.shape[-1] // 2
+        return rigorous_convolution_norm(
+            weight, size, padding=padding, padding_mode="circular", p=q
+        )
+
+    a, absolute = norm(p), _absolute_norm(norm, p)
+    skew = torch.equal(weight, -weight.transpose(0, 1).flip(2, 3))
+    gamma = _gamma(weight[0].numel() + 4, dtype)
+    # Norms of the terms A^j x / j! and of their errors, in units of ‖x‖, and the sums of both.
+    term, wrong = 1.0, 0.0
+    total, error = 1.0, 0.0
+    for j in range(1, module.terms + 1):
+        wrong = (a * wrong + gamma * absolute * (term + wrong)) * (1 + gamma) / j
+        term = a * term / j
+        total, error = total + term + wrong, error + wrong
+    rate = (error + _gamma(module.terms + 2, dtype) * total) * _UP
+    lipschitz = 1.0 if p == 2 and skew and a <= 2 else total * _UP
+    bias_norm = _bias_norm(module.bias, dtype, math.prod(size), p)
+    unit = _gamma(2, dtype)
+
+    def analysis(x: Tensor) -> ForwardError:
+        outputs = module(x)
+        largest = _norms(x, p)
+        products = module.terms * weight[0].numel() * _entries(outputs, p) * len(weight)
+        underflow = torch.finfo(dtype).tiny * products * (1 + absolute + total)
+        slope = (rate + unit * (lipschitz + rate) + underflow) * _UP
+        room = torch.finfo(dtype).max / 4 - (absolute + 1) * total * largest - bias_norm
+        return ForwardError(
+            outputs,
+            lipschitz,
+            (slope * largest + unit * bias_norm + underflow) * _UP,
+            slope,
+            room / ((absolute + 1) * total),
+        )
+
+    return analysis

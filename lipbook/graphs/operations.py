@@ -60,7 +60,7 @@ class Call:
     def constant(self, value: Any, like: Tensor) -> Tensor:
         """Constant operand for samples such as those of ``like``, without a batch dimension."""
         if not isinstance(value, Tensor):
-            return torch.tensor(value, dtype=like.dtype)
+            return torch.tensor(value, dtype=torch.float64)  # torch rounds numbers when it runs
         value = value.detach()
         if value.dim() < like.dim():
             return value

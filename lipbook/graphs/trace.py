@@ -32,11 +32,11 @@ from lipbook.graphs.operations import MOVING, Call, handler_of, moving
 from lipbook.layers.calls import CALLS
 from lipbook.rules import (
     CONTAINERS,
+    LEAVES,
     Shape,
     _check,
     _located,
     _plain_copy,
-    _registered,
     _shape,
 )
 
@@ -184,7 +184,10 @@ def trace(module: nn.Module, input_shape: Shape, *, output: str | int | None = N
 
 def known_layer(module: nn.Module) -> bool:
     """Whether a module has a rule, so that it is written down whole."""
-    return _registered(module) is not object and not isinstance(module, tuple(CONTAINERS))
+    if isinstance(module, tuple(CONTAINERS)):
+        return False
+    kinds = set(type(module).__mro__) - {object}
+    return any(kinds & registry.registry.keys() for registry in LEAVES)
 
 
 class _Trace:
@@ -228,7 +231,8 @@ class _Trace:
                     "that could be followed",
                 )
             )
-        graph = _pruned(self.nodes, self.found[id(result)])
+        output = self.found[id(result)]
+        graph = Graph(tuple(self.nodes), output).until(output)
         if result.dim() == 0 or len(result) != 2:
             raise ValueError(
                 f"must keep samples apart, but made shape {tuple(result.shape)} of a batch of 2"
@@ -525,18 +529,3 @@ def _place() -> tuple[str, str]:
             return f"{Path(name).name}:{frame.f_lineno}", code
         frame = frame.f_back
     return "", ""
-
-
-def _pruned(nodes: list[Node], output: int) -> Graph:
-    """Keep what the output needs, in order."""
-    needed = {0, output}
-    for k in range(output, 0, -1):
-        if k in needed:
-            needed.update(nodes[k].inputs)
-    order = sorted(needed)
-    new = {old: k for k, old in enumerate(order)}
-    kept = [
-        Node(n.layer, tuple(new[i] for i in n.inputs), n.shape, n.path, n.place, n.code)
-        for n in (nodes[old] for old in order)
-    ]
-    return Graph(tuple(kept), new[output])

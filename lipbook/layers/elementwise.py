@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipbook.errors import Analysis, _closed_form, _error_rule_of, _relative, moved_error
 from lipbook.rules import (
     Bound,
     Range,
@@ -419,3 +420,14 @@ def _glu_range(module: nn.GLU, values: Range) -> Range:
     gates = b_low.sigmoid(), b_high.sigmoid()
     ends = torch.stack([a * gate for a in (a_low, a_high) for gate in gates])
     return Range(*outward(ends.amin(0), ends.amax(0)))
+
+
+# ------------------------------------------------------------------- errors of programs
+
+_error_rule_of(nn.ReLU, nn.ReLU6, nn.Hardtanh, Absolute)(moved_error)
+
+
+@_error_rule_of(nn.LeakyReLU, nn.PReLU)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+    return lambda x: _relative(module, x, p, lipschitz, 3)  # the slope and the product

@@ -10,6 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lipbook.errors import (
+    Analysis,
+    _Affine,
+    _closed_form,
+    _error_rule_of,
+    _moved,
+    moved_error,
+)
 from lipbook.norms import operator_norm
 from lipbook.rules import (
     Affine,
@@ -238,3 +246,40 @@ def _(module: Any, cotangent: tuple[Tensor, Tensor], values: Range) -> tuple[Ten
         image = image.squeeze(2) if one else image
         result.append(image.unflatten(0, (batch, rows)))
     return result[0], result[1] * (1 + 2.0**-40) + result[0].abs() * 2.0**-45
+
+
+# ------------------------------------------------------------------- errors of programs
+
+_SELECTING = (
+    *(nn.Identity, nn.Flatten, nn.Unflatten),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    *_MAXIMA,
+)
+_error_rule_of(*_SELECTING)(moved_error)
+
+
+@_error_rule_of(nn.Upsample)
+def _(module: nn.Upsample, example: Tensor, p: float) -> Analysis:
+    if module.mode != "nearest":
+        raise ValueError(
+            f"mode must be 'nearest' for its rounding to be known, got {module.mode!r}"
+        )
+    return _moved(module, _closed_form(module, example, p), p)
+
+
+@_error_rule_of(*_MEANS)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    if hasattr(module, "kernel_size"):
+        axes = _axes(module, tuple(example.shape[1:]), "kernel_size")
+        window = math.prod(kernel for _, kernel in axes)
+    else:
+        sizes = zip(example.shape[2:], module(example).shape[2:], strict=True)
+        window = math.prod(-(-n // size) + 1 for n, size in sizes)
+    norm = _closed_form(module, example, p)
+    affine = _Affine(module, norm, norm * window, 0.0, 1.0, window + 2)  # the sum comes undivided
+    return lambda x: affine(x, p)

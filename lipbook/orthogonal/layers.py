@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipbook.composition import Bound, lipschitz_rule
+from lipbook.errors import Analysis, _closed_form, _error_rule_of, _relative
 from lipbook.orthogonal.bounded import (
     InfinityNorm,
     SpectralNorm,
@@ -347,3 +348,9 @@ class Scale(nn.Module):
 @lipschitz_rule.register
 def _(module: Scale, input_shape: tuple[int, ...], p: float) -> Bound:
     return Bound(abs(module.constant), "exact", p)
+
+
+@_error_rule_of(Scale)
+def _(module: Scale, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+    return lambda x: _relative(module, x, p, lipschitz, 3)  # the constant and the product
