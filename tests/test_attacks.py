@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations
 from lipbook import attacks
 from lipbook.attacks import attacked_accuracy, decision_attack, fgsm, pgd
 from lipbook.interpretability import margin_gradient
+from lipbook.lab.evaluation import summary
 from lipbook.robustness import certified_radius, certify, certify_by_smoothing
 
 
@@ -197,6 +198,17 @@ def test_a_box_only_helps_the_classifier() -> None:
     free = attacked_accuracy(model, loader, 0.05, math.inf, attack=fgsm).value
     boxed = attacked_accuracy(model, loader, 0.05, math.inf, attack=fgsm, bounds=(0, 1)).value
     assert 0 < free < boxed < 1
+
+
+def test_a_summary_records_the_box() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
+    x = torch.rand(60, 3, 2, 2).round()
+    y = model(x).argmax(1)
+    boxed = summary(model, x, y, [0.05], math.inf, bounds=(0, 1))
+    free = summary(model, x, y, [0.05], math.inf)
+    assert boxed["bounds"] == [0.0, 1.0]
+    assert "bounds" not in free
+    assert free["attacked"][0] < boxed["attacked"][0]
 
 
 @pytest.mark.parametrize(
