@@ -33,7 +33,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 import lipbook
-from lipbook.composition import lipschitz_rule
+from lipbook.composition import _shape, lipschitz_rule
 from lipbook.convolutions import (
     CayleyConv2d,
     NonexpansiveConv1d,
@@ -86,11 +86,17 @@ def freeze(model: nn.Module) -> nn.Module:
     .. math:: x \mapsto f_{W(\theta)}(x) \quad\text{becomes}\quad x \mapsto f_W(x),
         \qquad W = W(\theta) \text{ computed once}
 
-    **Guaranteed**: the outputs are those of ``model.eval()``, bit by bit, since the same torch
-    functions are called on the same numbers. So is the value of
+    **Guaranteed**: the outputs are those of ``model.eval().requires_grad_(False)``, bit by bit,
+    since the same torch functions are called on the same numbers. So is the value of
     :func:`~lipbook.composition.lipschitz_bound`, for every input shape. (Images in channels-last
     layout are the exception: torch's circular padding changes the layout, and with it the last
-    bits of a convolution.) The argument is left as it is, in training mode if it was, and shares
+    bits of a convolution.) While the parameters of the network still require gradients, the bits
+    are the same on batches of vectors and of images. On sequences torch chooses some kernels by
+    whether a weight requires gradients: those of attention (where
+    :class:`torch.nn.TransformerEncoder` then also returns 0 in padded places) and those of linear
+    layers on tensors that are not contiguous. There the two agree to rounding.
+
+    The argument is left as it is, in training mode if it was, and shares
     nothing with the copy. Modules and tensors that occur several times in the network remain
     shared in the copy. The copy can be pickled if its classes can be imported.
 
@@ -621,10 +627,11 @@ def export_onnx(
     ImportError
         If onnx, onnxscript or onnxruntime is not installed.
     TypeError
-        If ``model`` is no module.
+        If ``model`` is no module or ``input_shape`` no sequence.
     ValueError
         If :func:`freeze` refuses the model, if it does not run on inputs of this shape, if torch
-        cannot express it in ONNX, or if onnxruntime disagrees.
+        cannot express it in ONNX, or only for one size of batches, or if onnxruntime cannot run the
+        graph or disagrees. The message says why in the words of the package that failed.
         :class:`~lipbook.convolutions.CayleyConv2d` is refused: it multiplies complex numbers,
         for which torch's exporter has no translation. All other layers of this library
         can be exported.
@@ -652,13 +659,13 @@ def export_onnx(
         if isinstance(module, CayleyConv2d):
             with _located(name, module):
                 raise ValueError("multiplies complex numbers, which torch cannot write as ONNX")
-    shape = tuple(input_shape)
+    shape = _shape(input_shape)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(size, *shape, generator=generator) for size in (2, 1, 5)]
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         try:
             outputs = [frozen(batch) for batch in batches]
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except Exception as error:
             raise ValueError(
                 f"input_shape must be one that model runs on, got {shape}: {error}"
             ) from error
@@ -670,15 +677,40 @@ def export_onnx(
                     "model must keep samples apart, but made shape "
                     f"{tuple(output.shape)} of a batch of {len(batch)}"
                 )
+            if not output.is_floating_point() or not output.numel() or not output.isfinite().all():
+                raise ValueError(
+                    "model must return finite floating-point numbers on normally distributed ones, "
+                    f"got {output.dtype} of shape {tuple(output.shape)}"
+                )
         graph = _onnx_graph(frozen, batches[0], opset_version)
     with _complete_file(path) as temporary:
-        graph.save(temporary, external_data=False)
-        onnx.checker.check_model(temporary, full_check=True)
+        with _refused("model cannot be written as ONNX"):
+            graph.save(temporary, external_data=False)
+            onnx.checker.check_model(temporary, full_check=True)
+            versions = {opset.domain: opset.version for opset in onnx.load(temporary).opset_import}
+        if opset_version not in (None, versions.get("")):
+            raise ValueError(
+                f"opset_version must be one that torch can write this model in, got {opset_version}"
+                f": it wrote {versions.get('')}"
+            )
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = runtime.InferenceSession(temporary, options, providers=["CPUExecutionProvider"])
+        options.log_severity_level = 4  # what it logs is in the errors
+        with _refused("onnxruntime cannot load the graph of model"):
+            session = runtime.InferenceSession(
+                temporary, options, providers=["CPUExecutionProvider"]
+            )
+        fixed = session.get_inputs()[0].shape[0]
+        if isinstance(fixed, int):
+            raise ValueError(
+                f"model must take batches of any size, but torch wrote a graph for {fixed} only: "
+                "in forward, read the size as x.shape[0], not as len(x) or a number, and do not "
+                "branch on it"
+            )
         for batch, output in zip(batches, outputs, strict=True):
-            found = torch.from_numpy(session.run(["output"], {"input": batch.numpy()})[0])
+            with _refused(f"onnxruntime cannot run the graph of model on a batch of {len(batch)}"):
+                (array,) = session.run(["output"], {"input": batch.numpy()})
+            found = torch.from_numpy(array)
             if found.shape != output.shape:
                 raise ValueError(
                     f"onnxruntime must agree with torch on the shape {tuple(output.shape)} "
@@ -689,6 +721,18 @@ def export_onnx(
                 raise ValueError(f"onnxruntime must agree with torch to 1e-5, got {gap:.1e}")
 
 
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Make any error of another package the ValueError of this one, with the first reason."""
+    try:
+        yield
+    except Exception as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        raise ValueError(f"{what}: {reason}") from error
+
+
 def _onnx_graph(frozen: nn.Module, batch: Tensor, opset_version: int | None) -> Any:
     log = logging.getLogger("torch.onnx")
     level = log.level
@@ -696,21 +740,17 @@ def _onnx_graph(frozen: nn.Module, batch: Tensor, opset_version: int | None) -> 
         warnings.simplefilter("ignore")  # torch warns of its own use of its own functions
         log.setLevel(logging.ERROR)  # and logs that torchvision is not there
         try:
-            return torch.onnx.export(
-                frozen,
-                (batch,),
-                dynamo=True,
-                verbose=False,
-                input_names=["input"],
-                output_names=["output"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                opset_version=opset_version,
-            )
-        except Exception as error:
-            reason: BaseException = error
-            while reason.__cause__ is not None:
-                reason = reason.__cause__
-            raise ValueError(f"model cannot be written as ONNX: {reason}") from error
+            with _refused("model cannot be written as ONNX"):
+                return torch.onnx.export(
+                    frozen,
+                    (batch,),
+                    dynamo=True,
+                    verbose=False,
+                    input_names=["input"],
+                    output_names=["output"],
+                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    opset_version=opset_version,
+                )
         finally:
             log.setLevel(level)
 

@@ -67,7 +67,8 @@ def margin_gradient(model: nn.Module, inputs: Tensor, labels: Tensor | None = No
     TypeError
         If ``model`` is no module, ``inputs`` no floating-point tensor or ``labels`` no integers.
     ValueError
-        If ``inputs`` are empty, or outputs and labels do not fit or are not finite.
+        If the model is in training mode, ``inputs`` are empty, or outputs and labels do not fit or
+        are not finite.
 
     References
     ----------
@@ -382,6 +383,7 @@ def counterfactual(
 def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    robustness._check_mode(model)
     _flat("inputs", inputs)
 
 
@@ -419,10 +421,11 @@ def _margin(outputs: Tensor, labels: Tensor) -> Tensor:
     return own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def _gradient(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     x = inputs.detach().clone().requires_grad_()
-    margin = _margin(_outputs(model, x), labels)
+    margin = _margin(_outputs(model, x), labels.clone())
     if not margin.requires_grad:
         return torch.zeros_like(inputs)
     (gradient,) = torch.autograd.grad(margin.sum(), x, allow_unused=True)

@@ -12,10 +12,11 @@ off the margin. :func:`certify_by_smoothing` is a certificate of another kind. F
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -163,7 +164,7 @@ def _check_logits(logits: Tensor, labels: Tensor) -> Tensor:
     if not logits.is_floating_point():
         raise TypeError(f"logits must have a floating-point dtype, got {logits.dtype}")
     if labels.dtype != torch.int64 and logits.dim() != 1:
-        raise TypeError(f"labels must have dtype int64, got {labels.dtype}")
+        raise TypeError(f"labels must have dtype int64, got {labels.dtype}: call .long()")
     if logits.dim() not in (1, 2) or labels.shape != logits.shape[:1]:
         raise ValueError(
             "logits and labels must have shapes (batch, classes) or (batch,), and (batch,), got "
@@ -380,7 +381,10 @@ class Certificate:
         return wilson_interval(int(certified.sum()), len(certified), confidence)
 
     def table(self, epsilons: Sequence[float]) -> str:
-        """Certified accuracies as text, one line an epsilon."""
+        """Certified accuracies as text, one line an epsilon.
+
+        Where rounding costs more than 5 % of the median radius, a last line says what to do.
+        """
         arithmetic = "sound in floating point" if self.sound else "in real arithmetic"
         if self.sound and "lost_to_rounding" in self.facts:
             arithmetic += f" (median loss {100 * self.facts['lost_to_rounding']:.2g} %)"
@@ -389,6 +393,12 @@ class Certificate:
             "epsilon  certified accuracy",
         ]
         lines += [f"{epsilon:7.4g}  {self.certified_accuracy(epsilon)}" for epsilon in epsilons]
+        lost = self.facts.get("lost_to_rounding", 0.0) if self.sound else 0.0
+        if lost > 0.05 and self.facts.get("dtype") != "float64":
+            lines.append(
+                f"Rounding costs {100 * lost:.2g} % of the median radius: "
+                "certify model.double() on inputs.double()."
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -1041,14 +1051,15 @@ def certify_by_smoothing(
     **Guaranteed**, in real arithmetic and for each input with probability :math:`1 - \alpha`:
     :math:`g` is constant within the radius. It is a statement about :math:`g`, which costs
     ``selection + samples`` evaluations an input, and not about the model. The radius is at most
-    :math:`\sigma\Phi^{-1}(\alpha^{1/n})`.
+    :math:`\sigma\Phi^{-1}(\alpha^{1/n})`, which is positive for :math:`n > \log_2(1/\alpha)` only.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any classifier in evaluation mode, to (batch, classes).
+        Any classifier in evaluation mode, to (batch, classes) with two classes at least. (One that
+        decides by the sign of one output z has the two logits 0 and z.)
     loader : iterable
-        Yields ``(inputs, labels)``.
+        Yields ``(inputs, labels)``; labels of any integer dtype.
     sigma : float
         Standard deviation of the noise.
     samples, selection : int
@@ -1067,8 +1078,12 @@ def certify_by_smoothing(
 
     Raises
     ------
+    TypeError
+        If an argument, or what ``loader`` yields, is of another type.
     ValueError
-        If the model is in training mode or a number is out of range.
+        If the model is in training mode or returns NaN or fewer than two logits, a label is no
+        class, ``loader`` is empty, or a number is out of range: among them ``samples`` with which
+        every input would be abstained from.
 
     References
     ----------
@@ -1081,20 +1096,30 @@ def certify_by_smoothing(
     >>> bool((certificate.radius < 0.1 * 1.9).all())
     True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in evaluation mode: call .eval()")
+    _check_mode(model)
     if min(samples, selection, batch_size) < 1:
         raise ValueError(
             "samples, selection and batch_size must be at least 1, "
             f"got {samples}, {selection} and {batch_size}"
         )
+    if not smoothed_radius(samples, samples, sigma, alpha):
+        raise ValueError(
+            f"samples must be at least {math.floor(math.log2(1 / alpha)) + 1} for alpha={alpha}, "
+            f"since fewer certify nothing even if all agree, got {samples}"
+        )
     radius: list[float] = []
     predictions: list[int] = []
     truth: list[int] = []
-    for inputs, labels in loader:
+    for inputs, labels in _pairs(loader):
         generator = torch.Generator(inputs.device).manual_seed(seed + len(truth))
         for x, label in zip(inputs, labels.tolist(), strict=True):
             counts = _noisy_counts(model, x, sigma, selection, batch_size, generator)
+            if not 0 <= label < len(counts):
+                raise ValueError(f"labels must be classes from 0 to {len(counts) - 1}, got {label}")
             top = int(counts.argmax())
             counts = _noisy_counts(model, x, sigma, samples, batch_size, generator)
             radius.append(smoothed_radius(int(counts[top]), samples, sigma, alpha))
@@ -1115,12 +1140,92 @@ def _noisy_counts(
     model: nn.Module, x: Tensor, sigma: float, n: int, batch_size: int, generator: torch.Generator
 ) -> Tensor:
     """How often each class is seen among n noisy copies."""
-    counts = torch.zeros(())
+    counts = torch.zeros((), dtype=torch.int64, device=x.device)
     for start in range(0, n, batch_size):
         shape = (min(batch_size, n - start), *x.shape)
         noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
         logits = model(x + sigma * noise)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != shape[0]:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"model must return (batch, classes), got {got}")
+        if logits.shape[1] < 2:
+            raise ValueError(
+                f"model must return logits of two classes at least, got {logits.shape[1]}: "
+                "of one output z, return torch.cat([torch.zeros_like(z), z], 1)"
+            )
         if logits.isnan().any():
             raise ValueError("model must return numbers, got NaN")
         counts = counts + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return counts
+
+
+# ------------------------------------------------------------------------ models and loaders
+
+# Note [modes]
+# An attack on a network in training mode attacks a random function and moves the statistics of its
+# batch norms. But a wrapper around a network in evaluation mode is in training mode until somebody
+# says otherwise, and does no harm: only modules whose code reads ``training`` are refused.
+
+
+def _check_mode(model: nn.Module) -> None:
+    """Refuse a module in training mode if it is one of those to which that matters."""
+    for path, module in model.named_modules():
+        if not module.training or hasattr(module, "_orig_mod"):  # a compiled one has its module
+            continue
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if any(map(_reads_mode, (module, *hooks))):
+            kind = type(module).__name__
+            name = f"{path!r} ({kind})" if path else kind
+            raise ValueError(f"model must be in evaluation mode, but {name} is not: call .eval()")
+
+
+def _reads_mode(thing: object) -> bool:
+    """Whether the code of a module or a hook names the attribute ``training``."""
+    if isinstance(thing, torch.jit.ScriptModule):
+        return True  # whose code is not to be seen
+    mro = type(thing).__mro__
+    own = mro[: mro.index(nn.Module)] if nn.Module in mro else mro[:-1]
+    values = [thing, *(value for cls in own for value in vars(cls).values())]
+    codes = [getattr(inspect.unwrap(v), "__code__", None) for v in values if callable(v)]
+    return any(code is not None and "training" in code.co_names for code in codes)
+
+
+def _pairs(loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of a loader; refuse what is none, with what to do."""
+    expected = "loader must yield pairs (inputs, labels) of tensors"
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        raise TypeError(f"{expected}, got {type(loader).__name__}: pass [(inputs, labels)]")
+    if isinstance(loader, tuple) and any(isinstance(part, Tensor) for part in loader):
+        raise TypeError(f"{expected}, got one such pair: pass [(inputs, labels)]")
+    empty = True
+    for batch in loader:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            what = type(batch).__name__
+            got = f"a {what} of {len(batch)}" if isinstance(batch, (tuple, list)) else f"a {what}"
+            raise TypeError(f"{expected}, got {got}")
+        inputs, labels = batch
+        _check_tensors(inputs, labels)
+        yield inputs, labels
+        empty = False
+    if empty:
+        raise ValueError("loader must yield one batch at least, got none")
+
+
+def _check_tensors(inputs: Any, labels: Any) -> None:
+    """Refuse what is no batch of inputs with as many integers."""
+    for name, tensor in (("inputs", inputs), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            advice = ": call torch.from_numpy" if isinstance(tensor, np.ndarray) else ""
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{advice}")
+    if not inputs.is_floating_point():
+        raise TypeError(
+            f"inputs must be a floating-point tensor, got {inputs.dtype}: call .float(), "
+            "and divide by 255 if they are pixels"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}: call .long()")
+    if inputs.dim() < 2 or not len(inputs) or labels.shape != inputs.shape[:1]:
+        raise ValueError(
+            "inputs and labels must have shapes (batch, *shape) and (batch,), batch ≥ 1, got "
+            f"{tuple(inputs.shape)} and {tuple(labels.shape)}"
+        )
