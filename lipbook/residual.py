@@ -22,6 +22,7 @@ anything from below. Eigenvalues may be 0: these layers are nonexpansive, not no
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from torch.nn import functional
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.convolutions import circular_fold, circular_pad, kernel_norm_bound
 from lipbook.norms import convolution_norm_bound, operator_norm
+from lipbook.orthogonal.orthonormality import power_of_two, without_autocast
 
 __all__ = [
     "CPLConv2d",
@@ -50,6 +52,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 
+
+# torch.fx records a call of these as one step, since their course depends on sizes.
+torch.fx.wrap("sll_scale")
+torch.fx.wrap("cpl_scale")
+torch.fx.wrap("circular_pad")
+torch.fx.wrap("circular_fold")
 
 # Note [rounding]
 # The scales are rounded upwards by a few units in the last place, so that T is at least W Wᵀ for
@@ -89,15 +97,18 @@ def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
     ----------
     :cite:t:`araujo2023sll`, Theorem 3. Both q and 1/q have to meet the same pair (i, j).
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         weight, log_q = _at_least_float32(weight), _at_least_float32(log_q)
+        size = power_of_two(weight)
+        weight = weight / size
         if weight.dim() == 2:
             gram = (weight @ weight.mT).abs()
         else:
             padding = [size - 1 for size in weight.shape[2:]]
             gram = functional.conv2d(weight, weight, padding=padding).abs().sum((2, 3))
         ratio = (log_q[None, :] - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)
-        return _rounded_up((gram * ratio).sum(1))
+        scale = _rounded_up((gram * ratio).sum(1)) * size * size
+        return scale.clamp(min=math.sqrt(torch.finfo(scale.dtype).tiny))
 
 
 def cpl_scale(weight: Tensor) -> Tensor:
@@ -128,7 +139,7 @@ def cpl_scale(weight: Tensor) -> Tensor:
     ----------
     :cite:t:`meunier2022cpl`.
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         weight = _at_least_float32(weight)
         return _rounded_up(kernel_norm_bound(weight).square()).expand(weight.shape[0])
 
@@ -154,6 +165,7 @@ class _PotentialStep(nn.Module):
                 f"activation must be one of {sorted(_ACTIVATIONS)}, elementwise with slopes in "
                 f"[0, 1], got {activation!r}"
             )
+        shape = tuple(operator.index(n) for n in shape)
         if min(shape) < 1:
             raise ValueError(f"features, channels and sizes must be positive, got {shape}")
         self.activation = activation

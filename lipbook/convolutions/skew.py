@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 from lipbook.composition import lipschitz_rule
 from lipbook.convolutions.circular import CONV, OnUnshuffled, circular_pad, response_rule
 from lipbook.convolutions.nonexpansive import kernel_norm_bound
+from lipbook.orthogonal.orthonormality import without_autocast
 
 __all__ = [
     "skew_kernel",
@@ -18,6 +20,9 @@ __all__ = [
     "SOC",
     "SkewOrthogonalConv2d",
 ]
+
+
+torch.fx.wrap("_on_channels")  # a step of its own in torch.fx, see circular.py
 
 
 def skew_kernel(weight: Tensor) -> Tensor:
@@ -64,7 +69,7 @@ def skew_kernel(weight: Tensor) -> Tensor:
         or not all(size % 2 for size in weight.shape[2:])
     ):
         raise ValueError(f"weight must be (n, n, *k) with odd sizes k, got {tuple(weight.shape)}")
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         kernel = weight.to(torch.promote_types(weight.dtype, torch.float32))
         kernel = kernel - kernel.transpose(0, 1).flip(list(range(2, kernel.dim())))
         bound = kernel_norm_bound(kernel)
@@ -194,6 +199,9 @@ class SkewOrthogonalConv2d(OnUnshuffled):
         dtype: Any = None,
     ) -> None:
         _check_terms(terms)
+        in_channels, out_channels, kernel_size, stride, terms = (
+            operator.index(n) for n in (in_channels, out_channels, kernel_size, stride, terms)
+        )
         n = max(in_channels * stride**2, out_channels)
         weight = torch.empty(n, n, kernel_size, kernel_size, device=device, dtype=dtype)
         super().__init__(out_channels, stride, bias, weight, SOC())
@@ -201,8 +209,13 @@ class SkewOrthogonalConv2d(OnUnshuffled):
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Exponential, from the phases (batch, c_in s², h / s, w / s)."""
-        x = functional.pad(x, (0, 0, 0, 0, 0, weight.shape[0] - x.shape[-3]))
-        return skew_exponential(x, weight, self.terms).narrow(-3, 0, self.out_channels)
+        return _on_channels(x, weight, self.terms, self.out_channels)
+
+
+def _on_channels(x: Tensor, kernel: Tensor, terms: int, channels: int) -> Tensor:
+    """Exponential on images with channels of zeros added and outputs cut."""
+    x = functional.pad(x, (0, 0, 0, 0, 0, kernel.shape[0] - x.shape[-3]))
+    return skew_exponential(x, kernel, terms).narrow(-3, 0, channels)
 
 
 lipschitz_rule.register(SkewOrthogonalConv2d, response_rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from lipbook.orthogonal.bounded import (
     project_l1_ball,
     unit_rows,
 )
+from lipbook.orthogonal.constrained import Constrained, raw_parameters
 from lipbook.orthogonal.factorisations import QR, CholeskyQR, qr
 from lipbook.orthogonal.iterations import Bjorck, Polar
 from lipbook.orthogonal.orthonormality import working_dtype
@@ -46,7 +48,7 @@ _METHODS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class _ConstrainedLinear(nn.Linear):
+class _ConstrainedLinear(Constrained, nn.Linear):
     """Linear layer whose weight is the image of a raw parameter."""
 
     def __init__(
@@ -57,12 +59,14 @@ class _ConstrainedLinear(nn.Linear):
         bias: bool,
         **factory: Any,
     ) -> None:
-        super().__init__(in_features, out_features, bias, **factory)
+        features = (operator.index(in_features), operator.index(out_features))
+        super().__init__(*features, bias, **factory)
         parametrize.register_parametrization(self, "weight", constraint)
 
     def reset_parameters(self) -> None:
         """Draw weight and bias anew."""
-        weight = self._draw(torch.empty_like(self.weight, requires_grad=False))
+        raw = raw_parameters(self)[0]
+        weight = self._draw(torch.empty_like(raw, requires_grad=False))
         if parametrize.is_parametrized(self):
             self.weight = weight
         else:
