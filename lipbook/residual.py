@@ -84,7 +84,7 @@ def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
     Returns
     -------
     torch.Tensor
-        :math:`T`, (inner,).
+        :math:`T`, (inner,); infinite where it exceeds the range of the dtype.
 
     Examples
     --------
@@ -127,7 +127,7 @@ def cpl_scale(weight: Tensor) -> Tensor:
     Returns
     -------
     torch.Tensor
-        The diagonal of :math:`T`, (inner,).
+        The diagonal of :math:`T`, (inner,); infinite where it exceeds the range of the dtype.
 
     Examples
     --------

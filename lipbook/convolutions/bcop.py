@@ -257,6 +257,14 @@ class OrthogonalConv2d(_OrthogonalConv, nn.Conv2d):
         If no such kernel exists, or padding would raise the norm; when called, if the stride
         does not divide the size of the image (with circular padding).
 
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place, as by
+    ``torch.nn.init.uniform_(layer.weight)``, is lost without an error, and no weight can be
+    assigned. Call ``reset_parameters()`` to draw anew, or write into the
+    raw parameters, ``layer.parametrizations.weight.original0`` and
+    ``original1``.
+
     Examples
     --------
     >>> import torch

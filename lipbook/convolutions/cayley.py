@@ -139,6 +139,13 @@ class CayleyConv2d(OnUnshuffled):
         If ``image_size`` is no multiple of ``stride`` or too small for the kernel; when called, if
         the image has another size.
 
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place, as by
+    ``torch.nn.init.uniform_(layer.weight)``, is lost without an error, and no weight can be
+    assigned. Call ``reset_parameters()`` to draw anew, or write into the
+    raw parameter, ``layer.parametrizations.weight.original``.
+
     Examples
     --------
     >>> layer, x = CayleyConv2d(3, 6, 3, image_size=8, bias=False), torch.randn(2, 3, 8, 8)

@@ -151,9 +151,7 @@ def aol_kernel(weight: Tensor, stride: Size = 1, dilation: Size = 1, groups: int
             groups=groups,
         )  # (channels, groups * channels, *shifts)
         sums = gram.abs().sum((0, *range(2, gram.dim())))
-        largest = (
-            sums.detach().amax()
-        )  # of which a column of zeros, to have a gradient, counts a bit
+        largest = sums.detach().amax()  # a column of zeros gets a bit of it, to have a gradient
         least = largest.where(largest > 0, 1) * negligible(sums.dtype)
         scale = sums.clamp(min=least).rsqrt()
         scale = scale.view(groups, 1, weight.shape[1], *strides)
@@ -326,12 +324,19 @@ class NonexpansiveConv2d(_NonexpansiveConv, nn.Conv2d):
     in_channels, ..., padding_mode, device, dtype
         As in :class:`OrthogonalConv2d`, with any kernel size and any groups.
     method : str
-        ``"aol"``: :func:`aol_kernel`, from an orthogonal start. ``"rko"``: :func:`rko_kernel`.
+        ``"aol"``: :func:`aol_kernel`, from a semi-orthogonal start. ``"rko"``: :func:`rko_kernel`.
 
     Raises
     ------
     ValueError
         As in :class:`OrthogonalConv2d`.
+
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place, as by
+    ``torch.nn.init.uniform_(layer.weight)``, is lost without an error, and no weight can be
+    assigned. Call ``reset_parameters()`` to draw anew, or write into the
+    raw parameter, ``layer.parametrizations.weight.original``.
 
     Examples
     --------

@@ -176,6 +176,13 @@ class SkewOrthogonalConv2d(OnUnshuffled):
     ValueError
         If ``kernel_size`` is even or ``terms`` no multiple of 4.
 
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place, as by
+    ``torch.nn.init.uniform_(layer.weight)``, is lost without an error, and no weight can be
+    assigned. Call ``reset_parameters()`` to draw anew, or write into the
+    raw parameter, ``layer.parametrizations.weight.original``.
+
     Examples
     --------
     >>> layer, x = SkewOrthogonalConv2d(3, 6, 3, bias=False), torch.randn(2, 3, 8, 8)

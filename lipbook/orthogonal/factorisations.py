@@ -132,7 +132,8 @@ def cholesky_qr(matrix: Tensor) -> Tensor:
     The factor that :func:`qr` finds, from matrix products, Cholesky factorisations and triangular
     solves instead of reflections. It is no faster on a processor whose LAPACK is good, and meant
     for hardware that favours products. The shift :math:`s = 2 \sqrt n\,\varepsilon` keeps the
-    factorisations from breaking down, and a polishing step undoes its effect.
+    factorisations from breaking down, and a polishing step undoes its effect. A matrix out of the
+    ordinary range is first divided by a power of two.
 
     **Guaranteed**: finite, with all singular values at most 1 up to rounding, for any matrix.
     They are equal to 1, to 1e-6 in float32 up to n = 1024 (1e-13 in float64), for condition

@@ -133,6 +133,14 @@ class OrthogonalLinear(_ConstrainedLinear):
     ValueError
         If ``method`` is unknown; if a weight is assigned that is not orthonormal.
 
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read, so that what is written into it in place, as
+    by ``torch.nn.init.uniform_(layer.weight)``, is lost without an error. Call
+    ``reset_parameters()`` to draw anew, assign an orthonormal weight,
+    ``layer.weight = polar(weight)``, or write into the raw parameter,
+    ``layer.parametrizations.weight.original``.
+
     Examples
     --------
     >>> layer = OrthogonalLinear(5, 3)
@@ -190,6 +198,11 @@ class SpectralNormLinear(_ConstrainedLinear):
     ValueError
         If a weight is assigned whose spectral norm exceeds 1.
 
+    Notes
+    -----
+    What is written into ``layer.weight`` in place is lost, as in :class:`OrthogonalLinear`: assign
+    ``layer.weight = clip_spectral_norm(weight)``.
+
     Examples
     --------
     >>> layer = SpectralNormLinear(5, 3)
@@ -237,6 +250,11 @@ class InfinityNormLinear(_ConstrainedLinear):
     ValueError
         If a weight is assigned whose absolute row sums exceed 1.
 
+    Notes
+    -----
+    What is written into ``layer.weight`` in place is lost, as in :class:`OrthogonalLinear`: assign
+    ``layer.weight = project_l1_ball(weight)``.
+
     Examples
     --------
     >>> layer = InfinityNormLinear(5, 3)
@@ -283,6 +301,11 @@ class UnitNormLinear(_ConstrainedLinear):
     ------
     ValueError
         If a weight is assigned whose rows do not have norm 1.
+
+    Notes
+    -----
+    What is written into ``layer.weight`` in place is lost, as in :class:`OrthogonalLinear`: assign
+    ``layer.weight = unit_rows(weight)``.
 
     Examples
     --------
