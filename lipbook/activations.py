@@ -13,6 +13,7 @@ Channels are dimension ``dim`` of the input, 1 by default: (batch, channels, ...
 from __future__ import annotations
 
 import math
+import operator
 from typing import Literal
 
 import torch
@@ -48,6 +49,12 @@ __all__ = [
 
 Pairing = Literal["neighbours", "halves"]
 _PAIRINGS = ("neighbours", "halves")
+
+# torch.fx records a call of these as one step, since their course depends on sizes.
+torch.fx.wrap("group_sort")
+torch.fx.wrap("max_min")
+torch.fx.wrap("full_sort")
+torch.fx.wrap("householder")
 
 # Note [ties]
 # Where two sorted entries are equal, or an absolute value is taken of zero, any choice of a
@@ -103,7 +110,7 @@ def group_sort(x: Tensor, group_size: int, dim: int = 1) -> Tensor:
     :cite:t:`anil2019sorting`.
     """
     dim = _channel_dim(x, dim)
-    _check_group_size(group_size)
+    group_size = _group_size(group_size)
     _check_divides("group_size", group_size, x, dim)
     groups = x.unflatten(dim, (-1, group_size))
     if group_size == 2:  # two selections, without the cost of a sort
@@ -329,8 +336,7 @@ class GroupSort(nn.Module):
 
     def __init__(self, group_size: int, dim: int = 1) -> None:
         super().__init__()
-        _check_group_size(group_size)
-        self.group_size = group_size
+        self.group_size = _group_size(group_size)
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -454,9 +460,12 @@ class Householder(nn.Module):
         if channels < 2 or channels % 2:
             raise ValueError(f"channels must be even and at least 2, got {channels}")
         self.dim = dim
-        self.angle = nn.Parameter(
-            torch.full((channels // 2,), math.pi / 2, device=device, dtype=dtype)
-        )
+        self.angle = nn.Parameter(torch.empty(channels // 2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set all angles to that of MaxMin."""
+        nn.init.constant_(self.angle, math.pi / 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reflect the pairs of ``x``."""
@@ -515,11 +524,12 @@ def _channel_dim(x: Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def _check_group_size(group_size: int) -> None:
-    if not isinstance(group_size, int):
+def _group_size(group_size: int) -> int:
+    if not hasattr(group_size, "__index__"):
         raise TypeError(f"group_size must be an integer, got {type(group_size).__name__}")
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
+    return operator.index(group_size)
 
 
 def _check_divides(name: str, size: int, x: Tensor, dim: int) -> None:

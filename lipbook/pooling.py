@@ -22,8 +22,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,13 @@ __all__ = [
 ]
 
 Size = int | Sequence[int]
+
+# torch.fx records a call of these as one step, since their course depends on sizes.
+torch.fx.wrap("invertible_downsampling")
+torch.fx.wrap("invertible_upsampling")
+torch.fx.wrap("norm_pooling")
+torch.fx.wrap("average_pooling")
+torch.fx.wrap("upsampling")
 
 
 def invertible_downsampling(x: Tensor, window: Size) -> Tensor:
@@ -240,13 +248,17 @@ def upsampling(x: Tensor, window: Size) -> Tensor:
 def _per_axis(x: Tensor, window: Size) -> tuple[int, ...]:
     """One integer for each of the axes after the channels."""
     dims = x.dim() - 2
-    sizes = (window,) * dims if isinstance(window, int) else tuple(window)
-    if dims < 1 or len(sizes) != dims or not all(isinstance(n, int) and n >= 1 for n in sizes):
+    sizes = tuple(window) if isinstance(window, Sequence) else (window,) * dims
+    if dims < 1 or len(sizes) != dims or not all(map(_positive, sizes)):
         raise ValueError(
             "window must be a positive integer, or one for each axis after the channels, "
             f"got {window!r} for an input of shape {tuple(x.shape)}"
         )
-    return sizes
+    return tuple(operator.index(n) for n in sizes)
+
+
+def _positive(size: Any) -> bool:
+    return hasattr(size, "__index__") and size >= 1
 
 
 def _windows(x: Tensor, window: Size) -> tuple[Tensor, int]:
@@ -266,10 +278,11 @@ def _windows(x: Tensor, window: Size) -> tuple[Tensor, int]:
 class _Windowed(nn.Module):
     def __init__(self, window: Size) -> None:
         super().__init__()
-        self.window = window if isinstance(window, int) else tuple(window)
-        sizes = (window,) if isinstance(window, int) else self.window
-        if not sizes or not all(isinstance(n, int) and n >= 1 for n in cast(Any, sizes)):
+        sizes = tuple(window) if isinstance(window, Sequence) else (window,)
+        if not sizes or not all(map(_positive, sizes)):
             raise ValueError(f"window must be one or more positive integers, got {window!r}")
+        sizes = tuple(operator.index(n) for n in sizes)
+        self.window = sizes if isinstance(window, Sequence) else sizes[0]
 
     def extra_repr(self) -> str:
         """Show the window."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -51,6 +52,7 @@ from lipbook.norms.rigorous import (
     rigorous_convolution_norm,
     rigorous_matrix_norm,
 )
+from lipbook.orthogonal.orthonormality import power_of_two, without_autocast
 
 __all__ = [
     "CPLConv2d",
@@ -69,6 +71,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 
+
+# torch.fx records a call of these as one step, since their course depends on sizes.
+torch.fx.wrap("sll_scale")
+torch.fx.wrap("cpl_scale")
+torch.fx.wrap("circular_pad")
+torch.fx.wrap("circular_fold")
 
 # Note [rounding]
 # The scales are rounded upwards by a few units in the last place, so that T is at least W Wᵀ for
@@ -95,7 +103,7 @@ def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
     Returns
     -------
     torch.Tensor
-        :math:`T`, (inner,).
+        :math:`T`, (inner,); infinite where it exceeds the range of the dtype.
 
     Examples
     --------
@@ -108,15 +116,18 @@ def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
     ----------
     :cite:t:`araujo2023sll`, Theorem 3. Both q and 1/q have to meet the same pair (i, j).
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         weight, log_q = _at_least_float32(weight), _at_least_float32(log_q)
+        size = power_of_two(weight)
+        weight = weight / size
         if weight.dim() == 2:
             gram = (weight @ weight.mT).abs()
         else:
             padding = [size - 1 for size in weight.shape[2:]]
             gram = functional.conv2d(weight, weight, padding=padding).abs().sum((2, 3))
         ratio = (log_q[None, :] - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)
-        return _rounded_up((gram * ratio).sum(1))
+        scale = _rounded_up((gram * ratio).sum(1)) * size * size
+        return scale.clamp(min=math.sqrt(torch.finfo(scale.dtype).tiny))
 
 
 def cpl_scale(weight: Tensor) -> Tensor:
@@ -135,7 +146,7 @@ def cpl_scale(weight: Tensor) -> Tensor:
     Returns
     -------
     torch.Tensor
-        The diagonal of :math:`T`, (inner,).
+        The diagonal of :math:`T`, (inner,); infinite where it exceeds the range of the dtype.
 
     Examples
     --------
@@ -147,7 +158,7 @@ def cpl_scale(weight: Tensor) -> Tensor:
     ----------
     :cite:t:`meunier2022cpl`.
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         weight = _at_least_float32(weight)
         return _rounded_up(kernel_norm_bound(weight).square()).expand(weight.shape[0])
 
@@ -173,6 +184,7 @@ class _PotentialStep(nn.Module):
                 f"activation must be one of {sorted(_ACTIVATIONS)}, elementwise with slopes in "
                 f"[0, 1], got {activation!r}"
             )
+        shape = tuple(operator.index(n) for n in shape)
         if min(shape) < 1:
             raise ValueError(f"features, channels and sizes must be positive, got {shape}")
         self.activation = activation

@@ -1109,3 +1109,27 @@ def test_bound_arguments(message: str, arguments: tuple) -> None:
 def test_bound_is_frozen() -> None:
     with pytest.raises(AttributeError):
         Bound(1, "exact", 2).value = 2.0  # type: ignore[misc]
+
+
+def test_sums_are_traced_and_compiled_once() -> None:
+    """Shapes are compared and not hashed, so that a batch may stay a symbol."""
+    net = Sum(Residual(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Identity())
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend=backend, dynamic=True, fullgraph=True)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(net, (torch.randn(2, 4),), dynamic_shapes=((batch),))
+    traced = torch.fx.symbolic_trace(net)
+    for size in (2, 3, 7):
+        x = torch.randn(size, 4)
+        assert torch.equal(compiled(x), net(x))
+        assert torch.equal(program.module()(x), net(x))
+        assert torch.equal(traced(x), net(x))
+    assert len(graphs) == 1
+    with pytest.raises(ValueError, match=r"agree on the output shape, got \[\(2, 3\), \(2, 4\)\]"):
+        torch.fx.symbolic_trace(Sum(nn.Identity(), nn.Linear(4, 3)))(torch.randn(2, 4))

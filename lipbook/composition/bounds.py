@@ -75,12 +75,7 @@ class Residual(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Add the branch to a batch of inputs; the shape stays."""
-        outputs = self.branch(inputs)
-        if outputs.shape != inputs.shape:
-            raise ValueError(
-                f"branch must keep the shape {tuple(inputs.shape)}, got {tuple(outputs.shape)}"
-            )
-        return inputs + outputs
+        return _add_branch(inputs, self.branch(inputs))
 
 
 class Sum(nn.Module):
@@ -112,11 +107,27 @@ class Sum(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Sum the outputs of the branches on a batch of inputs."""
-        outputs = [branch(inputs) for branch in self.branches]
-        shapes = {tuple(output.shape) for output in outputs}
-        if len(shapes) > 1:
-            raise ValueError(f"branches must agree on the output shape, got {sorted(shapes)}")
-        return functools.reduce(torch.add, outputs)
+        return _add_branches([branch(inputs) for branch in self.branches])
+
+
+# torch.fx records a call of these as one step, since their checks depend on sizes.
+torch.fx.wrap("_add_branch")
+torch.fx.wrap("_add_branches")
+
+
+def _add_branch(inputs: Tensor, outputs: Tensor) -> Tensor:
+    if outputs.shape != inputs.shape:
+        raise ValueError(
+            f"branch must keep the shape {tuple(inputs.shape)}, got {tuple(outputs.shape)}"
+        )
+    return inputs + outputs
+
+
+def _add_branches(outputs: list[Tensor]) -> Tensor:
+    if any(output.shape != outputs[0].shape for output in outputs[1:]):
+        shapes = sorted({tuple(output.shape) for output in outputs})
+        raise ValueError(f"branches must agree on the output shape, got {shapes}")
+    return functools.reduce(torch.add, outputs)
 
 
 # ------------------------------------------------------------------------------- the walk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from lipbook.errors import (
     _norms,
 )
 from lipbook.norms.rigorous import _UP, _gamma, rigorous_convolution_norm
+from lipbook.orthogonal.orthonormality import without_autocast
 
 __all__ = [
     "skew_kernel",
@@ -32,6 +34,9 @@ __all__ = [
     "SOC",
     "SkewOrthogonalConv2d",
 ]
+
+
+torch.fx.wrap("_on_channels")  # a step of its own in torch.fx, see circular.py
 
 
 def skew_kernel(weight: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ def skew_kernel(weight: Tensor) -> Tensor:
         or not all(size % 2 for size in weight.shape[2:])
     ):
         raise ValueError(f"weight must be (n, n, *k) with odd sizes k, got {tuple(weight.shape)}")
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         kernel = weight.to(torch.promote_types(weight.dtype, torch.float32))
         kernel = kernel - kernel.transpose(0, 1).flip(list(range(2, kernel.dim())))
         bound = kernel_norm_bound(kernel)
@@ -185,6 +190,13 @@ class SkewOrthogonalConv2d(OnUnshuffled):
     ValueError
         If ``kernel_size`` is even or ``terms`` no multiple of 4.
 
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place, as by
+    ``torch.nn.init.uniform_(layer.weight)``, is lost without an error, and no weight can be
+    assigned. Call ``reset_parameters()`` to draw anew, or write into the
+    raw parameter, ``layer.parametrizations.weight.original``.
+
     Examples
     --------
     >>> layer, x = SkewOrthogonalConv2d(3, 6, 3, bias=False), torch.randn(2, 3, 8, 8)
@@ -208,6 +220,9 @@ class SkewOrthogonalConv2d(OnUnshuffled):
         dtype: Any = None,
     ) -> None:
         _check_terms(terms)
+        in_channels, out_channels, kernel_size, stride, terms = (
+            operator.index(n) for n in (in_channels, out_channels, kernel_size, stride, terms)
+        )
         n = max(in_channels * stride**2, out_channels)
         weight = torch.empty(n, n, kernel_size, kernel_size, device=device, dtype=dtype)
         super().__init__(out_channels, stride, bias, weight, SOC())
@@ -215,8 +230,13 @@ class SkewOrthogonalConv2d(OnUnshuffled):
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Exponential, from the phases (batch, c_in s², h / s, w / s)."""
-        x = functional.pad(x, (0, 0, 0, 0, 0, weight.shape[0] - x.shape[-3]))
-        return skew_exponential(x, weight, self.terms).narrow(-3, 0, self.out_channels)
+        return _on_channels(x, weight, self.terms, self.out_channels)
+
+
+def _on_channels(x: Tensor, kernel: Tensor, terms: int, channels: int) -> Tensor:
+    """Exponential on images with channels of zeros added and outputs cut."""
+    x = functional.pad(x, (0, 0, 0, 0, 0, kernel.shape[0] - x.shape[-3]))
+    return skew_exponential(x, kernel, terms).narrow(-3, 0, channels)
 
 
 lipschitz_rule.register(SkewOrthogonalConv2d, response_rule)
