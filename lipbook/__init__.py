@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from lipbook import cli as cli
     from lipbook import composition as composition
     from lipbook import convolutions as convolutions
+    from lipbook import errors as errors
     from lipbook import export as export
     from lipbook import generalization as generalization
+    from lipbook import graphs as graphs
     from lipbook import interpretability as interpretability
     from lipbook import jacobians as jacobians
     from lipbook import lab as lab
+    from lipbook import layers as layers
     from lipbook import losses as losses
     from lipbook import norms as norms
     from lipbook import orthogonal as orthogonal
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from lipbook import residual as residual
     from lipbook import robustness as robustness
     from lipbook import rounding as rounding
+    from lipbook import rules as rules
     from lipbook import tightness as tightness
     from lipbook import wasserstein as wasserstein
 
