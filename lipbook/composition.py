@@ -637,6 +637,12 @@ def _(module: Any, input_shape: Shape, p: float) -> Bound:
 
 
 def _padding(mode: str, module: Any, input_shape: Shape, p: float) -> Bound:
+    pairs = zip(module.padding[::2], module.padding[1::2], strict=True)
+    if mode == "circular" and any(min(pair) < 0 < max(pair) for pair in pairs):
+        raise ValueError(  # torch copies from entries that it has not written
+            "padding must not crop one side of an axis and pad the other in a circular layer, "
+            f"where torch returns uninitialised memory, got {tuple(module.padding)}"
+        )
     axes = enumerate(reversed(_axes(module, input_shape)))  # torch pads the last axis first
     pads = [
         functional.pad(_eye(n), module.padding[2 * i : 2 * i + 2], mode)[:, 0] for i, (n,) in axes
