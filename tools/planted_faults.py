@@ -272,13 +272,6 @@ FAULTS = (
         "norms",
     ),
     Fault(
-        "norms/convolutions",
-        "if peak.norm <= enough:",
-        "if True:",
-        "a search that was broken off is taken for a norm",
-        "norms",
-    ),
-    Fault(
         "norms/rigorous",
         "(level + _gram_bound(factor, gamma, rest) + hidden[some])",
         "(level + hidden[some])",

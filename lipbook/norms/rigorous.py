@@ -163,8 +163,14 @@ def rigorous_convolution_norm(
     r"""Upper bound of the norm of a convolution that rounding cannot push below it.
 
     The theorem of :func:`~lipbook.norms.convolution_norm_bound` (the convolution is part of a
-    circulant, whose norm is the largest of its frequency responses :math:`\hat K(\theta)`), each
-    response bounded as in :func:`rigorous_matrix_norm`, and
+    circulant, whose norm is the largest of its frequency responses :math:`B = \hat K(\theta)`) and
+
+    .. math::
+        \lVert B\rVert_2^2 \le c + \lVert B^*B + R^*R - cI\rVert_\infty
+
+    for any number :math:`c` and matrix :math:`R`. It is an equality up to rounding with :math:`c`
+    just above the largest eigenvalue and :math:`R` the Cholesky factor of :math:`cI - B^*B`;
+    nothing is assumed about how well LAPACK computed them. The sums :math:`B` are rounded, too:
 
     .. math::
         \lVert \hat K(\theta)\rVert_2 \le \lVert \hat K_{\mathrm{fl}}(\theta)\rVert_2
