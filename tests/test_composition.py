@@ -141,6 +141,24 @@ def test_convolution(seed: int, data: st.DataObject) -> None:
     check_linear(randomise(layer, seed), shape, kind="upper bound")
 
 
+@pytest.mark.parametrize("padding", [(2, -1, 2, 0), (-1, 1, 0, 0), (0, 0, 1, -2), (1, 1, -1, 2)])
+def test_circular_padding_that_reads_unset_memory_is_refused(padding: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="crop one side of an axis and pad the other"):
+        lipschitz_bound(nn.CircularPad2d(padding), (2, 4, 5))
+
+
+@pytest.mark.parametrize("padding", [(1, 2, 0, 0), (-1, -1, 2, 1), (-1, 0, 0, 1), (2, 2, -2, 0)])
+def test_circular_padding_writes_all_that_it_returns(padding: tuple[int, ...]) -> None:
+    layer, x = nn.CircularPad2d(padding), torch.randn(1, 2, 4, 5)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        assert not bool(layer(x).isnan().any())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    copies = layer(torch.ones(1, 2, 4, 5)).sum() / 40
+    assert lipschitz_bound(layer, (2, 4, 5)).value >= math.sqrt(copies) * (1 - 1e-7)
+
+
 def test_a_circular_convolution_is_exact() -> None:
     layer = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
     assert lipschitz_bound(layer, (2, 5, 4)).kind == "exact"

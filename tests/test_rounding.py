@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections import namedtuple
 from collections.abc import Callable
 from fractions import Fraction
 from types import SimpleNamespace
@@ -478,6 +479,34 @@ def test_the_bound_of_many_blocks_is_that_of_the_largest() -> None:
     blocks = torch.randn(200, 6, 5, dtype=torch.complex128)
     true = torch.linalg.matrix_norm(blocks, 2).max().item()
     assert true <= _largest_spectral_bound(blocks) <= true * (1 + 1e-6)
+
+
+def test_the_bound_of_many_blocks_believes_neither_eigenvalues_nor_factors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = torch.randn(30, 6, 5, dtype=torch.complex128)
+    true = torch.linalg.matrix_norm(blocks, 2).max().item()
+    eigvalsh, cholesky = torch.linalg.eigvalsh, torch.linalg.cholesky_ex
+
+    def factors(scale: float) -> Callable[..., Any]:
+        def wrong(A: Tensor, upper: bool = False) -> Any:
+            return namedtuple("Factor", "L info")(A * scale, torch.zeros(len(A)))
+
+        return wrong
+
+    for shrink, factor in (
+        (0.5, cholesky),
+        (2.0, cholesky),
+        (0.0, cholesky),
+        (math.nan, cholesky),
+        (1.0, factors(0.0)),
+        (0.5, factors(0.5)),
+        (0.0, factors(0.5)),
+        (1.0, factors(math.nan)),
+    ):
+        monkeypatch.setattr(torch.linalg, "eigvalsh", lambda A, s=shrink: eigvalsh(A) * s)
+        monkeypatch.setattr(torch.linalg, "cholesky_ex", factor)
+        assert true <= _largest_spectral_bound(blocks) <= 3 * true
 
 
 # ------------------------------------------------------------------- programs and functions

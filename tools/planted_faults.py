@@ -36,6 +36,12 @@ class Fault(NamedTuple):
 
 FAULTS = (
     Fault(
+        "composition",
+        "any(min(pair) < 0 < max(pair) for pair in pairs)",
+        "any(max(pair) < 0 for pair in pairs)",
+        "circular padding of uninitialised memory is bounded",
+    ),
+    Fault(
         "activations",
         "return torch.cat((larger, smaller), dim)",
         "return torch.cat((smaller, larger), dim)",
@@ -250,6 +256,27 @@ FAULTS = (
         "if any(n % s for n, s in zip(x.shape[2:], sizes, strict=True)):",
         "if False:",
         "windows that do not fit",
+    ),
+    Fault(
+        "norms/responses",
+        "left = left[_exceed(grams[left], level)]",
+        "left = left[:0]",
+        "the block of largest Frobenius norm is taken for the largest",
+        "norms",
+    ),
+    Fault(
+        "norms/responses",
+        "waves[longest][1:] *= 2",
+        "waves[longest][1:] *= 1",
+        "half of the frequencies are lost where Gram matrices are interpolated",
+        "norms",
+    ),
+    Fault(
+        "norms/rigorous",
+        "(level + _gram_bound(factor, gamma, rest) + hidden[some])",
+        "(level + hidden[some])",
+        "Cholesky's factor is believed",
+        "rounding",
     ),
     Fault(
         "norms/rigorous",
