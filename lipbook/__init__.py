@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lipbook import convolutions as convolutions
     from lipbook import errors as errors
     from lipbook import export as export
+    from lipbook import freezing as freezing
     from lipbook import generalization as generalization
     from lipbook import graphs as graphs
     from lipbook import interpretability as interpretability

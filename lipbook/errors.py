@@ -411,6 +411,22 @@ def moved_error(module: nn.Module, example: Tensor, p: float) -> Analysis:
     return _moved(module, _closed_form(module, example, p), p)
 
 
+def clipped_error(
+    module: nn.Module, example: Tensor, p: float, limits: Sequence[float]
+) -> Analysis:
+    """Rule of layers that clip to numbers, which torch rounds to the dtype of the inputs."""
+    moved = moved_error(module, example, p)
+
+    def analysis(x: Tensor) -> ForwardError:
+        result = moved(x)
+        rounded = [torch.tensor(limit, dtype=result.outputs.dtype).item() for limit in limits]
+        off = max((abs(a - b) for a, b in zip(limits, rounded, strict=True)), default=0.0)
+        lost = off * _entries(result.outputs, p) * _UP
+        return dataclasses.replace(result, error=result.error + lost)
+
+    return analysis
+
+
 def _closed_form(module: nn.Module, example: Tensor, p: float) -> float:
     """Lipschitz constant of a layer that is a small number or a root of one, rounded up."""
     value = lipschitz_rule(module, tuple(example.shape[1:]), p).value

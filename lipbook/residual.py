@@ -45,6 +45,7 @@ from lipbook.errors import (
     _is_half,
     _norms,
 )
+from lipbook.freezing import computes_as, freeze_rule
 from lipbook.norms import convolution_norm_bound, dual_exponent, operator_norm
 from lipbook.norms.rigorous import (
     _UP,
@@ -283,6 +284,7 @@ class SLLLinear(_DenseStep):
     Examples
     --------
     >>> from lipbook.composition import lipschitz_lower_bound
+    >>> from lipbook.freezing import freeze
     >>> layer = SLLLinear(8, 16)
     >>> lipschitz_lower_bound(layer, torch.randn(4, 8), steps=5).value <= 1
     True
@@ -523,3 +525,81 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
         )
 
     return analysis
+
+
+# ------------------------------------------------------------------------- frozen layers
+
+
+class DenseStep(_DenseStep):
+    r"""Frozen potential step, dense: what :class:`~lipbook.residual.SLLLinear` freezes to, or CPL.
+
+    .. math:: f(x) = x - 2 W^\top T^{-1} \sigma(W x + b)
+
+    with constants :math:`W, b, T`. **Guaranteed**: what the layer that it was made of guaranteed at
+    that time. The Lipschitz rule computes the bound from the constants and does not trust them.
+
+    Attributes
+    ----------
+    weight : torch.Tensor
+        :math:`W`, (inner, features).
+    bias : torch.Tensor
+        :math:`b`, (inner,).
+    diagonal : torch.Tensor
+        That of :math:`T`, (inner,).
+
+    Examples
+    --------
+    >>> layer = SLLLinear(8, 16)
+    >>> step = freeze(layer)
+    >>> type(step).__name__, torch.equal(step.diagonal, layer.scale())
+    ('DenseStep', True)
+    """
+
+    diagonal: Tensor
+
+    def scale(self) -> Tensor:
+        """Diagonal of T, (inner,)."""
+        return self.diagonal
+
+
+class ConvolutionStep(_ConvolutionStep):
+    r"""Frozen potential step, convolutional: :class:`DenseStep` with a convolution for W.
+
+    ``weight`` is its kernel, (inner, c, k, k).
+
+    Examples
+    --------
+    >>> from lipbook.freezing import freeze
+    >>> step, x = freeze(CPLConv2d(4, 8)), torch.randn(2, 4, 8, 8)
+    >>> y = step(x)
+    >>> bool((y[0] - y[1]).norm() <= (x[0] - x[1]).norm())
+    True
+    """
+
+    diagonal: Tensor
+
+    def scale(self) -> Tensor:
+        """Diagonal of T, (inner,)."""
+        return self.diagonal
+
+
+_STEPS: dict[type[nn.Module], type[Any]] = {
+    SLLLinear: DenseStep,
+    CPLLinear: DenseStep,
+    SLLConv2d: ConvolutionStep,
+    CPLConv2d: ConvolutionStep,
+}
+for _plain in (DenseStep, ConvolutionStep):
+    lipschitz_rule.register(_plain, lipschitz_rule.dispatch(SLLLinear))
+
+
+def _freeze_step(module: Any) -> nn.Module:
+    if any(computes_as(module, cls) for cls in _STEPS):
+        module.register_buffer("diagonal", module.scale().clone())
+        module.log_q = None
+        module.__class__ = _STEPS[type(module)]
+    return module
+
+
+for _frozen in _STEPS:
+    freeze_rule.register(_frozen, _freeze_step)

@@ -31,6 +31,7 @@ FLOORS = {
     "norms": 0,
     "rules": 1,
     "errors": 2,
+    "freezing": 1,
     "layers": 3,
     "graphs": 4,
     "composition": 5,

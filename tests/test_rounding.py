@@ -28,7 +28,7 @@ from lipbook.convolutions import (
     SkewOrthogonalConv2d,
 )
 from lipbook.errors import moved_error
-from lipbook.layers.rearrangements import Cast, Diagonal, LinearMap, MatrixProduct, Shift
+from lipbook.layers.rearrangements import Cast, Clamp, Diagonal, LinearMap, MatrixProduct, Shift
 from lipbook.norms import convolution_norm_bound, operator_norm
 from lipbook.norms.rigorous import _largest_spectral_bound
 from lipbook.orthogonal import OrthogonalLinear, Scale
@@ -224,6 +224,11 @@ def _(module: Joins, x: np.ndarray) -> np.ndarray:
     a = a - exact(module.second, b)
     clipped = np.minimum(np.maximum(x[1:], Fraction(-1, 2)), Fraction(1))
     return np.concatenate([a, np.maximum(b, a), clipped])
+
+
+@exact.register(nn.Hardtanh)
+def _(module: nn.Hardtanh, x: np.ndarray) -> np.ndarray:
+    return np.minimum(np.maximum(x, Fraction(module.min_val)), Fraction(module.max_val))
 
 
 @exact.register(nn.ReLU6)
@@ -549,6 +554,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "AvgPool2d overlapping": (lambda: nn.AvgPool2d(3, 1, 1), (1, 3, 4)),
     "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d(2), (1, 3, 3)),
     "ReLU6": (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU6()), (3,)),
+    "Hardtanh": (lambda: nn.Hardtanh(-0.3, 0.7), (5,)),
     "Functions": (Functions, (3,)),
     "Joins": (Joins, (4,)),
     "AveragePooling": (lambda: AveragePooling(2), (2, 4, 2)),
@@ -917,7 +923,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     tested = {type(module) for name in SMALL for module in small(name, 0)[0].modules()}
     tested = {c for kind in tested for c in kind.__mro__}
     by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU}
-    by_functions = {Diagonal, Shift, MatrixProduct, LinearMap, Cast}
+    by_functions = {Clamp, Diagonal, Shift, MatrixProduct, LinearMap, Cast}
     kin = {"1d", "3d"}  # of layers whose two-dimensional version is tested
     moved = {cls for cls, rule in forward_error_rule.registry.items() if rule is moved_error}
     for cls in forward_error_rule.registry.keys() - {object}:

@@ -118,9 +118,9 @@ def check_layer(
     check = _Check(layer, shape, domain, samples, seed)
     with torch.inference_mode(False):
         check.stretch()
-        check.ranges()
         check.slopes()
         check.matrix()
+        check.ranges()
         check.rows_of_the_jacobian()
         check.program()
         check.frozen()
@@ -139,7 +139,7 @@ class _Check:
         self.double = _plain_copy(layer).double().requires_grad_(False)
         for module in self.double.modules():
             if getattr(module, "inplace", False):
-                module.inplace = False
+                module.inplace = False  # type: ignore[assignment]
         self.name = type(layer).__name__.removeprefix("Parametrized")
         self.rows: list[tuple[str, str, str]] = []
 
@@ -167,7 +167,7 @@ class _Check:
         return points
 
     def neighbourhoods(self) -> list[tuple[Range, Domain | None]]:
-        """Sets on which the answers about values are tried."""
+        """Choose sets on which the answers about values are tried."""
         if self.domain is not None:
             return [(self.domain.range(self.shape), self.domain)]
         sets: list[tuple[Range, Domain | None]] = []
@@ -206,9 +206,8 @@ class _Check:
                 best = int(quotients.argmax())
                 found, pair = quotients[best].item(), (x[best], y[best])
             if found > says * (1 + 1e-6) + 1e-12:
-                raise self.wrong(
-                    "lipschitz_rule", f"{says:.6g} for p={p:g}", f"two points show {found:.6g}", *pair
-                )
+                shows = f"two points show {found:.6g}"
+                raise self.wrong("lipschitz_rule", f"{says:.6g} for p={p:g}", shows, *pair)
             norm = "∞" if p == math.inf else f"{p:g}"
             self.rows.append((f"Lipschitz, p = {norm}", f"{says:.6g}", f"≥ {found:.6g}"))
 
@@ -223,7 +222,10 @@ class _Check:
             if bool(outside.any()):
                 row = int(outside.flatten(1).any(1).nonzero()[0])
                 entry = int(outside[row].flatten().nonzero()[0])
-                ends = [end.expand_as(outputs)[row].flatten()[entry].item() for end in (image.low, image.high)]
+                ends = [
+                    end.expand_as(outputs)[row].flatten()[entry].item()
+                    for end in (image.low, image.high)
+                ]
                 value = outputs[row].flatten()[entry].item()
                 raise self.wrong(
                     "range_rule",
@@ -377,5 +379,3 @@ class _Check:
                 x[row].detach(),
             )
         self.rows.append(("gradient", "holds", "central differences"))
-
-

@@ -25,8 +25,10 @@ from lipbook.convolutions.circular import (
     per_axis,
     resolve_padding,
     semi_orthogonal,
+    torch_computes,
 )
 from lipbook.errors import _error_rule_of
+from lipbook.freezing import register_plain
 from lipbook.layers.linear import convolution_error
 
 __all__ = [
@@ -429,3 +431,11 @@ _error_rule_of(
     *(OrthogonalConv1d, OrthogonalConv2d, OrthogonalConv3d),
     *(OrthogonalConvTranspose1d, OrthogonalConvTranspose2d, OrthogonalConvTranspose3d),
 )(convolution_error)
+
+
+register_plain(OrthogonalConv1d, nn.Conv1d, torch_computes)
+register_plain(OrthogonalConv2d, nn.Conv2d, torch_computes)
+register_plain(OrthogonalConv3d, nn.Conv3d, torch_computes)
+register_plain(OrthogonalConvTranspose1d, nn.ConvTranspose1d, torch_computes)
+register_plain(OrthogonalConvTranspose2d, nn.ConvTranspose2d, torch_computes)
+register_plain(OrthogonalConvTranspose3d, nn.ConvTranspose3d, torch_computes)

@@ -157,6 +157,8 @@ class CayleyConv2d(OnUnshuffled):
     :cite:t:`trockman2021`.
     """
 
+    not_in_onnx = "multiplies complex numbers, which torch cannot write as ONNX"
+
     def __init__(
         self,
         in_channels: int,

@@ -364,3 +364,16 @@ def response_rule(module: Any, input_shape: tuple[int, ...], p: float) -> Bound:
     geometry: dict[str, Any] = {"padding": "same", "padding_mode": "circular", "p": p}
     kind = "exact" if convolution_norm_is_exact(kernel, size, **geometry) else "upper bound"
     return Bound(convolution_norm_bound(kernel, size, **geometry).item(), cast(Any, kind), p)
+
+
+# Note [strides on a circle]
+# torch pads both ends alike and leaves the last pixels unread: the same numbers, but from an image
+# of another size, for which the sums may be taken in another order. It also accepts images that
+# the stride does not divide, where the norm exceeds 1.
+
+
+def torch_computes(module: Any) -> bool:
+    """Whether torch's class of a convolution makes the same calls on the same padded image."""
+    if module.padding_mode == "circular":
+        return not module.transposed and max(module.stride) == 1
+    return bool(module.padding != "same")

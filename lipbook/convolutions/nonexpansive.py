@@ -19,8 +19,10 @@ from lipbook.convolutions.circular import (
     convolution_rule,
     per_axis,
     semi_orthogonal,
+    torch_computes,
 )
 from lipbook.errors import _error_rule_of
+from lipbook.freezing import register_plain
 from lipbook.layers.linear import convolution_error
 from lipbook.orthogonal import cholesky_qr
 from lipbook.orthogonal.orthonormality import negligible, power_of_two, without_autocast
@@ -367,3 +369,8 @@ for _layer in (NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d):
 
 
 _error_rule_of(NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d)(convolution_error)
+
+
+register_plain(NonexpansiveConv1d, nn.Conv1d, torch_computes)
+register_plain(NonexpansiveConv2d, nn.Conv2d, torch_computes)
+register_plain(NonexpansiveConv3d, nn.Conv3d, torch_computes)

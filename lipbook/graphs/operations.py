@@ -27,6 +27,7 @@ from lipbook.layers.rearrangements import (
     Shift,
     sum_norms,
 )
+from lipbook.layers.resampling import check_padding
 
 __all__ = ["HANDLERS", "Call", "Step", "handler_of", "moving"]
 
@@ -576,6 +577,13 @@ def _(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Step:
 
 # ------------------------------------------------------------------------ moving entries
 
+
+@_handles("pad")
+def _(call: Call, x: Tensor, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Step:
+    check_padding(mode, tuple(pad))
+    return moving("pad", lambda v: functional.pad(v, pad, mode, value), x), (x,)
+
+
 MOVING = frozenset(
     [
         "flatten",
@@ -615,7 +623,6 @@ MOVING = frozenset(
         "narrow",
         "index_select",
         "unfold",
-        "pad",
         "pixel_shuffle",
         "pixel_unshuffle",
         "channel_shuffle",

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipbook.errors import Analysis, _closed_form, _error_rule_of, _relative, moved_error
+from lipbook.errors import (
+    Analysis,
+    _closed_form,
+    _error_rule_of,
+    _relative,
+    clipped_error,
+    moved_error,
+)
 from lipbook.rules import (
     Bound,
     Range,
@@ -334,8 +341,10 @@ def _(module: nn.Module, input_shape: Shape, p: float) -> Bound:
 
 
 @_rule_of(*_ELEMENTWISE, dispatch=slope_rule)
-def _(module: nn.Module, values: Range | None) -> Slopes:
+def _(module: nn.Module, values: Range | None) -> Slopes | None:
     _check_random(module)
+    if isinstance(module, nn.GLU):
+        return None  # which is not elementwise
     curve = _curve(module)
     extent = curve.extent(module)
     if values is None or curve.local is None:
@@ -424,7 +433,12 @@ def _glu_range(module: nn.GLU, values: Range) -> Range:
 
 # ------------------------------------------------------------------- errors of programs
 
-_error_rule_of(nn.ReLU, nn.ReLU6, nn.Hardtanh, Absolute)(moved_error)
+_error_rule_of(nn.ReLU, nn.ReLU6, Absolute)(moved_error)
+
+
+@_error_rule_of(nn.Hardtanh)
+def _(module: nn.Hardtanh, example: Tensor, p: float) -> Analysis:
+    return clipped_error(module, example, p, (module.min_val, module.max_val))
 
 
 @_error_rule_of(nn.LeakyReLU, nn.PReLU)

@@ -26,6 +26,7 @@ from lipbook.errors import (
     _entries,
     _error_rule_of,
     _relative,
+    clipped_error,
     moved_error,
 )
 from lipbook.norms import operator_norm
@@ -440,7 +441,14 @@ def sum_norms(terms: int, factor: float) -> Callable[[float], float]:
 
 # ------------------------------------------------------------------- errors of programs
 
-_error_rule_of(Rearrangement, Clamp)(moved_error)
+_error_rule_of(Rearrangement)(moved_error)
+
+
+@_error_rule_of(Clamp)
+def _(module: Clamp, example: Tensor, p: float) -> Analysis:
+    ends = [end for end in (module.low, module.high) if end is not None]
+    limits = [value for end in ends for value in end.double().flatten().tolist()]
+    return clipped_error(module, example, p, limits)
 
 
 @_error_rule_of(Cast)

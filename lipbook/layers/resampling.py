@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,7 +129,18 @@ def _(module: Any, input_shape: Shape, p: float) -> Bound:
     return _separable(matrices, p)
 
 
+def check_padding(mode: str, padding: Sequence[int]) -> None:
+    """Refuse circular padding that torch computes from memory it has not written."""
+    pairs = zip(padding[::2], padding[1::2], strict=True)
+    if mode == "circular" and any(min(pair) < 0 < max(pair) for pair in pairs):
+        raise ValueError(
+            "padding must not crop one side of an axis and pad the other in a circular layer, "
+            f"where torch returns uninitialised memory, got {tuple(padding)}"
+        )
+
+
 def _padding(mode: str, module: Any, input_shape: Shape, p: float) -> Bound:
+    check_padding(mode, module.padding)
     axes = enumerate(reversed(_axes(module, input_shape)))  # torch pads the last axis first
     pads = [
         functional.pad(_eye(n), module.padding[2 * i : 2 * i + 2], mode)[:, 0] for i, (n,) in axes

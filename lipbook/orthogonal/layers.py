@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.errors import Analysis, _closed_form, _error_rule_of, _relative
+from lipbook.freezing import register_plain
 from lipbook.orthogonal.bounded import (
     InfinityNorm,
     SpectralNorm,
@@ -381,3 +382,7 @@ def _(module: Scale, input_shape: tuple[int, ...], p: float) -> Bound:
 def _(module: Scale, example: Tensor, p: float) -> Analysis:
     lipschitz = _closed_form(module, example, p)
     return lambda x: _relative(module, x, p, lipschitz, 3)  # the constant and the product
+
+
+for _layer in (OrthogonalLinear, SpectralNormLinear, InfinityNormLinear, UnitNormLinear):
+    register_plain(_layer, nn.Linear)
