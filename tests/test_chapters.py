@@ -55,3 +55,22 @@ def test_words_in_formulas_are_upright(chapter: str) -> None:
     text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
     for formula in re.findall(r"\$([^$]+)\$", text):
         assert not re.search(r"[_^]\{(?:in|out|inputs|outputs|min|max)\}", formula), formula
+
+
+def test_times_in_the_text_are_those_of_the_benchmark() -> None:
+    """Chapter 5: polar takes three to five times as long as QR, Björck six to ten."""
+    (said,) = [cell.source for cell in cells("orthogonal", "markdown") if cell.id == "cost-after"]
+    assert "at 128 and 512 units the polar factor takes three to five times as long as QR" in said
+    assert "fifteen steps of Björck six to ten times" in said
+    record = (BOOK.parent / "benchmarks/results.md").read_text("utf-8")
+    ratios: dict[str, list[int]] = {"polar": [], "bjorck": []}
+    for size in (128, 512):
+        table = record.split(f"## Orthogonal square weight and its gradient: {size} × {size}")[1]
+        rows = re.findall(
+            r"^\| lipbook (\w+) \| ([\d.]+) \|", table.split("\n## ")[0], re.MULTILINE
+        )
+        times = {name: float(time) for name, time in rows}
+        assert {"qr", "cayley"} == set(sorted(times, key=lambda name: times[name])[:2])
+        for name, found in ratios.items():
+            found.append(round(times[name] / times["qr"]))
+    assert ratios == {"polar": [3, 5], "bjorck": [6, 10]}
