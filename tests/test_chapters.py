@@ -51,10 +51,8 @@ def test_a_prediction_is_asked_for_in_its_own_box(chapter: str) -> None:
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_words_in_formulas_are_upright(chapter: str) -> None:
-    """An index or exponent of two letters or more is a word, or it is a product of indices."""
     text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
-    for formula in re.findall(r"\$([^$]+)\$", text):
-        assert not re.search(r"[_^]\{(?:in|out|inputs|outputs|min|max)\}", formula), formula
+    assert not re.findall(r".*[_^]\{(?:in|out|inputs|outputs|min|max)\}.*", text)
 
 
 def test_times_in_the_text_are_those_of_the_benchmark() -> None:
