@@ -951,7 +951,7 @@ def test_cayley_is_the_formula_at_each_frequency() -> None:
         (lambda: aol_kernel(torch.zeros(4, 3, 3), groups=0), "groups must divide the 4 channels"),
         (lambda: rko_kernel(torch.zeros(4, 3)), "weight must be a real floating-point kernel"),
         (lambda: aol_kernel(torch.zeros(4, 3)), "weight must be a real floating-point kernel"),
-        (lambda: OrthogonalConv1d(4, 4, 5, 2, dilation=2), "stride and dilation"),
+        (lambda: OrthogonalConv1d(4, 5, 5, 2, dilation=2), "stride and dilation"),
         (lambda: OrthogonalConv1d(4, 4, 3, rank=5), "rank must be between 0 and the 4"),
         (lambda: OrthogonalConv1d(4, 4, 3, rank=-1), "rank must be"),
         (lambda: OrthogonalConv2d(3, 3, 3, method="rko"), "method must be one of"),
