@@ -91,6 +91,7 @@ def forward_error_rule(module: nn.Module, example: Tensor, p: float) -> Analysis
     --------
     A layer that only moves numbers rounds nothing:
 
+    >>> from lipbook.rounding import forward_error
     >>> class Reverse(nn.Module):
     ...     def forward(self, x):
     ...         return x.flip(1)

@@ -75,6 +75,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Examples
     --------
+    >>> from lipbook.orthogonal import OrthogonalLinear
     >>> model, twin = OrthogonalLinear(4, 4), OrthogonalLinear(4, 4)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_weights(model, f"{folder}/model.safetensors")
@@ -123,6 +124,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Examples
     --------
+    >>> from lipbook.orthogonal import OrthogonalLinear
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_weights(OrthogonalLinear(4, 4, method="qr"), f"{folder}/model.safetensors")
     ...     load_weights(OrthogonalLinear(4, 4, method="polar"), f"{folder}/model.safetensors")
@@ -234,6 +236,7 @@ def export_onnx(
     Examples
     --------
     >>> import onnxruntime
+    >>> from lipbook.orthogonal import OrthogonalLinear
     >>> model, x = OrthogonalLinear(4, 3), torch.randn(5, 4)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     export_onnx(model, f"{folder}/model.onnx", (4,))

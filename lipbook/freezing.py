@@ -98,6 +98,8 @@ def freeze(model: nn.Module) -> nn.Module:
     Examples
     --------
     >>> from lipbook.activations import MaxMin
+    >>> from lipbook.orthogonal import OrthogonalLinear
+    >>> from lipbook.residual import SLLLinear
     >>> model = nn.Sequential(OrthogonalLinear(8, 8, method="polar"), MaxMin(), SLLLinear(8))
     >>> frozen, x = freeze(model), torch.randn(5, 8)
     >>> torch.equal(frozen(x), model(x))

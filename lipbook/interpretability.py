@@ -384,6 +384,7 @@ def counterfactual(
 def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    robustness._check_mode(model)
     jacobians._check_module("model", model)
     _flat("inputs", inputs)
 

@@ -549,6 +549,7 @@ class DenseStep(_DenseStep):
 
     Examples
     --------
+    >>> from lipbook.freezing import freeze
     >>> layer = SLLLinear(8, 16)
     >>> step = freeze(layer)
     >>> type(step).__name__, torch.equal(step.diagonal, layer.scale())

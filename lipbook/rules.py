@@ -168,6 +168,7 @@ def lipschitz_rule(module: nn.Module, input_shape: Shape, p: float) -> Bound:
 
     Examples
     --------
+    >>> from lipbook.composition import lipschitz_bound
     >>> class Halve(nn.Module):
     ...     def forward(self, inputs):
     ...         return inputs / 2
@@ -410,8 +411,8 @@ class Ball:
 
     Examples
     --------
-    >>> Ball(torch.zeros(3), 1.0).range((3,)).high
-    tensor([[1., 1., 1.]], dtype=torch.float64)
+    >>> bool(Ball(torch.zeros(3), 1.0).range((3,)).high.min() >= 1)
+    True
     """
 
     center: Tensor

@@ -313,11 +313,11 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (lambda: nn.BatchNorm1d(6), "keep samples apart, but its BatchNorm1d '0'"),
-        (lambda: nn.Dropout(0.5), "be deterministic, but its Dropout '0'"),
+        (lambda: nn.BatchNorm1d(6), r"'0' \(BatchNorm1d\)"),
+        (lambda: nn.Dropout(0.5), r"'0' \(Dropout\)"),
         (
             lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
-            "not change, but its _Spec",
+            r"'0.parametrizations.weight.0' \(_Spec",
         ),
     ],
 )
@@ -326,7 +326,9 @@ def test_a_model_that_trains_is_refused_and_stays_as_it_is(
 ) -> None:
     model, x = nn.Sequential(layer(), nn.Linear(6, 3)).double(), normal(4, 6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"model must {message}.*call model.eval\(\)"):
+    with pytest.raises(
+        ValueError, match=rf"model must be in evaluation mode, but {message}.*call .eval\(\)"
+    ):
         CALLS[call](model, x)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     CALLS[call](model.eval(), x)

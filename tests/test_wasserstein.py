@@ -872,7 +872,7 @@ CRITIC_BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (lambda z: z / 0, {"lipschitz": 1}, ValueError, "critic must return one value for each of 6"),
     (lambda z: z[:, 0] / 0, {"lipschitz": 1}, ValueError, "critic must give finite values"),
     (nn.Linear(2, 3), {}, ValueError, r"one value for each of 6 points, got shape \(6, 3\)"),
-    (nn.Bilinear(2, 2, 1), {}, TypeError, "has no Lipschitz rule"),
+    (nn.Bilinear(2, 2, 1), {}, TypeError, "has several inputs, and so no Lipschitz rule"),
     (nn.Linear(4, 1), {}, ValueError, "does not run on inputs of shape"),
     (7, {"lipschitz": 1}, TypeError, "critic must be callable, got int"),
 ]

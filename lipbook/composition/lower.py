@@ -86,6 +86,7 @@ def lipschitz_lower_bound(
 
     Examples
     --------
+    >>> from lipbook.composition import lipschitz_bound
     >>> layer = nn.Linear(4, 3)
     >>> below = lipschitz_lower_bound(layer, torch.zeros(1, 4), steps=5)
     >>> above = lipschitz_bound(layer, (4,))

@@ -218,6 +218,12 @@ class _Trace:
             try:
                 with mode, _slow_attention():
                     outputs = self.module(sample)
+            except TypeError as error:
+                if "required positional argument" not in str(error):
+                    raise
+                raise TypeError(
+                    "has several inputs, and so no Lipschitz rule: wrap it in a module with one"
+                ) from error
             except (RuntimeError, IndexError) as error:
                 raise ValueError(
                     f"does not run on inputs of shape {self.shape}: {error}"
