@@ -688,6 +688,7 @@ def test_fx_traces(name: str) -> None:
 
 
 @selected_rows
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
 def test_one_compilation_serves_all_batches(name: str) -> None:
     layer, shape = trained(name)
     graphs = []
@@ -698,7 +699,7 @@ def test_one_compilation_serves_all_batches(name: str) -> None:
 
     torch.compiler.reset()
     compiled = torch.compile(layer, backend=backend, dynamic=True, fullgraph=True)
-    for batch in (2, 3, 7):
+    for batch in (11, 13, 17):  # sizes that are equal are taken for the same: no axis has these
         x = torch.randn(batch, *shape)
         torch.testing.assert_close(compiled(x), layer(x))
     assert len(graphs) == 1
