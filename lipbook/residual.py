@@ -284,7 +284,6 @@ class SLLLinear(_DenseStep):
     Examples
     --------
     >>> from lipbook.composition import lipschitz_lower_bound
-    >>> from lipbook.freezing import freeze
     >>> layer = SLLLinear(8, 16)
     >>> lipschitz_lower_bound(layer, torch.randn(4, 8), steps=5).value <= 1
     True
