@@ -297,3 +297,15 @@ def test_every_public_name_has_its_entry_and_its_place_in_a_chapter(room: str) -
     names = importlib.import_module(f"lipbook.{room}").__all__
     assert [name for name in names if not re.search(rf"\b{name}\b", entries)] == []
     assert [name for name in names if not re.search(rf"\b{name}\b", chapters)] == []
+
+
+def test_every_planted_fault_has_its_place() -> None:
+    """A fault whose line is gone would be reported as an error of the tool, or never tried."""
+    sys.path.insert(0, str(TOP / "tools"))
+    try:
+        faults = importlib.import_module("planted_faults").FAULTS
+    finally:
+        sys.path.remove(str(TOP / "tools"))
+    for fault in faults:
+        text = (TOP / "lipbook" / f"{fault.module}.py").read_text()
+        assert text.count(fault.right) == 1, (fault.module, fault.consequence)
