@@ -30,7 +30,11 @@ from lipbook.convolutions import (
     SkewOrthogonalConv2d,
 )
 from lipbook.export import freeze
-from lipbook.norms import circular_convolution_singular_values
+from lipbook.norms import (
+    circular_convolution_singular_values,
+    convolution_norm_bound,
+    rigorous_convolution_norm,
+)
 from lipbook.orthogonal import OrthogonalLinear
 from lipbook.residual import CPLConv2d, SLLConv2d
 
@@ -354,6 +358,51 @@ def networks(batch: int = 64) -> Table:
     )
 
 
+def resnet18(size: int = 32) -> list[tuple[nn.Conv2d, int]]:
+    """Build the convolutions of ResNet-18, each with the size of its images, none pooled away."""
+    layers = [(nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), size)]
+    channels = 64
+    for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        strided = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+        plain = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(3)]
+        layers += [(strided, size), *[(layer, size // stride) for layer in plain]]
+        if stride == 2:
+            layers.append((nn.Conv2d(channels, width, 1, stride=2, bias=False), size))
+        channels, size = width, size // stride
+    return layers
+
+
+def bounds_of_resnet18(batch: int = 64) -> Table:
+    """Bounds of all convolutions of a network, beside one pass of a batch through them."""
+    layers = resnet18()
+    inputs = [torch.randn(batch, layer.in_channels, size, size) for layer, size in layers]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return [layer(x) for (layer, _), x in zip(layers, inputs, strict=True)]
+
+    def bound(norm: Callable[..., object]) -> Step:
+        def step() -> object:
+            return [
+                norm(layer.weight.detach(), size, stride=layer.stride, padding=layer.padding)
+                for layer, size in layers
+            ]
+
+        return step
+
+    return Table(
+        "Bounds of the convolutions of ResNet-18",
+        "32 × 32, zero padding, 2-norm",
+        f"forward pass, batch {batch}",
+        {
+            f"forward pass, batch {batch}": forward,
+            "lipbook convolution_norm_bound": bound(convolution_norm_bound),
+            "lipbook rigorous_convolution_norm": bound(rigorous_convolution_norm),
+        },
+        {},
+    )
+
+
 def tables() -> Iterator[Table]:
     """Build all tables, one after the other."""
     for c, stride in ((64, 1), (128, 1), (256, 1), (64, 2), (128, 2)):
@@ -364,6 +413,7 @@ def tables() -> Iterator[Table]:
         yield dense(n)
     for stride, batch in ((1, 64), (2, 64), (1, 1)):
         yield evaluation(64, 16, stride, batch)
+    yield bounds_of_resnet18()
     for stride in (1, 2):
         yield memory(64, 16, stride)
     yield networks()

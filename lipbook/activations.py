@@ -13,12 +13,26 @@ Channels are dimension ``dim`` of the input, 1 by default: (batch, channels, ...
 from __future__ import annotations
 
 import math
+import operator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lipbook.composition import Bound, lipschitz_rule
+from lipbook.errors import (
+    Analysis,
+    ForwardError,
+    _closed_form,
+    _entries,
+    _error_rule_of,
+    _norms,
+    _quantum,
+    moved_error,
+)
+from lipbook.layers.elementwise import Absolute, register_like
+from lipbook.norms.rigorous import _UP
+from lipbook.rules import Range, _rule_of, pullback_rule, range_rule
 
 __all__ = [
     "group_sort",
@@ -35,6 +49,12 @@ __all__ = [
 
 Pairing = Literal["neighbours", "halves"]
 _PAIRINGS = ("neighbours", "halves")
+
+# torch.fx records a call of these as one step, since their course depends on sizes.
+torch.fx.wrap("group_sort")
+torch.fx.wrap("max_min")
+torch.fx.wrap("full_sort")
+torch.fx.wrap("householder")
 
 # Note [ties]
 # Where two sorted entries are equal, or an absolute value is taken of zero, any choice of a
@@ -90,7 +110,7 @@ def group_sort(x: Tensor, group_size: int, dim: int = 1) -> Tensor:
     :cite:t:`anil2019sorting`.
     """
     dim = _channel_dim(x, dim)
-    _check_group_size(group_size)
+    group_size = _group_size(group_size)
     _check_divides("group_size", group_size, x, dim)
     groups = x.unflatten(dim, (-1, group_size))
     if group_size == 2:  # two selections, without the cost of a sort
@@ -316,8 +336,7 @@ class GroupSort(nn.Module):
 
     def __init__(self, group_size: int, dim: int = 1) -> None:
         super().__init__()
-        _check_group_size(group_size)
-        self.group_size = group_size
+        self.group_size = _group_size(group_size)
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -441,9 +460,12 @@ class Householder(nn.Module):
         if channels < 2 or channels % 2:
             raise ValueError(f"channels must be even and at least 2, got {channels}")
         self.dim = dim
-        self.angle = nn.Parameter(
-            torch.full((channels // 2,), math.pi / 2, device=device, dtype=dtype)
-        )
+        self.angle = nn.Parameter(torch.empty(channels // 2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set all angles to that of MaxMin."""
+        nn.init.constant_(self.angle, math.pi / 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reflect the pairs of ``x``."""
@@ -476,7 +498,6 @@ class AbsoluteValue(nn.Module):
 @lipschitz_rule.register(GroupSort)
 @lipschitz_rule.register(MaxMin)
 @lipschitz_rule.register(FullSort)
-@lipschitz_rule.register(AbsoluteValue)
 def _(module: nn.Module, input_shape: tuple[int, ...], p: float) -> Bound:
     return Bound(1.0, "exact", p)
 
@@ -503,11 +524,12 @@ def _channel_dim(x: Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def _check_group_size(group_size: int) -> None:
-    if not isinstance(group_size, int):
+def _group_size(group_size: int) -> int:
+    if not hasattr(group_size, "__index__"):
         raise TypeError(f"group_size must be an integer, got {type(group_size).__name__}")
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
+    return operator.index(group_size)
 
 
 def _check_divides(name: str, size: int, x: Tensor, dim: int) -> None:
@@ -521,3 +543,89 @@ def _check_divides(name: str, size: int, x: Tensor, dim: int) -> None:
 def _check_pairing(pairing: str) -> None:
     if pairing not in _PAIRINGS:
         raise ValueError(f"pairing must be one of {_PAIRINGS}, got {pairing!r}")
+
+
+# ------------------------------------------------------------------ answers on a domain
+
+register_like(AbsoluteValue, Absolute)
+
+
+@_rule_of(GroupSort, MaxMin, FullSort, dispatch=range_rule)
+def _(module: nn.Module, values: Range) -> Range:
+    """Sort both ends: every order statistic grows with each of its entries."""
+    low, high = module(values.low), module(values.high)
+    if values.center is None or values.radius is None:
+        return Range(low, high)
+    return Range(low, high, module(values.center), values.radius)
+
+
+def _members(module: GroupSort | MaxMin | FullSort, n: int) -> tuple[Tensor, Tensor]:
+    """Name the inputs of each group, (groups, size), and its outputs in ascending order."""
+    if isinstance(module, MaxMin):
+        pairs = torch.arange(n)
+        halves = module.pairing == "halves"
+        inputs = pairs.view(2, -1).mT if halves else pairs.view(-1, 2)
+        plain = MaxMin(dim=1, pairing=module.pairing)
+        places = plain(torch.arange(n, dtype=torch.float64)[None])[0].long().argsort()
+        return inputs, places[inputs]
+    size = n if isinstance(module, FullSort) else module.group_size
+    inputs = torch.arange(n).view(-1, size)
+    return inputs, inputs
+
+
+# Note [undecided groups]
+# Where the intervals of a group do not overlap, its order is known and the Jacobian is one
+# permutation. Else each input goes to some output of its group, and its row entry lies between the
+# least and the largest of theirs.
+
+
+@_rule_of(GroupSort, MaxMin, FullSort, dispatch=pullback_rule)
+def _(
+    module: GroupSort | MaxMin | FullSort, cotangent: tuple[Tensor, Tensor], values: Range
+) -> tuple[Tensor, Tensor]:
+    dim = module.dim % values.low.dim()
+    inputs, outputs = _members(module, values.low.shape[dim])
+    center, radius = (part.movedim(dim + 1, -1)[..., outputs] for part in cotangent)
+    low, high = (end.movedim(dim, -1)[..., inputs][:, None] for end in (values.low, values.high))
+    order = (low + high).argsort(-1)
+    sorted_low, sorted_high = low.gather(-1, order), high.gather(-1, order)
+    decided = (sorted_high[..., :-1] <= sorted_low[..., 1:]).all(-1, keepdim=True)
+    rank = order.argsort(-1).expand_as(center)
+    least = (center - radius).amin(-1, keepdim=True)
+    most = (center + radius).amax(-1, keepdim=True)
+    middle = torch.where(decided, center.gather(-1, rank), (least + most) / 2)
+    spread = (most - least) / 2 * (1 + 2.0**-45) + (least.abs() + most.abs()) * 2.0**-50
+    half = torch.where(decided, radius.gather(-1, rank), spread)
+    result = []
+    for part, whole in zip((middle, half), cotangent, strict=True):
+        flat = torch.zeros_like(whole.movedim(dim + 1, -1))
+        flat[..., inputs.flatten()] = part.flatten(-2)
+        result.append(flat.movedim(-1, dim + 1))
+    return result[0], result[1]
+
+
+# ------------------------------------------------------------------- errors of programs
+
+_error_rule_of(GroupSort, MaxMin, FullSort, AbsoluteValue)(moved_error)
+
+
+# Note [a reflection in floating point]
+# Cosines and sines are assumed to be off by at most 8u, so that a
+# reflected entry is off by 11u (|z1| + |z2|). The comparison can err only if |v'z| is at most
+# 10u (|z1| + |z2|), and the branches differ by 2 |v'z| there. Together 32u (|z1| + |z2|) an entry.
+
+
+@_error_rule_of(Householder)
+def _(module: Householder, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+
+    def analysis(x: Tensor) -> ForwardError:
+        outputs = module(x)
+        dtype = max(outputs.dtype, module.angle.dtype, key=lambda d: torch.finfo(d).eps)
+        slope = 32 * torch.finfo(dtype).eps
+        size = _norms(x, p)
+        tiny = 8 * _quantum(outputs.dtype) * _entries(outputs, p)
+        limit = torch.finfo(outputs.dtype).max / 4 - 2 * size
+        return ForwardError(outputs, lipschitz, (slope * size + tiny) * _UP, slope, limit / 2)
+
+    return analysis

@@ -32,6 +32,16 @@ __all__ = ["main"]
 
 COMMAND = "lipbook"
 BATCH = 500  # inputs that are certified at a time
+EXTRAS = {  # the extra of each package that a command may need
+    "cvxpy": "bounds",
+    "matplotlib": "lab",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "pooch": "lab",
+    "safetensors": "lab",
+    "tqdm": "lab",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +72,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.run(chosen)
     except (_RefusedError, ConnectionError, FileNotFoundError, FileExistsError) as error:
         chosen.parser.error(str(error))
+    except ImportError as error:
+        chosen.parser.error(_missing(error))
     return 0
+
+
+def _missing(error: ImportError) -> str:
+    """Say in one line which extra to install."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return str(error)  # of the library, which names the extra itself
+    return f"{package} is not installed: pip install 'lipbook[{EXTRAS[package]}]'"
 
 
 class _RefusedError(Exception):
@@ -96,14 +116,18 @@ def _add_reproduce(commands: Any) -> None:
         "reproduce",
         _reproduce,
         "Run an experiment and write its record. An interrupted run goes on where it was if it is\n"
-        "started again in the same folder.",
+        "started again in the same folder. The records of an installed package stay as they are.",
         "examples:\n"
         "  lipbook reproduce group_sizes\n"
-        "  lipbook reproduce group_sizes --set steps=100 --to /tmp/records\n\n" + _recipes_table(),
+        "  lipbook reproduce group_sizes --set steps=100 --to records\n\n" + _recipes_table(),
     )
     parser.add_argument("name", choices=recipes(), metavar="NAME", help="one of those below")
     parser.add_argument(
-        "--to", type=Path, metavar="FOLDER", help="of the record (default: that of the package)"
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        help="of the record (default: lipbook/lab/records in a checkout of lipbook, if started "
+        "there, else lipbook-records)",
     )
     parser.add_argument(
         "--set",
@@ -111,7 +135,7 @@ def _add_reproduce(commands: Any) -> None:
         default=[],
         metavar="SIZE=VALUE",
         dest="sizes",
-        help="change a size, such as steps=100; needs --to, since the record of the package has "
+        help="change a size, such as steps=100; needs --to, since the record of a checkout has "
         "the sizes of the recipe",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
@@ -132,9 +156,16 @@ def _reproduce(chosen: Any) -> None:
     seed = sizes.get("seed", inspect.signature(module.run).parameters["seed"].default)
     facts = records.facts(command, seed, seconds)
     record = records.Record(chosen.name, facts, records.rounded(results), tensors)
-    path = records.write(record, chosen.to)
+    path = records.write(record, chosen.to or _records_folder())
     shutil.rmtree(folder, ignore_errors=True)
     _say(path)
+
+
+def _records_folder() -> Path:
+    """Folder of the records of a checkout, if the command is started there; never another one."""
+    here = Path("lipbook", "lab", "records")
+    checkout = Path("pyproject.toml").is_file() and here.is_dir()
+    return here if checkout else Path("lipbook-records")
 
 
 def _sizes(texts: Sequence[str], run: Any) -> dict[str, Any]:
@@ -191,7 +222,17 @@ def _add_certify(commands: Any) -> None:
         "examples:\n"
         "  lipbook certify mnist_best\n"
         "  lipbook certify mnist_best --data full --epsilon 0.5 1 1.58\n"
+        "  lipbook certify my_nets:build --data images.npz --epsilon 0.1 0.5\n"
         "  lipbook certify my_package.nets:build --weights net.safetensors --data images.npz\n\n"
+        "A network and data of yours, as in the third example, with a file my_nets.py:\n"
+        "  import torch\n"
+        "  def build():\n"
+        "      model = torch.nn.Sequential(...)  # of layers with rules, as it was trained\n"
+        "      model.load_state_dict(torch.load('checkpoint.pt', weights_only=True))\n"
+        "      return model\n"
+        "and images, in the units that radii shall have, beside their classes:\n"
+        "  numpy.savez('images.npz', images=images.astype('float32'), labels=labels)\n"
+        "(--weights reads a file of lipbook.export.save_weights instead.)\n\n"
         "networks that ship:\n" + "\n".join(f"  {name}" for name in networks.names()),
     )
     parser.add_argument(
@@ -256,9 +297,15 @@ def _network(name: str, weights: Path | None) -> tuple[nn.Module, float]:
         )
     sys.path.insert(0, os.getcwd())
     try:
-        model = getattr(importlib.import_module(module), function)()
+        build = getattr(importlib.import_module(module), function)
+        if not callable(build):
+            raise TypeError(f"{function} must be a function, got {type(build).__name__}")
+        model = build()
     except (ImportError, AttributeError) as error:
         raise _RefusedError(f"NETWORK: cannot use {name!r}: {error}") from None
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise _RefusedError(f"NETWORK: cannot use {name!r}: {told}") from None
     finally:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):
@@ -270,6 +317,11 @@ def _network(name: str, weights: Path | None) -> tuple[nn.Module, float]:
             export.load_weights(model, weights)
         except ValueError as error:
             raise _RefusedError(f"--weights: {error}") from None
+    elif next(model.parameters(), None) is not None:
+        sys.stderr.write(
+            f"{COMMAND}: without --weights, the network has those that {name} gives it: "
+            "random ones, unless it reads a file\n"
+        )
     return model.eval(), 2
 
 
@@ -295,10 +347,14 @@ def _images(data: str, network: str, count: int | None) -> tuple[Tensor, Tensor]
 
 
 def _batches(images: Tensor, labels: Tensor, *, quiet: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    batches = zip(images.split(BATCH), labels.split(BATCH), strict=True)
+    if quiet:
+        yield from batches
+        return
     from tqdm import tqdm  # noqa: PLC0415 - not needed for --help
 
-    with tqdm(total=len(images), desc="inputs", disable=quiet) as bar:
-        for batch in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+    with tqdm(total=len(images), desc="inputs") as bar:
+        for batch in batches:
             yield batch
             bar.update(len(batch[0]))
 

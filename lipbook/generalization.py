@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -59,7 +61,7 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     logits : torch.Tensor
         (n, classes), with two classes or more.
     labels : torch.Tensor
-        (n,) int64.
+        (n,) integers.
 
     Returns
     -------
@@ -69,7 +71,7 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     Raises
     ------
     TypeError
-        If ``logits`` are no floating-point tensor or ``labels`` are not int64.
+        If ``logits`` are no floating-point tensor or ``labels`` no integers.
     ValueError
         If the shapes do not fit, there is no sample or a single class, a label is no class, or
         a logit is NaN or infinite.
@@ -79,7 +81,7 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     >>> margins(torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0]]), torch.tensor([0, 2])).tolist()
     [1.0, -3.0]
     """
-    logits = _check_logits(logits, labels)
+    logits, labels = _check_logits(logits, labels)
     own = logits.gather(1, labels[:, None])[:, 0]
     return own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
 
@@ -359,7 +361,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def _matrices(module: nn.Module, input_shape: Sequence[int]) -> Iterator[_Matrix | Bound]:
     """Walk a composition: a matrix for each linear layer, a bound for each map between."""
-    shape = tuple(input_shape)
+    shape = tuple(int(n) if isinstance(n, np.integer) else n for n in input_shape)
     for name, layer in _leaves(module, ""):
         bound = lipschitz_bound(layer, shape, name=name)
         if isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
@@ -475,7 +477,7 @@ def normalized_margins(
     logits : torch.Tensor
         (n, classes), of the training data.
     labels : torch.Tensor
-        (n,) int64.
+        (n,) integers.
     complexity : SpectralComplexity
         R, of the network.
     data_norm : float
@@ -732,6 +734,8 @@ def pac_bayes_term(complexity: SpectralComplexity, radius: float, gamma: float, 
 
 
 def _check_positive(name: str, value: float) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
@@ -739,7 +743,9 @@ def _check_positive(name: str, value: float) -> None:
 def _check_float(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+        hint = "" if isinstance(tensor, Tensor) else ": join its batches with torch.cat"
+        hint = ": call torch.from_numpy" if isinstance(tensor, np.ndarray) else hint
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}{hint}")
     if not tensor.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
@@ -751,11 +757,13 @@ def _check_margins(margins: Tensor) -> Tensor:
     return margins.detach().double()
 
 
-def _check_logits(logits: Tensor, labels: Tensor) -> Tensor:
+def _check_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     _check_float("logits", logits)
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+    real = isinstance(labels, Tensor) and (labels.is_floating_point() or labels.is_complex())
+    if not isinstance(labels, Tensor) or real or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64 tensor, got {got}")
+        raise TypeError(f"labels must be an int64 tensor, got {got}: call .long()")
+    labels = labels.long()
     if logits.dim() != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             "logits and labels must have shapes (n, classes) and (n,), with two classes or more, "
@@ -768,4 +776,4 @@ def _check_logits(logits: Tensor, labels: Tensor) -> Tensor:
             f"labels must be classes from 0 to {logits.shape[1] - 1}, "
             f"got {labels.min().item()} to {labels.max().item()}"
         )
-    return logits.detach().double()
+    return logits.detach().double(), labels

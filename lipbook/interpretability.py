@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lipbook import robustness
+from lipbook import jacobians, robustness
 from lipbook.robustness import certified_radius
 
 __all__ = [
@@ -50,8 +50,8 @@ def margin_gradient(model: nn.Module, inputs: Tensor, labels: Tensor | None = No
     ----------
     model : torch.nn.Module
         Differentiable, to (batch, classes) logits, or to (batch,) or (batch, 1) for a binary
-        classifier that decides by sign. It must treat the inputs of a batch one by one (batch
-        normalisation in evaluation mode).
+        classifier that decides by sign. It must treat the inputs of a batch one by one and be
+        deterministic (batch normalisation and dropout in evaluation mode).
     inputs : torch.Tensor
         (batch, \*shape), floating-point.
     labels : torch.Tensor, optional
@@ -67,7 +67,9 @@ def margin_gradient(model: nn.Module, inputs: Tensor, labels: Tensor | None = No
     TypeError
         If ``model`` is no module, ``inputs`` no floating-point tensor or ``labels`` no integers.
     ValueError
-        If ``inputs`` are empty, or outputs and labels do not fit or are not finite.
+        If ``inputs`` are empty, outputs and labels do not fit or are not finite, the gradient is
+        not finite, or the model mixes inputs, is random or changes at each call: those that train
+        are refused before they are called.
 
     References
     ----------
@@ -382,16 +384,19 @@ def counterfactual(
 def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    robustness._check_mode(model)
+    jacobians._check_module("model", model)
     _flat("inputs", inputs)
 
 
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:
     """(batch, classes) or (batch,)."""
     with torch.set_grad_enabled(x.requires_grad):
-        outputs = model(x)
+        outputs = model(x.clone())  # since its first layer may work in place
     if not isinstance(outputs, Tensor) or outputs.dim() not in (1, 2) or len(outputs) != len(x):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"model must return (batch, classes) or (batch,), got {got}")
+    _check_finite("outputs of model", outputs)
     return outputs[:, 0] if outputs.dim() == 2 and outputs.shape[1] == 1 else outputs
 
 
@@ -407,7 +412,7 @@ def _labels(model: nn.Module, inputs: Tensor, labels: Tensor | None) -> Tensor:
         labels = _decision(outputs)
     robustness._check_logits(outputs, labels)
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels must have dtype int64, got {labels.dtype}")
+        raise TypeError(f"labels must have dtype int64, got {labels.dtype}: call .long()")
     return labels
 
 
@@ -419,21 +424,34 @@ def _margin(outputs: Tensor, labels: Tensor) -> Tensor:
     return own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def _gradient(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     x = inputs.detach().clone().requires_grad_()
-    margin = _margin(_outputs(model, x), labels)
+    margin = _margin(_outputs(model, x), labels.clone())  # the caller's may be of inference mode
     if not margin.requires_grad:
-        return torch.zeros_like(inputs)
+        return torch.zeros_like(x).detach()
     (gradient,) = torch.autograd.grad(margin.sum(), x, allow_unused=True)
-    return torch.zeros_like(inputs) if gradient is None else gradient
+    if gradient is None:
+        return torch.zeros_like(x).detach()
+    _check_finite("gradient of model", gradient)
+    return gradient
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    wrong = ~values.detach().isfinite().flatten(1 if values.dim() > 1 else 0)
+    rows = wrong.any(1) if wrong.dim() > 1 else wrong
+    if rows.any():
+        where = rows.nonzero()[:, 0].tolist()
+        raise ValueError(f"{name} must be finite, got NaN or infinity for the inputs {where}")
 
 
 def _flat(name: str, tensor: Tensor) -> Tensor:
     """(batch, n) in float64, or a refusal."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+        hint = ": call torch.from_numpy" if got == "ndarray" else ""
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}{hint}")
     if tensor.dim() < 2 or tensor.numel() == 0:
         raise ValueError(
             f"{name} must have shape (batch, *shape) and not be empty, got {tuple(tensor.shape)}"

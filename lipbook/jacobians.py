@@ -7,21 +7,31 @@ for the layers whose Jacobian is known on paper.
 
 One definition holds throughout: the Jacobian at sample :math:`x` is that of
 ``lambda x: module(x[None])[0]``. The module sees a batch of one, so nothing another sample does
-can enter.
+can enter. It sees a copy, so layers that work in place leave the inputs as they are; and it
+is called with the grad mode that the products need, inside :class:`torch.no_grad` and
+:class:`torch.inference_mode` too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "jacobian",
@@ -42,7 +52,11 @@ Function = Callable[[Tensor], Tensor]
 
 
 def jacobian(
-    module: Function, inputs: Tensor, flatten: bool = False, chunk_size: int | None = None
+    module: Function,
+    inputs: Tensor,
+    flatten: bool = False,
+    chunk_size: int | None = None,
+    product_chunk_size: int | None = None,
 ) -> Tensor:
     r"""Jacobian of a module at every sample of a batch.
 
@@ -56,13 +70,18 @@ def jacobian(
     Parameters
     ----------
     module : Callable
-        A :class:`torch.nn.Module` or function from a batch to a batch, one output per sample.
+        A :class:`torch.nn.Module` or function from a batch to a batch, one output per sample: one
+        tensor, so that of a recurrent layer must be picked, ``lambda x: lstm(x)[0]``. What
+        :func:`torch.compile` made is run as it was written.
     inputs : torch.Tensor
         The samples, (batch, \*inputs).
     flatten : bool, default False
         Give matrices: outputs and inputs flattened in row-major order.
     chunk_size : int, optional
         How many samples to differentiate at once; all of them by default.
+    product_chunk_size : int, optional
+        How many products to take at once for each sample; all of them by default. What the products
+        need beside the result is proportional to it and to ``chunk_size``.
 
     Returns
     -------
@@ -74,8 +93,9 @@ def jacobian(
     TypeError
         If ``inputs`` is not a floating-point tensor or ``module`` does not return a tensor.
     ValueError
-        If ``inputs`` is empty or not finite, or if ``module`` mixes samples (batch normalisation
-        on batch statistics), is random (dropout in training) or does not keep the batch.
+        If ``inputs`` is empty or not finite, if ``module`` mixes samples (batch normalisation
+        on batch statistics), is random (dropout in training), changes at each call (spectral
+        normalisation in training) or does not keep the batch, or if a chunk size is below 1.
 
     Examples
     --------
@@ -94,12 +114,34 @@ def jacobian(
     """
     function = _sample_function(module)
     _check_batch(inputs)
+    chunk_size = _chunk("chunk_size", chunk_size)
+    product_chunk_size = _chunk("product_chunk_size", product_chunk_size)
     with torch.no_grad():
         outputs = function(inputs[0])
     rows, columns = outputs.numel(), inputs[0].numel()
-    differentiate = torch.func.jacrev if rows <= columns else torch.func.jacfwd
-    full: Tensor = torch.func.vmap(differentiate(function), chunk_size=chunk_size)(inputs)
+    if rows <= columns:
+        products = torch.func.jacrev(function, chunk_size=product_chunk_size)
+    else:
+        products = _forward_jacobian(function, product_chunk_size)
+    full: Tensor = torch.func.vmap(products, chunk_size=chunk_size)(inputs)
     return full.reshape(len(inputs), rows, columns) if flatten else full
+
+
+def _forward_jacobian(function: Function, chunk_size: int | None) -> Function:
+    """:func:`torch.func.jacfwd`, which takes no chunks."""
+
+    def full(x: Tensor) -> Tensor:
+        basis = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
+
+        def column(v: Tensor) -> Tensor:
+            # Batched as x is, without which no layer may work in place on x.
+            tangent = v + torch.zeros_like(x)
+            return torch.func.jvp(function, (x,), (tangent,))[1]
+
+        columns: Tensor = torch.func.vmap(column, out_dims=-1, chunk_size=chunk_size)(basis)
+        return columns.unflatten(-1, x.shape) if x.dim() else columns.squeeze(-1)
+
+    return full
 
 
 def jvp(module: Function, inputs: Tensor, tangents: Tensor) -> Tensor:
@@ -223,7 +265,7 @@ def jacobian_operator(module: Function, x: Tensor) -> LinearOperator:
     """
     function = _sample_function(module)
     _check_tensor("x", x)
-    x = x.detach()
+    x = x.detach().clone()  # since the caller may write into it before a product is taken
     torch.func.vmap(function)(x.unsqueeze(0))  # refuses randomness, as the batched products do
     outputs, pullback = torch.func.vjp(function, x)[:2]
 
@@ -300,23 +342,24 @@ def singular_values(
     >>> bool((top - dense[:3]).abs().max() < 1e-12)
     True
     """
-    operator = jacobian_operator(module, x)
-    r = min(operator.shape)
+    J = jacobian_operator(module, x)
+    r = min(J.shape)
+    k = _integer("k", k)
     if not 1 <= k <= r:
         raise ValueError(f"k must be between 1 and min(m, n) = {r}, got {k}")
     if which not in ("top", "bottom"):
         raise ValueError(f'which must be "top" or "bottom", got {which!r}')
-    tall = operator if operator.shape[1] == r else operator.T
+    tall = J if J.shape[1] == r else J.T
     # Note [a random start]: a constant vector is a singular vector of every circular convolution,
     # and Lanczos started there sees nothing else.
-    start = np.random.default_rng(0).standard_normal(r).astype(operator.dtype)
+    start = np.random.default_rng(0).standard_normal(r).astype(J.dtype)
     scale = np.linalg.norm(tall @ start) / np.linalg.norm(start)
     if k == r or scale == 0:  # all values, or J = 0, which ARPACK refuses
-        basis = np.eye(r, k, dtype=operator.dtype)
+        basis = np.eye(r, k, dtype=J.dtype)
     else:
         # Note [unit scale]: ARPACK takes eigenvalues below 1e-11 for zero and stops too early.
         gram = LinearOperator(
-            (r, r), matvec=lambda v: tall.T @ (tall @ v / scale) / scale, dtype=operator.dtype
+            (r, r), matvec=lambda v: tall.T @ (tall @ v / scale) / scale, dtype=J.dtype
         )
         end, size = ("LA", None) if which == "top" else ("SA", r)
         basis = eigsh(gram, k=k, which=end, v0=start, ncv=size)[1]
@@ -360,17 +403,18 @@ def layer_jacobians(sequential: nn.Sequential, inputs: Tensor) -> list[Tensor]:
     >>> bool((product - jacobian(net, x)).abs().max() < 1e-15)
     True
     """
-    plain = isinstance(sequential, nn.Sequential)
-    plain = plain and type(sequential).forward is nn.Sequential.forward
-    if not plain or sequential._forward_hooks or sequential._forward_pre_hooks:
+    net = _unwrapped(sequential)
+    plain = isinstance(net, nn.Sequential) and type(net).forward is nn.Sequential.forward
+    if not plain or net._forward_hooks or net._forward_pre_hooks:
         raise TypeError(
             "sequential must be a torch.nn.Sequential with its own forward and no forward hooks, "
             f"got {type(sequential).__name__}"
         )
     factors, hidden = [], inputs
-    for layer in sequential:
+    for layer in net:
         factors.append(jacobian(layer, hidden, flatten=True))
-        hidden = layer(hidden)
+        with _Differentiable():
+            hidden = layer(hidden.clone())
     return factors
 
 
@@ -700,22 +744,20 @@ def _sample_function(module: Function) -> Function:
     """``lambda x: module(x[None])[0]``, for a module that keeps samples apart."""
     if not callable(module):
         raise TypeError(f"module must be callable, got {type(module).__name__}")
-    for name, part in module.named_modules() if isinstance(module, nn.Module) else ():
-        where = f"{type(part).__name__} {name!r}"
-        if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
-            raise ValueError(
-                f"module must keep samples apart, but its {where} normalises by the statistics of "
-                "the batch: call module.eval(), or see batch_norm_jacobian"
-            )
-        if isinstance(part, _DropoutNd) and part.training and part.p > 0:
-            raise ValueError(
-                f"module must be deterministic, but its {where} is in training: call module.eval()"
-            )
+    module = _unwrapped(module)
+    if isinstance(module, nn.Module):
+        _check_module("module", module)
 
     def function(x: Tensor) -> Tensor:
-        outputs = module(x.unsqueeze(0))
+        with _Differentiable():
+            outputs = module(x.unsqueeze(0).clone())
         if not isinstance(outputs, Tensor):
-            raise TypeError(f"module must return a tensor, got {type(outputs).__name__}")
+            raise TypeError(
+                f"module must return a tensor, got {type(outputs).__name__}: pick one of its "
+                f"outputs, as in lambda x: module(x)[{_key(outputs)!r}]"
+            )
+        if not outputs.is_floating_point():
+            raise TypeError(f"module must return real floating-point numbers, got {outputs.dtype}")
         if outputs.dim() == 0 or len(outputs) != 1:
             raise ValueError(
                 "module must return one output for each sample, but a batch of one gave shape "
@@ -726,10 +768,254 @@ def _sample_function(module: Function) -> Function:
     return function
 
 
+def _check_module(argument: str, module: nn.Module) -> None:
+    """Refuse a module that mixes samples, is random, or changes when it is called."""
+    for name, part in module.named_modules():
+        where, remedy = f"{type(part).__name__} {name!r}", f"call {argument}.eval()"
+        if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
+            raise ValueError(
+                f"{argument} must keep samples apart, but its {where} normalises by the statistics "
+                f"of the batch: {remedy}, or see batch_norm_jacobian"
+            )
+        if part.training and _draws(part):
+            raise ValueError(
+                f"{argument} must be deterministic, but its {where} is in training: {remedy}"
+            )
+        tracks = isinstance(part, _InstanceNorm) and part.track_running_stats
+        if part.training and (tracks or isinstance(part, _SpectralNorm)):
+            raise ValueError(
+                f"{argument} must not change, but its {where} does at each call: {remedy}"
+            )
+
+
+def _unwrapped(module: Any) -> Any:
+    """Return the module inside what compiles it or runs it on several devices."""
+    while True:
+        if isinstance(module, (nn.DataParallel, DistributedDataParallel)):
+            module = module.module
+        elif isinstance(module, nn.Module) and "_orig_mod" in module._modules:
+            module = module._orig_mod
+        else:
+            return module
+
+
+def _draws(part: nn.Module) -> bool:
+    """Whether a module draws random numbers in training."""
+    if isinstance(part, nn.RNNBase):
+        return part.dropout > 0 and part.num_layers > 1
+    if isinstance(part, nn.MultiheadAttention):
+        return part.dropout > 0
+    return isinstance(part, nn.RReLU) or (isinstance(part, _DropoutNd) and part.p > 0)
+
+
+def _key(outputs: Any) -> Any:
+    """Where the first tensor of a dictionary or sequence is."""
+    return next(iter(outputs), 0) if isinstance(outputs, dict) else 0
+
+
+class _Differentiable(TorchFunctionMode):
+    """Run a module in operations that have all derivatives and can be batched.
+
+    Fused attention has no forward mode, and recurrent kernels have neither that nor a batching
+    rule; compiled code may hold either. The second derivatives that torch gives of the JVPs of
+    layer and instance normalisation are wrong, so these are written out, too. Modules of torch
+    take no other fused path under a mode.
+    """
+
+    def __enter__(self) -> _Differentiable:
+        self._contexts = contextlib.ExitStack()
+        self._contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._contexts.close()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in _CELLS:
+            inputs, state, *weights = args
+            single = isinstance(state, Tensor)
+            after = _CELLS[function](inputs, (state,) if single else state, *weights)
+            return after[0] if single else after
+        if function in _SEQUENCES:
+            return _unrolled(_SEQUENCES[function], *args)
+        return _NORMALIZATIONS.get(function, function)(*args, **(kwargs or {}))
+
+
+def _normalized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance = wide.var(dims, correction=0, keepdim=True)
+    return ((wide - wide.mean(dims, keepdim=True)) / (variance + eps).sqrt()).to(x.dtype)
+
+
+def _layer_norm(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    _cudnn: bool = True,
+) -> Tensor:
+    y = _normalized(x, tuple(range(-len(shape), 0)), eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats or running_mean is not None:
+        return functional.instance_norm(
+            x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    y = _normalized(x, tuple(range(2, x.dim())), eps)
+    channels = (-1, *[1] * (x.dim() - 2))
+    y = y if weight is None else y * weight.view(channels)
+    return y if bias is None else y + bias.view(channels)
+
+
+_NORMALIZATIONS: dict[Any, Callable[..., Tensor]] = {
+    functional.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    functional.instance_norm: _instance_norm,
+}
+
+
+State = tuple[Tensor, ...]
+
+
+def _lstm_cell(
+    x: Tensor,
+    state: State,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+) -> State:
+    hidden, cell = state
+    gates = functional.linear(x, w_ih, b_ih) + functional.linear(hidden, w_hh, b_hh)
+    i, f, g, o = gates.chunk(4, -1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    hidden = o.sigmoid() * cell.tanh()
+    return hidden if w_hr is None else functional.linear(hidden, w_hr), cell
+
+
+def _gru_cell(
+    x: Tensor,
+    state: State,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> State:
+    (hidden,) = state
+    r, z, n = functional.linear(x, w_ih, b_ih).chunk(3, -1)
+    hidden_r, hidden_z, hidden_n = functional.linear(hidden, w_hh, b_hh).chunk(3, -1)
+    z = (z + hidden_z).sigmoid()
+    n = (n + (r + hidden_r).sigmoid() * hidden_n).tanh()
+    return ((1 - z) * n + z * hidden,)
+
+
+def _rnn_cell(activation: Function) -> Callable[..., State]:
+    def cell(
+        x: Tensor,
+        state: State,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> State:
+        sums = functional.linear(x, w_ih, b_ih) + functional.linear(state[0], w_hh, b_hh)
+        return (activation(sums),)
+
+    return cell
+
+
+_CELLS: dict[Any, Callable[..., State]] = {
+    torch.lstm_cell: _lstm_cell,
+    torch.gru_cell: _gru_cell,
+    torch.rnn_tanh_cell: _rnn_cell(torch.tanh),
+    torch.rnn_relu_cell: _rnn_cell(torch.relu),
+}
+_SEQUENCES: dict[Any, Callable[..., State]] = {
+    torch.lstm: _lstm_cell,
+    torch.gru: _gru_cell,
+    torch.rnn_tanh: _rnn_cell(torch.tanh),
+    torch.rnn_relu: _rnn_cell(torch.relu),
+}
+
+
+def _unrolled(
+    cell: Callable[..., State],
+    inputs: Tensor,
+    state: Tensor | State,
+    weights: Sequence[Tensor],
+    biases: bool,
+    layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+) -> State:
+    """Run a recurrent layer cell by cell, with the arguments and outputs of torch's own."""
+    if not isinstance(biases, bool):  # of packed sequences, all arguments come one later
+        raise TypeError("module must not pack sequences: give one of full length")
+    directions = 2 if bidirectional else 1
+    size = len(weights) // (layers * directions)
+    states = (state,) if isinstance(state, Tensor) else state
+    time = 1 if batch_first else 0
+    rows, last = list(inputs.unbind(time)), []
+    for layer in range(layers):
+        if layer and training and dropout:
+            rows = [functional.dropout(row, dropout) for row in rows]
+        ways = []
+        for backward in range(directions):
+            index = layer * directions + backward
+            parts: list[Tensor | None] = list(weights[index * size : (index + 1) * size])
+            if not biases:
+                parts[2:2] = [None, None]
+            now, outputs = tuple(part[index] for part in states), []
+            for row in reversed(rows) if backward else rows:
+                now = cell(row, now, *parts)
+                outputs.append(now[0])
+            ways.append(outputs[::-1] if backward else outputs)
+            last.append(now)
+        rows = [torch.cat(pair, -1) for pair in zip(*ways, strict=True)]
+    return (torch.stack(rows, time), *(torch.stack(part) for part in zip(*last, strict=True)))
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _chunk(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    number = _integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
 def _check_tensor(name: str, value: Tensor, dim: int = 0) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+        hint = ": call torch.from_numpy" if isinstance(value, np.ndarray) else ""
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}{hint}")
     if value.dim() < dim or value.numel() == 0:
         raise ValueError(
             f"{name} must be non-empty with at least {dim} dimensions, "

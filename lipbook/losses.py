@@ -6,13 +6,24 @@ never gets small, since its logits cannot grow at will, and its gradient goes to
 to the border. Each loss here says by a parameter how large a margin is worth having, and so trades
 accuracy for radius. Methods can only be compared at the same loss (:cite:t:`bethune2022`).
 
-Functions come first: (batch, classes) logits and int64 labels (batch,) to the mean over the
+Functions come first: (batch, classes) logits and labels (batch,) to the mean over the
 batch. Then the same as modules, for ``loss=`` of a training loop.
+
+Margins and offsets are in units of the logits; :func:`margin_for_radius` turns a radius into one.
+Labels are classes in any integer dtype, or one row of probabilities :math:`q` for each sample (a
+one-hot row is its class), whose loss is the expected one,
+
+.. math:: \ell(z, q) = \sum_y q_y\, \ell(z, y).
+
+With ``class_weight`` :math:`w`, sample :math:`i` counts :math:`w_{y_i}` times: the mean is
+:math:`\sum_i w_{y_i} \ell(z_i, y_i) / \sum_i w_{y_i}`, as in torch's cross-entropy.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +42,8 @@ __all__ = [
     "multi_margin",
     "offset_cross_entropy",
 ]
+
+Reduction = Literal["mean", "sum", "none"]
 
 
 def margin_for_radius(radius: float, lipschitz: float = 1.0, p: float = 2) -> float:
@@ -76,31 +89,43 @@ def margin_for_radius(radius: float, lipschitz: float = 1.0, p: float = 2) -> fl
 
 
 def multi_margin(
-    logits: Tensor, labels: Tensor, margin: float = 1.0, divide_by_classes: bool = True
+    logits: Tensor,
+    labels: Tensor,
+    margin: float = 1.0,
+    divide_by_classes: bool = True,
+    *,
+    class_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Multi-class hinge loss of order 1.
 
     .. math:: \ell(z, y) = \frac1C \sum_{j \ne y} \max(0,\; m - z_y + z_j)
 
-    It is 0 where every margin is at least :math:`m`. :math:`1/C` is there with
+    It is 0 where every margin :math:`z_y - z_j` is at least :math:`m`. :math:`1/C` is there with
     ``divide_by_classes`` only, as in torch's ``multi_margin_loss``; it scales the
-    gradient, which plain gradient descent notices and Adam does not.
+    gradient, which plain gradient descent notices and Adam does not. The gradient is
+    :math:`\frac1C \sum_{j \in A} (e_j - e_y)` for the classes :math:`A` that are nearer than
+    :math:`m`: it does not fade as a sample comes close to its margin, and is 0 beyond.
 
     Parameters
     ----------
     logits : torch.Tensor
         (batch, classes).
     labels : torch.Tensor
-        (batch,) int64.
+        (batch,) integers, or (batch, classes) probabilities.
     margin : float
         :math:`m`, positive; see :func:`margin_for_radius`.
     divide_by_classes : bool
         Whether to divide by :math:`C`.
+    class_weight : torch.Tensor, optional
+        (classes,) positive weights.
+    reduction : {"mean", "sum", "none"}
+        The mean over the batch, the sum, or each sample's loss.
 
     Returns
     -------
     torch.Tensor
-        The mean over the batch, a scalar.
+        A scalar, or (batch,) for ``reduction="none"``.
 
     Raises
     ------
@@ -117,15 +142,25 @@ def multi_margin(
     ----------
     :cite:t:`anil2019sorting`; :cite:t:`li2019preventing`.
     """
-    _check(logits, labels)
+    labels = _check(logits, labels)
     _check_positive("margin", margin)
-    excess = (margin - logits.gather(1, labels[:, None]) + logits).clamp(min=0)
-    others = excess.scatter(1, labels[:, None], 0.0).sum(1)
-    return others.mean() / (logits.shape[1] if divide_by_classes else 1)
+
+    def loss(classes: Tensor) -> Tensor:
+        excess = (margin - logits.gather(1, classes[:, None]) + logits).clamp(min=0)
+        return excess.scatter(1, classes[:, None], 0.0).sum(1)
+
+    reduced = _reduced(loss, labels, logits, class_weight, reduction)
+    return reduced / (logits.shape[1] if divide_by_classes else 1)
 
 
 def offset_cross_entropy(
-    logits: Tensor, labels: Tensor, offset: float = 0.0, temperature: float = 1.0
+    logits: Tensor,
+    labels: Tensor,
+    offset: float = 0.0,
+    temperature: float = 1.0,
+    *,
+    class_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Cross-entropy with an offset of the true logit and a temperature.
 
@@ -134,8 +169,10 @@ def offset_cross_entropy(
         = t \log\Big(1 + \sum_{j \ne y} e^{(u - z_y + z_j) / t}\Big)
 
     A soft hinge: it tends to :math:`\max(0, \max_{j\ne y} u - z_y + z_j)` as :math:`t \to 0`, and
-    exceeds it by at most :math:`t \log C`. Its gradient is that of a cross-entropy, of norm at most
-    :math:`\sqrt2` whatever the temperature. ``offset=0`` is the tempered cross-entropy
+    exceeds it by at most :math:`t \log C`. Its gradient is that of a cross-entropy,
+    :math:`\operatorname{softmax}((z - u\, e_y)/t) - e_y`, of norm at most :math:`\sqrt2` whatever
+    the temperature, and of norm at least :math:`\tfrac12` until the margin is :math:`u`.
+    ``offset=0``, the default, asks for no margin: it is the tempered cross-entropy
     (:math:`t = 1/\tau` for those that multiply logits by :math:`\tau`).
 
     Parameters
@@ -143,16 +180,20 @@ def offset_cross_entropy(
     logits : torch.Tensor
         (batch, classes).
     labels : torch.Tensor
-        (batch,) int64.
+        (batch,) integers, or (batch, classes) probabilities.
     offset : float
         :math:`u`, a margin worth having, not negative.
     temperature : float
         :math:`t`, positive.
+    class_weight : torch.Tensor, optional
+        (classes,) positive weights.
+    reduction : {"mean", "sum", "none"}
+        The mean over the batch, the sum, or each sample's loss.
 
     Returns
     -------
     torch.Tensor
-        The mean over the batch, a scalar.
+        A scalar, or (batch,) for ``reduction="none"``.
 
     Raises
     ------
@@ -170,11 +211,16 @@ def offset_cross_entropy(
     :cite:t:`prach2022aol`, with :math:`u = \sqrt2` and :math:`t = 1/4` on CIFAR-10;
     :cite:t:`bethune2022` for the temperature.
     """
-    _check(logits, labels)
+    labels = _check(logits, labels)
     _check_positive("temperature", temperature)
     _check_not_negative("offset", offset)
-    own = functional.one_hot(labels, logits.shape[1]).to(logits)
-    return temperature * functional.cross_entropy((logits - offset * own) / temperature, labels)
+
+    def loss(classes: Tensor) -> Tensor:
+        own = functional.one_hot(classes, logits.shape[1]).to(logits)
+        scaled = (logits - offset * own) / temperature
+        return functional.cross_entropy(scaled, classes, reduction="none")
+
+    return temperature * _reduced(loss, labels, logits, class_weight, reduction)
 
 
 def certificate_loss(
@@ -183,6 +229,9 @@ def certificate_loss(
     weight: float = 0.5,
     lipschitz: float = 1.0,
     p: float = 2,
+    *,
+    class_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Cross-entropy minus the certified radius (certificate regularisation).
 
@@ -192,22 +241,28 @@ def certificate_loss(
 
     Rewards radius where the prediction is right, without end, and leaves wrong predictions to the
     cross-entropy. It is not bounded from below, other than by what a Lipschitz network can reach.
+    The gradient is that of the cross-entropy, plus :math:`\lambda (e_j - e_y) / (2^{1 - 1/p} L)`
+    for the second class :math:`j` where the prediction is right: no margin is ever enough.
 
     Parameters
     ----------
     logits : torch.Tensor
         (batch, classes).
     labels : torch.Tensor
-        (batch,) int64.
+        (batch,) integers, or (batch, classes) probabilities.
     weight : float
         :math:`\lambda`, not negative.
     lipschitz, p
         As in :func:`margin_for_radius`.
+    class_weight : torch.Tensor, optional
+        (classes,) positive weights.
+    reduction : {"mean", "sum", "none"}
+        The mean over the batch, the sum, or each sample's loss.
 
     Returns
     -------
     torch.Tensor
-        The mean over the batch, a scalar.
+        A scalar, or (batch,) for ``reduction="none"``.
 
     Raises
     ------
@@ -226,16 +281,27 @@ def certificate_loss(
     ----------
     :cite:t:`singla2022improved`.
     """
-    _check(logits, labels)
+    labels = _check(logits, labels)
     _check_not_negative("weight", weight)
     slope = margin_for_radius(1.0, lipschitz, p)
-    own = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], -math.inf).amax(1)
-    radius = (own[:, 0] - others).clamp(min=0) / slope
-    return functional.cross_entropy(logits, labels) - weight * radius.mean()
+
+    def loss(classes: Tensor) -> Tensor:
+        own = logits.gather(1, classes[:, None])
+        others = logits.scatter(1, classes[:, None], -math.inf).amax(1)
+        radius = (own[:, 0] - others).clamp(min=0) / slope
+        return functional.cross_entropy(logits, classes, reduction="none") - weight * radius
+
+    return _reduced(loss, labels, logits, class_weight, reduction)
 
 
-def hinge_kr(outputs: Tensor, labels: Tensor, alpha: float = 10.0, margin: float = 1.0) -> Tensor:
+def hinge_kr(
+    outputs: Tensor,
+    labels: Tensor,
+    alpha: float = 10.0,
+    margin: float = 1.0,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
     r"""Hinge-regularised Kantorovich–Rubinstein loss, binary or one against the others.
 
     .. math::
@@ -245,24 +311,30 @@ def hinge_kr(outputs: Tensor, labels: Tensor, alpha: float = 10.0, margin: float
     The first term separates the classes as far as a 1-Lipschitz function can, the second keeps the
     border between them. With several classes, output :math:`c` has the labels 1 for class c and -1
     for the others, and the loss is the mean over the outputs. An output whose class is missing from
-    the batch, or is all of it, has no first term.
+    the batch, or is all of it, has no first term. The first term weighs both classes alike,
+    whatever their sizes :math:`n_\pm`: its gradient is :math:`-y_i / n_{y_i}` at every sample, and
+    :math:`-\alpha y_i / n` is added within the margin, :math:`y_i f(x_i) < m`. So :math:`m` is a
+    distance to the border, half of a margin :math:`z_y - z_j` of two logits.
 
     Parameters
     ----------
     outputs : torch.Tensor
         (batch,) or (batch, 1) for two classes, (batch, classes) for several.
     labels : torch.Tensor
-        (batch,): -1 or 1 for (batch,) outputs; int64 classes for (batch, classes); either 0 and 1
-        or -1 and 1 for (batch, 1).
+        (batch,): -1 or 1 for (batch,) outputs; integer classes or one-hot rows for
+        (batch, classes); either 0 and 1 or -1 and 1 for (batch, 1).
     alpha : float
         Weight of the hinge, not negative.
     margin : float
         :math:`m`, positive.
+    reduction : {"mean", "sum", "none"}
+        The loss, as it is written; times the batch size; or what each sample adds, (batch,), of
+        which it is the mean. The first term depends on the whole batch in any case.
 
     Returns
     -------
     torch.Tensor
-        A scalar.
+        A scalar, or (batch,) for ``reduction="none"``.
 
     Raises
     ------
@@ -282,14 +354,21 @@ def hinge_kr(outputs: Tensor, labels: Tensor, alpha: float = 10.0, margin: float
     """
     _check_positive("margin", margin)
     _check_not_negative("alpha", alpha)
+    _check_reduction(reduction)
+    _check_tensors(outputs, labels)
     if outputs.dim() == 2 and outputs.shape[1] > 1:
-        _check(outputs, labels)
+        labels = _check(outputs, labels)
+        if labels.dim() == 2:
+            if not ((labels == 0) | (labels == 1)).all():
+                raise ValueError("labels must be classes or one-hot rows, got other probabilities")
+            labels = labels.argmax(1)
         signs = functional.one_hot(labels, outputs.shape[1]) * 2 - 1
     else:
         if outputs.dim() == 2:
             outputs = outputs[:, 0]
+            labels = labels if labels.is_floating_point() else labels.long()
             labels = torch.where(labels == 0, -1, labels)
-        _check_binary(outputs, labels)
+        labels = _check_binary(outputs, labels)
         outputs, signs = outputs[:, None], labels[:, None]
     positive = (signs > 0).to(outputs)
     count = positive.sum(0)
@@ -297,8 +376,12 @@ def hinge_kr(outputs: Tensor, labels: Tensor, alpha: float = 10.0, margin: float
     means = (outputs * positive).sum(0) / count.clamp(min=1)
     gaps = means - (outputs * (1 - positive)).sum(0) / others.clamp(min=1)
     both = (count > 0) & (others > 0)
-    hinge = (margin - signs * outputs).clamp(min=0).mean(0)
-    return (alpha * hinge - gaps * both).mean()
+    hinge = (margin - signs * outputs).clamp(min=0)
+    if reduction == "none":
+        shares = positive / count.clamp(min=1) - (1 - positive) / others.clamp(min=1)
+        return (alpha * hinge - len(outputs) * shares * outputs * both).mean(1)
+    loss = (alpha * hinge.mean(0) - gaps * both).mean()
+    return loss * len(outputs) if reduction == "sum" else loss
 
 
 # ----------------------------------------------------------------------------------- modules
@@ -309,7 +392,7 @@ class MultiMarginLoss(nn.Module):
 
     Parameters
     ----------
-    margin, divide_by_classes
+    margin, divide_by_classes, class_weight, reduction
         As there.
 
     Examples
@@ -318,18 +401,38 @@ class MultiMarginLoss(nn.Module):
     0.25
     """
 
-    def __init__(self, margin: float = 1.0, divide_by_classes: bool = True) -> None:
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        margin: float = 1.0,
+        divide_by_classes: bool = True,
+        *,
+        class_weight: Tensor | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
         super().__init__()
         _check_positive("margin", margin)
+        _check_reduction(reduction)
         self.margin, self.divide_by_classes = margin, divide_by_classes
+        self.reduction: Reduction = reduction
+        self.register_buffer("class_weight", _check_class_weight(class_weight))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of a batch."""
-        return multi_margin(logits, labels, self.margin, self.divide_by_classes)
+        """Loss of a batch."""
+        return multi_margin(
+            logits,
+            labels,
+            self.margin,
+            self.divide_by_classes,
+            class_weight=self.class_weight,
+            reduction=self.reduction,
+        )
 
     def extra_repr(self) -> str:
         """Show the arguments."""
-        return f"margin={self.margin:g}, divide_by_classes={self.divide_by_classes}"
+        shown = f"margin={self.margin:g}, divide_by_classes={self.divide_by_classes}"
+        return shown + _options(self)
 
 
 class OffsetCrossEntropyLoss(nn.Module):
@@ -337,8 +440,8 @@ class OffsetCrossEntropyLoss(nn.Module):
 
     Parameters
     ----------
-    offset, temperature
-        As there.
+    offset, temperature, class_weight, reduction
+        As there, but ``offset`` must be given: 0 is a plain cross-entropy.
 
     Examples
     --------
@@ -347,19 +450,38 @@ class OffsetCrossEntropyLoss(nn.Module):
     '0.5000'
     """
 
-    def __init__(self, offset: float = 0.0, temperature: float = 1.0) -> None:
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        offset: float,
+        temperature: float = 1.0,
+        *,
+        class_weight: Tensor | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
         super().__init__()
         _check_not_negative("offset", offset)
         _check_positive("temperature", temperature)
+        _check_reduction(reduction)
         self.offset, self.temperature = offset, temperature
+        self.reduction: Reduction = reduction
+        self.register_buffer("class_weight", _check_class_weight(class_weight))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of a batch."""
-        return offset_cross_entropy(logits, labels, self.offset, self.temperature)
+        """Loss of a batch."""
+        return offset_cross_entropy(
+            logits,
+            labels,
+            self.offset,
+            self.temperature,
+            class_weight=self.class_weight,
+            reduction=self.reduction,
+        )
 
     def extra_repr(self) -> str:
         """Show the arguments."""
-        return f"offset={self.offset:g}, temperature={self.temperature:g}"
+        return f"offset={self.offset:g}, temperature={self.temperature:g}" + _options(self)
 
 
 class CertificateLoss(nn.Module):
@@ -367,7 +489,7 @@ class CertificateLoss(nn.Module):
 
     Parameters
     ----------
-    weight, lipschitz, p
+    weight, lipschitz, p, class_weight, reduction
         As there.
 
     Examples
@@ -377,19 +499,41 @@ class CertificateLoss(nn.Module):
     True
     """
 
-    def __init__(self, weight: float = 0.5, lipschitz: float = 1.0, p: float = 2) -> None:
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: float = 0.5,
+        lipschitz: float = 1.0,
+        p: float = 2,
+        *,
+        class_weight: Tensor | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
         super().__init__()
         _check_not_negative("weight", weight)
         margin_for_radius(1.0, lipschitz, p)
+        _check_reduction(reduction)
         self.weight, self.lipschitz, self.p = weight, lipschitz, p
+        self.reduction: Reduction = reduction
+        self.register_buffer("class_weight", _check_class_weight(class_weight))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of a batch."""
-        return certificate_loss(logits, labels, self.weight, self.lipschitz, self.p)
+        """Loss of a batch."""
+        return certificate_loss(
+            logits,
+            labels,
+            self.weight,
+            self.lipschitz,
+            self.p,
+            class_weight=self.class_weight,
+            reduction=self.reduction,
+        )
 
     def extra_repr(self) -> str:
         """Show the arguments."""
-        return f"weight={self.weight:g}, lipschitz={self.lipschitz:g}, p={self.p:g}"
+        shown = f"weight={self.weight:g}, lipschitz={self.lipschitz:g}, p={self.p:g}"
+        return shown + _options(self)
 
 
 class HingeKRLoss(nn.Module):
@@ -397,7 +541,7 @@ class HingeKRLoss(nn.Module):
 
     Parameters
     ----------
-    alpha, margin
+    alpha, margin, reduction
         As there.
 
     Examples
@@ -406,19 +550,58 @@ class HingeKRLoss(nn.Module):
     -2.0
     """
 
-    def __init__(self, alpha: float = 10.0, margin: float = 1.0) -> None:
+    def __init__(
+        self, alpha: float = 10.0, margin: float = 1.0, *, reduction: Reduction = "mean"
+    ) -> None:
         super().__init__()
         _check_not_negative("alpha", alpha)
         _check_positive("margin", margin)
+        _check_reduction(reduction)
         self.alpha, self.margin = alpha, margin
+        self.reduction: Reduction = reduction
 
     def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of a batch."""
-        return hinge_kr(outputs, labels, self.alpha, self.margin)
+        """Loss of a batch."""
+        return hinge_kr(outputs, labels, self.alpha, self.margin, reduction=self.reduction)
 
     def extra_repr(self) -> str:
         """Show the arguments."""
-        return f"alpha={self.alpha:g}, margin={self.margin:g}"
+        return f"alpha={self.alpha:g}, margin={self.margin:g}" + _options(self)
+
+
+def _options(module: nn.Module) -> str:
+    weight = getattr(module, "class_weight", None)
+    shown = "" if weight is None else f", class_weight={weight.tolist()}"
+    return shown if module.reduction == "mean" else f"{shown}, reduction={module.reduction!r}"
+
+
+# --------------------------------------------------------------------------------- reduction
+
+
+def _reduced(
+    loss: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    logits: Tensor,
+    class_weight: Tensor | None,
+    reduction: Reduction,
+) -> Tensor:
+    """Weigh and reduce a loss of classes (batch,), at checked labels."""
+    _check_reduction(reduction)
+    weight = _check_class_weight(class_weight, logits)
+    if labels.dim() == 1:
+        values = loss(labels)
+        share = None if weight is None else weight[labels]
+        values = values if share is None else share * values
+    else:
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        every = torch.stack([loss(c.expand(len(logits))) for c in classes], 1)
+        share = labels if weight is None else labels * weight
+        values = (share * every).sum(1)
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    return values.mean() if weight is None or share is None else values.sum() / share.sum()
 
 
 # --------------------------------------------------------------------------------- arguments
@@ -434,33 +617,82 @@ def _check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
 
-def _check(logits: Tensor, labels: Tensor) -> None:
-    """Refuse what is no batch of logits with a class for each."""
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def _check_class_weight(weight: Tensor | None, logits: Tensor | None = None) -> Tensor | None:
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"class_weight must be a floating-point tensor, got {got}")
+    if weight.dim() != 1 or (logits is not None and len(weight) != logits.shape[1]):
+        expected = "(classes,)" if logits is None else f"({logits.shape[1]},)"
+        raise ValueError(f"class_weight must have shape {expected}, got {tuple(weight.shape)}")
+    if not ((weight > 0) & weight.isfinite()).all():
+        raise ValueError(f"class_weight must be positive and finite, got {weight.tolist()}")
+    return weight if logits is None else weight.to(logits)
+
+
+def _check(logits: Tensor, labels: Tensor) -> Tensor:
+    """Refuse what is no batch of logits with a class for each, and return int64 or probabilities.
+
+    Probabilities come in the dtype of the logits.
+    """
     _check_tensors(logits, labels)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must have dtype int64, got {labels.dtype}")
-    if logits.dim() != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
+    shapes = (tuple(logits.shape), tuple(labels.shape))
+    if logits.dim() != 2 or logits.shape[1] < 2 or shapes[1] not in (shapes[0][:1], shapes[0]):
         raise ValueError(
-            "logits and labels must have shapes (batch, classes) and (batch,), with two classes or "
-            f"more, got {tuple(logits.shape)} and {tuple(labels.shape)}"
+            "logits and labels must have shapes (batch, classes) and (batch,), or (batch, classes) "
+            "for probabilities, with two classes or more, "
+            f"got {shapes[0]} and {shapes[1]}"
         )
+    if labels.dim() == 2:
+        return _check_probabilities(labels).to(logits)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(
+            f"labels must be classes in int64 or another integer dtype, got {labels.dtype}: call "
+            ".long()"
+        )
+    labels = labels.long()
     if not (labels.min() >= 0 and labels.max() < logits.shape[1]):
         raise ValueError(
             f"labels must be classes from 0 to {logits.shape[1] - 1}, "
             f"got {labels.min().item()} to {labels.max().item()}"
         )
+    return labels
 
 
-def _check_binary(outputs: Tensor, labels: Tensor) -> None:
-    """Refuse what is no batch of numbers with a sign for each."""
-    _check_tensors(outputs, labels)
+def _check_probabilities(labels: Tensor) -> Tensor:
+    if labels.is_complex():
+        raise TypeError(f"labels must be real, got {labels.dtype}")
+    exact = labels.detach().double()
+    rounding = 0.0
+    if labels.is_floating_point():
+        rounding = labels.shape[1] * torch.finfo(labels.dtype).eps
+    # Sums may be off by the rounding of their terms and of the division that made them.
+    if not ((exact >= 0).all() and ((exact.sum(1) - 1).abs() <= 2 * rounding).all()):
+        raise ValueError(
+            "labels of shape (batch, classes) must be rows of probabilities, got entries from "
+            f"{exact.min().item():g} to {exact.max().item():g} and sums from "
+            f"{exact.sum(1).min().item():g} to {exact.sum(1).max().item():g}"
+        )
+    return labels
+
+
+def _check_binary(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Refuse what is no batch of numbers with a sign for each, and return the signs."""
     if outputs.dim() != 1 or labels.shape != outputs.shape:
         raise ValueError(
             "outputs and labels must have one shape (batch,), "
             f"got {tuple(outputs.shape)} and {tuple(labels.shape)}"
         )
+    labels = labels if labels.is_floating_point() else labels.long()
     if not (labels.abs() == 1).all():
         raise ValueError(f"labels must be -1 or 1, got {labels.unique().tolist()}")
+    return labels
 
 
 def _check_tensors(outputs: Tensor, labels: Tensor) -> None:

@@ -18,16 +18,29 @@ layer                          what it keeps                              p = 1 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lipbook.composition import Bound, lipschitz_rule
+from lipbook.errors import (
+    Analysis,
+    ForwardError,
+    _Affine,
+    _closed_form,
+    _entries,
+    _error_rule_of,
+    _norms,
+    _relative,
+    moved_error,
+)
 
 __all__ = [
     "AveragePooling",
@@ -43,6 +56,13 @@ __all__ = [
 ]
 
 Size = int | Sequence[int]
+
+# torch.fx records a call of these as one step, since their course depends on sizes.
+torch.fx.wrap("invertible_downsampling")
+torch.fx.wrap("invertible_upsampling")
+torch.fx.wrap("norm_pooling")
+torch.fx.wrap("average_pooling")
+torch.fx.wrap("upsampling")
 
 
 def invertible_downsampling(x: Tensor, window: Size) -> Tensor:
@@ -228,13 +248,17 @@ def upsampling(x: Tensor, window: Size) -> Tensor:
 def _per_axis(x: Tensor, window: Size) -> tuple[int, ...]:
     """One integer for each of the axes after the channels."""
     dims = x.dim() - 2
-    sizes = (window,) * dims if isinstance(window, int) else tuple(window)
-    if dims < 1 or len(sizes) != dims or not all(isinstance(n, int) and n >= 1 for n in sizes):
+    sizes = tuple(window) if isinstance(window, Sequence) else (window,) * dims
+    if dims < 1 or len(sizes) != dims or not all(map(_positive, sizes)):
         raise ValueError(
             "window must be a positive integer, or one for each axis after the channels, "
             f"got {window!r} for an input of shape {tuple(x.shape)}"
         )
-    return sizes
+    return tuple(operator.index(n) for n in sizes)
+
+
+def _positive(size: Any) -> bool:
+    return hasattr(size, "__index__") and size >= 1
 
 
 def _windows(x: Tensor, window: Size) -> tuple[Tensor, int]:
@@ -254,10 +278,11 @@ def _windows(x: Tensor, window: Size) -> tuple[Tensor, int]:
 class _Windowed(nn.Module):
     def __init__(self, window: Size) -> None:
         super().__init__()
-        self.window = window if isinstance(window, int) else tuple(window)
-        sizes = (window,) if isinstance(window, int) else self.window
-        if not sizes or not all(isinstance(n, int) and n >= 1 for n in cast(Any, sizes)):
+        sizes = tuple(window) if isinstance(window, Sequence) else (window,)
+        if not sizes or not all(map(_positive, sizes)):
             raise ValueError(f"window must be one or more positive integers, got {window!r}")
+        sizes = tuple(operator.index(n) for n in sizes)
+        self.window = sizes if isinstance(window, Sequence) else sizes[0]
 
     def extra_repr(self) -> str:
         """Show the window."""
@@ -384,3 +409,39 @@ _EXPONENTS: dict[type[nn.Module], dict[float, float]] = {  # of w, for each p
 }
 for _layer, _powers in _EXPONENTS.items():
     lipschitz_rule.register(_layer, functools.partial(_rule, _powers))
+
+
+# ------------------------------------------------------------------- errors of programs
+
+_error_rule_of(InvertibleDownsampling, InvertibleUpsampling)(moved_error)
+
+
+@_error_rule_of(Upsampling)
+def _(module: Upsampling, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+    return lambda x: _relative(module, x, p, lipschitz, 3)  # the constant and the quotient
+
+
+@_error_rule_of(NormPooling)
+def _(module: NormPooling, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+    roundings = 3 + example[0].numel() // module(example)[0].numel()  # squares, sum, root
+
+    def analysis(x: Tensor) -> ForwardError:
+        size = _norms(x, p)
+        result = _relative(module, x, p, lipschitz, roundings)
+        # Squares may underflow or overflow where their root would not.
+        info = torch.finfo(torch.promote_types(x.dtype, torch.float32))
+        lost = roundings * math.sqrt(info.tiny) * _entries(result.outputs, p)
+        limit = result.limit.clamp(max=math.sqrt(info.max) / 4 - size)
+        return dataclasses.replace(result, error=result.error + lost, limit=limit)
+
+    return analysis
+
+
+@_error_rule_of(AveragePooling)
+def _(module: AveragePooling, example: Tensor, p: float) -> Analysis:
+    norm = _closed_form(module, example, p)
+    window = -(-example[0].numel() // module(example)[0].numel())
+    affine = _Affine(module, norm, norm * window, 0.0, 1.0, window + 2)  # the sum comes undivided
+    return lambda x: affine(x, p)

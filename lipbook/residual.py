@@ -21,7 +21,9 @@ anything from below. Eigenvalues may be 0: these layers are nonexpansive, not no
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -31,7 +33,27 @@ from torch.nn import functional
 
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.convolutions import circular_fold, circular_pad, kernel_norm_bound
-from lipbook.norms import convolution_norm_bound, operator_norm
+from lipbook.errors import (
+    Analysis,
+    ForwardError,
+    _absolute_norm,
+    _bias_norm,
+    _check_direct,
+    _computing_dtype,
+    _entries,
+    _error_rule_of,
+    _is_half,
+    _norms,
+)
+from lipbook.freezing import computes_as, freeze_rule
+from lipbook.norms import convolution_norm_bound, dual_exponent, operator_norm
+from lipbook.norms.rigorous import (
+    _UP,
+    _gamma,
+    rigorous_convolution_norm,
+    rigorous_matrix_norm,
+)
+from lipbook.orthogonal.orthonormality import power_of_two, without_autocast
 
 __all__ = [
     "CPLConv2d",
@@ -50,6 +72,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 
+
+# torch.fx records a call of these as one step, since their course depends on sizes.
+torch.fx.wrap("sll_scale")
+torch.fx.wrap("cpl_scale")
+torch.fx.wrap("circular_pad")
+torch.fx.wrap("circular_fold")
 
 # Note [rounding]
 # The scales are rounded upwards by a few units in the last place, so that T is at least W Wᵀ for
@@ -76,7 +104,7 @@ def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
     Returns
     -------
     torch.Tensor
-        :math:`T`, (inner,).
+        :math:`T`, (inner,); infinite where it exceeds the range of the dtype.
 
     Examples
     --------
@@ -89,15 +117,18 @@ def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
     ----------
     :cite:t:`araujo2023sll`, Theorem 3. Both q and 1/q have to meet the same pair (i, j).
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         weight, log_q = _at_least_float32(weight), _at_least_float32(log_q)
+        size = power_of_two(weight)
+        weight = weight / size
         if weight.dim() == 2:
             gram = (weight @ weight.mT).abs()
         else:
             padding = [size - 1 for size in weight.shape[2:]]
             gram = functional.conv2d(weight, weight, padding=padding).abs().sum((2, 3))
         ratio = (log_q[None, :] - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)
-        return _rounded_up((gram * ratio).sum(1))
+        scale = _rounded_up((gram * ratio).sum(1)) * size * size
+        return scale.clamp(min=math.sqrt(torch.finfo(scale.dtype).tiny))
 
 
 def cpl_scale(weight: Tensor) -> Tensor:
@@ -116,7 +147,7 @@ def cpl_scale(weight: Tensor) -> Tensor:
     Returns
     -------
     torch.Tensor
-        The diagonal of :math:`T`, (inner,).
+        The diagonal of :math:`T`, (inner,); infinite where it exceeds the range of the dtype.
 
     Examples
     --------
@@ -128,7 +159,7 @@ def cpl_scale(weight: Tensor) -> Tensor:
     ----------
     :cite:t:`meunier2022cpl`.
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         weight = _at_least_float32(weight)
         return _rounded_up(kernel_norm_bound(weight).square()).expand(weight.shape[0])
 
@@ -154,6 +185,7 @@ class _PotentialStep(nn.Module):
                 f"activation must be one of {sorted(_ACTIVATIONS)}, elementwise with slopes in "
                 f"[0, 1], got {activation!r}"
             )
+        shape = tuple(operator.index(n) for n in shape)
         if min(shape) < 1:
             raise ValueError(f"features, channels and sizes must be positive, got {shape}")
         self.activation = activation
@@ -434,3 +466,140 @@ def _norm(module: Any, weight: Tensor, input_shape: tuple[int, ...], p: float) -
 
 for _layer in (SLLLinear, CPLLinear, SLLConv2d, CPLConv2d):
     lipschitz_rule.register(_layer, _step_rule)
+
+
+# ------------------------------------------------------------------- errors of programs
+
+
+@_error_rule_of(SLLLinear, CPLLinear, SLLConv2d, CPLConv2d)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    weight, dtype = module.weight.detach(), module.weight.dtype
+    _check_direct(weight)
+    if module.activation not in ("relu", "identity"):
+        raise ValueError(f"the rounding of {module.activation} is not known: use 'relu'")
+    if _is_half(dtype) or _computing_dtype(example, weight) != dtype:
+        raise ValueError("half precision is not supported: use float32 or float64")
+    dense = weight.dim() == 2
+    scale = (2 / module.scale()).to(dtype).double()
+    geometry: dict[str, Any] = {}
+    if not dense:
+        padding = weight.shape[-1] // 2
+        geometry = {"padding": padding, "padding_mode": module.padding_mode}
+
+    def norm(matrix: Tensor, q: float) -> float:
+        if dense:
+            return rigorous_matrix_norm(matrix, q)
+        return rigorous_convolution_norm(matrix, list(example.shape[2:]), p=q, **geometry)
+
+    view = scale.view(-1, *[1] * (weight.dim() - 1))
+    absolute = _absolute_norm(functools.partial(norm, weight), p)
+    back = _absolute_norm(functools.partial(norm, view * weight.double()), dual_exponent(p)) * _UP
+    if p == 2:
+        lipschitz = max(1.0, norm(view.sqrt() * weight.double(), 2) ** 2 * _UP - 1)
+    else:
+        lipschitz = (1 + back * absolute) * _UP
+    positions = 1 if dense else example[0, 0].numel()
+    bias_norm = _bias_norm(module.bias, dtype, positions, p)
+    rows, columns = weight[0].numel() + 3, weight[:, 0].numel() + 3
+    gamma = _gamma(rows + columns, dtype)
+    largest = max(1.0, weight.abs().max().item(), scale.max().item()) ** 3
+
+    def analysis(x: Tensor) -> ForwardError:
+        # Every product on a path from x to the output is rounded at most rows + columns times.
+        outputs = module(x)
+        size = _norms(x, p)
+        inside = size + back * (absolute * size + bias_norm)
+        entries = _entries(outputs, p) * len(weight) * rows * columns
+        underflow = torch.finfo(dtype).tiny * entries * largest
+        slope = gamma * (1 + back * absolute) + underflow
+        room = (torch.finfo(dtype).max / 4 - inside) / (1 + back * absolute)
+        most = torch.finfo(dtype).max / 4 / max(1.0, scale.max().item())  # for W x + b, then scaled
+        hidden = (most - absolute * size - bias_norm) / max(absolute, 1e-300)
+        return ForwardError(
+            outputs,
+            lipschitz,
+            (gamma * inside + underflow * (2 + size + bias_norm)) * _UP,
+            slope * _UP,
+            torch.minimum(room, hidden),
+        )
+
+    return analysis
+
+
+# ------------------------------------------------------------------------- frozen layers
+
+
+class DenseStep(_DenseStep):
+    r"""Frozen potential step, dense: what :class:`~lipbook.residual.SLLLinear` freezes to, or CPL.
+
+    .. math:: f(x) = x - 2 W^\top T^{-1} \sigma(W x + b)
+
+    with constants :math:`W, b, T`. **Guaranteed**: what the layer that it was made of guaranteed at
+    that time. The Lipschitz rule computes the bound from the constants and does not trust them.
+
+    Attributes
+    ----------
+    weight : torch.Tensor
+        :math:`W`, (inner, features).
+    bias : torch.Tensor
+        :math:`b`, (inner,).
+    diagonal : torch.Tensor
+        That of :math:`T`, (inner,).
+
+    Examples
+    --------
+    >>> from lipbook.freezing import freeze
+    >>> layer = SLLLinear(8, 16)
+    >>> step = freeze(layer)
+    >>> type(step).__name__, torch.equal(step.diagonal, layer.scale())
+    ('DenseStep', True)
+    """
+
+    diagonal: Tensor
+
+    def scale(self) -> Tensor:
+        """Diagonal of T, (inner,)."""
+        return self.diagonal
+
+
+class ConvolutionStep(_ConvolutionStep):
+    r"""Frozen potential step, convolutional: :class:`DenseStep` with a convolution for W.
+
+    ``weight`` is its kernel, (inner, c, k, k).
+
+    Examples
+    --------
+    >>> from lipbook.freezing import freeze
+    >>> step, x = freeze(CPLConv2d(4, 8)), torch.randn(2, 4, 8, 8)
+    >>> y = step(x)
+    >>> bool((y[0] - y[1]).norm() <= (x[0] - x[1]).norm())
+    True
+    """
+
+    diagonal: Tensor
+
+    def scale(self) -> Tensor:
+        """Diagonal of T, (inner,)."""
+        return self.diagonal
+
+
+_STEPS: dict[type[nn.Module], type[Any]] = {
+    SLLLinear: DenseStep,
+    CPLLinear: DenseStep,
+    SLLConv2d: ConvolutionStep,
+    CPLConv2d: ConvolutionStep,
+}
+for _plain in (DenseStep, ConvolutionStep):
+    lipschitz_rule.register(_plain, lipschitz_rule.dispatch(SLLLinear))
+
+
+def _freeze_step(module: Any) -> nn.Module:
+    if any(computes_as(module, cls) for cls in _STEPS):
+        module.register_buffer("diagonal", module.scale().clone())
+        module.log_q = None
+        module.__class__ = _STEPS[type(module)]
+    return module
+
+
+for _frozen in _STEPS:
+    freeze_rule.register(_frozen, _freeze_step)

@@ -12,24 +12,31 @@ off the margin. :func:`certify_by_smoothing` is a certificate of another kind. F
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from scipy import special
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrize
 
-from lipbook import composition, rounding
+from lipbook import errors, rules
 from lipbook.composition import Bound, lipschitz_bound, lipschitz_rule
+from lipbook.composition.bounds import graph_bound
+from lipbook.composition.local import ranges_of, row_constants
+from lipbook.errors import Analysis, ForwardError, forward_error_rule
+from lipbook.graphs import Graph, trace
+from lipbook.graphs.trace import unwrapped
 from lipbook.norms import dual_exponent
-from lipbook.rounding import Analysis, ForwardError, forward_error_rule
+from lipbook.norms.rigorous import _FLOOR, _UP, _gamma
+from lipbook.rounding import graph_error
+from lipbook.rules import Domain, Range, outward
 
 __all__ = [
     "Accuracy",
@@ -157,7 +164,7 @@ def _check_logits(logits: Tensor, labels: Tensor) -> Tensor:
     if not logits.is_floating_point():
         raise TypeError(f"logits must have a floating-point dtype, got {logits.dtype}")
     if labels.dtype != torch.int64 and logits.dim() != 1:
-        raise TypeError(f"labels must have dtype int64, got {labels.dtype}")
+        raise TypeError(f"labels must have dtype int64, got {labels.dtype}: call .long()")
     if logits.dim() not in (1, 2) or labels.shape != logits.shape[:1]:
         raise ValueError(
             "logits and labels must have shapes (batch, classes) or (batch,), and (batch,), got "
@@ -231,9 +238,9 @@ def _(module: Standardize, input_shape: Shape, p: float) -> Bound:
 
 @forward_error_rule.register
 def _(module: Standardize, example: Tensor, p: float) -> Analysis:
-    lipschitz = lipschitz_rule(module, tuple(example.shape[1:]), p).value * rounding._UP
+    lipschitz = lipschitz_rule(module, tuple(example.shape[1:]), p).value * _UP
     shift = module.mean.double().abs().max().item()  # since x - mean may overflow, undivided
-    return lambda x: rounding._relative(module, x, p, lipschitz, 2, shift)
+    return lambda x: errors._relative(module, x, p, lipschitz, 2, shift)
 
 
 # ----------------------------------------------------------------------------- the certificate
@@ -374,15 +381,24 @@ class Certificate:
         return wilson_interval(int(certified.sum()), len(certified), confidence)
 
     def table(self, epsilons: Sequence[float]) -> str:
-        """Certified accuracies as text, one line an epsilon."""
+        """Certified accuracies as text, one line an epsilon.
+
+        Where rounding costs more than 5 % of the median radius, a last line says what to do.
+        """
         arithmetic = "sound in floating point" if self.sound else "in real arithmetic"
         if self.sound and "lost_to_rounding" in self.facts:
             arithmetic += f" (median loss {100 * self.facts['lost_to_rounding']:.2g} %)"
         lines = [
-            f"{composition._norm_name(self.p)}-norm, {arithmetic}, {len(self.radius)} inputs",
+            f"{rules._norm_name(self.p)}-norm, {arithmetic}, {len(self.radius)} inputs",
             "epsilon  certified accuracy",
         ]
         lines += [f"{epsilon:7.4g}  {self.certified_accuracy(epsilon)}" for epsilon in epsilons]
+        lost = self.facts.get("lost_to_rounding", 0.0) if self.sound else 0.0
+        if lost > 0.05 and self.facts.get("dtype") != "float64":
+            lines.append(
+                f"Rounding costs {100 * lost:.2g} % of the median radius: "
+                "certify model.double() on inputs.double()."
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -413,7 +429,7 @@ class Certificate:
         left = np.array([len(radii), *range(len(radii), -1, -1)]) + always
         epsilons = np.concatenate(([0.0], radii.numpy(), radii[-1:].numpy()))[: len(left)]
         axes.step(epsilons, left[: len(epsilons)] / len(self.radius), where="pre", **style)
-        axes.set_xlabel(f"radius in the {composition._norm_name(self.p)}-norm")
+        axes.set_xlabel(f"radius in the {rules._norm_name(self.p)}-norm")
         axes.set_ylabel("certified accuracy")
         axes.set_ylim(0, 1)
         axes.set_xlim(left=0)
@@ -480,6 +496,10 @@ def certify(
     *,
     sound: bool = True,
     preprocess: nn.Module | None = None,
+    domain: Domain | None = None,
+    method: Literal["product", "local"] = "product",
+    lipschitz: float | None = None,
+    output: str | int | None = None,
 ) -> Certificate:
     r"""Certify the predictions of a network, by its Lipschitz constant and its margins.
 
@@ -496,6 +516,18 @@ def certify(
     since :math:`f_{yj}(x) \ge P_{yj}(x) - a`, :math:`f_{yj}(x') \ge f_{yj}(x) - Lr` and
     :math:`P_{yj}(x') \ge f_{yj}(x') - a - c r`. Without ``sound`` it is :func:`certified_radius` of
     the same network, in real arithmetic.
+
+    **On a domain** :math:`D`, convex, that holds the inputs (images: ``Box(0, 1)``), the
+    Lipschitz constant may be one that holds near :math:`D` only. With :math:`L(r)` a bound on
+    :math:`D_r = \{x : \operatorname{dist}_p(x, D) \le r\}` every
+
+    .. math:: \min\Big(r,\; \min_{j \ne y} \frac{P_y(x) - P_j(x) - 2a}{L_{yj}(r) + c}\Big)
+
+    is a radius: a neighbour within :math:`r` of :math:`x \in D` lies in :math:`D_r`, with the
+    whole segment that joins the two, since :math:`D_r` is convex. The best of some
+    :math:`r` is taken. With ``method="local"`` the set is the ball of radius :math:`r` around the
+    input itself, for each input, and the bound is the interval of the Jacobians there
+    (:mod:`lipbook.composition`); the radius is then never below that of the product.
 
     If the last layer is a :class:`torch.nn.Linear`, its rows give the bound of each difference
     (the second form of :func:`certified_radius`), and the rest of the network the
@@ -520,6 +552,18 @@ def certify(
         What comes before the model: it must be a module with rules too (:class:`Standardize`,
         :class:`torch.nn.Upsample`, ``ZeroPad2d`` with negative sizes to crop), since
         radii are in the units of what the loader yields.
+
+    domain : Box or Ball, optional
+        Set that holds the inputs. The certificate names it. What is not Lipschitz on all of space
+        (attention, products, squares) needs one.
+    method : str
+        ``"product"``, or ``"local"``: slower by a hundred times, and better for networks that were
+        not trained to be certified.
+    lipschitz : float, optional
+        A bound of the Lipschitz constant that the caller vouches for, in place of the library's;
+        with ``sound=False`` only, and marked in ``facts``.
+    output : str or int, optional
+        Which tensor holds the logits, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -560,30 +604,42 @@ def certify(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in evaluation mode: call .eval()")
+    if method not in ("product", "local"):
+        raise ValueError(f"method must be 'product' or 'local', got {method!r}")
     if preprocess is not None:
         if not isinstance(preprocess, nn.Module):
             raise TypeError(
                 "preprocess must be a torch.nn.Module with a Lipschitz rule, since it changes what "
                 f"a radius means, got {type(preprocess).__name__}"
             )
-        model = nn.Sequential(preprocess, model)
-    shape = composition._shape(input_shape)
-    layers = lipschitz_bound(model, shape, p)  # refuses what has no rule, hooks, weights of NaN
-    body, head = _split(model)
-    weight = _weight_of(model)
-    columns: list[list[Tensor]] = [[], [], [], []]
-    analysis = _radius_in_real_arithmetic(body, head, shape, p) if not sound else None
-    with parametrize.cached():
+        model = nn.Sequential(preprocess, unwrapped(model))
+    shape = rules._shape(input_shape)
+    p = rules._exponent(p)
+    if lipschitz is not None and (sound or domain is not None or method != "product"):
+        raise ValueError(
+            "lipschitz is a number that the caller vouches for: it needs sound=False, and goes "
+            "with no domain and no method"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        reader = _Reader(
+            model,
+            shape,
+            p,
+            sound=sound,
+            domain=domain,
+            method=method,
+            lipschitz=lipschitz,
+            output=output,
+        )
+        columns: list[list[Tensor]] = [[], [], [], []]
         for inputs, labels in loader:
-            x = _check_inputs(inputs, labels, shape, weight)
-            if analysis is None:
-                analysis = _radius_of_program(body, head, x, p)
-            logits, radius, real = analysis(x)
+            x = _check_inputs(inputs, labels, shape, reader.weight)
+            logits, radius, real = reader(x)
             _check_logits(logits, labels)
             for column, value in zip(
                 columns, (radius, logits.argmax(1), labels, real), strict=True
             ):
-                column.append(value.cpu())
+                column.append(value.detach().cpu().clone())
     if not columns[0]:
         raise ValueError("loader must yield one batch at least, got none")
     radius, predictions, truth, real = (torch.cat(column) for column in columns)
@@ -591,9 +647,11 @@ def certify(
     kept = (radius[positive] / real[positive]).nan_to_num(1.0)  # infinite for both
     facts = {
         "lost_to_rounding": 1 - kept.median().item() if positive.any() else 0.0,
-        "layers": str(layers),
+        "layers": reader.layers,
+        "method": method if lipschitz is None else "vouched for by the caller",
+        "domain": None if domain is None else repr(domain),
         "input_shape": list(shape),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": str(reader.weight.dtype).removeprefix("torch."),
         "autocast": _autocast_name(),
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -612,15 +670,12 @@ def _weight_of(model: nn.Module) -> Tensor:
     return next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
 
 
-def _split(model: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
+def _split(graph: Graph) -> tuple[Graph, nn.Linear | None]:
     """Take the last layer off, if it is linear."""
-    if type(model).forward is nn.Sequential.forward and len(cast(nn.Sequential, model)):
-        *others, last = cast(nn.Sequential, model)._modules.values()
-        body, head = _split(last)
-        return nn.Sequential(*others, body), head
-    if isinstance(model, nn.Linear) and type(model).forward is nn.Linear.forward:
-        return nn.Identity(), model
-    return model, None
+    last = graph.nodes[graph.output]
+    if isinstance(last.layer, nn.Linear) and type(last.layer).forward is nn.Linear.forward:
+        return graph.until(last.inputs[0]), last.layer
+    return graph, None
 
 
 def _check_inputs(inputs: Tensor, labels: Tensor, shape: Shape, weight: Tensor) -> Tensor:
@@ -644,51 +699,206 @@ def _check_inputs(inputs: Tensor, labels: Tensor, shape: Shape, weight: Tensor) 
     return x.to(weight.device)
 
 
-RadiusAnalysis = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # logits, radius, real radius
+# Of a batch: logits, margins, errors, slopes of errors and Lipschitz constants of the differences
+# of logits, each (batch, classes), and the distance up to which nothing overflows, (batch,).
+RadiusAnalysis = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+_HALVINGS, _WIDTHS = 7, 12
 
 
-def _radius_in_real_arithmetic(
-    body: nn.Module, head: nn.Linear | None, shape: Shape, p: float
-) -> RadiusAnalysis:
-    lipschitz = lipschitz_bound(body, shape, p).value
-    weight = None if head is None else head.weight
+class _Reader:
+    """Radii of batches: the network is read once, and what its layers answer is kept."""
 
-    def analysis(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = body(x)
-        logits = features if head is None else head(features)
-        tiny = max(lipschitz, torch.finfo(torch.float64).tiny)
-        radius = certified_radius(logits, logits.argmax(1), tiny, p, head=weight)
-        return logits, radius, radius
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: Shape,
+        p: float,
+        *,
+        sound: bool,
+        domain: Domain | None = None,
+        method: str = "product",
+        lipschitz: float | None = None,
+        output: str | int | None = None,
+    ) -> None:
+        self.p, self.sound, self.shape = p, sound, shape
+        self.graph = trace(model, shape, output=output)
+        self.weight = _weight_of(model)
+        self.body, self.head = _split(self.graph)
+        self.domain, self.local = domain, method == "local"
+        self.reads_values = domain is not None or self.local
+        self.double = self.graph.double() if self.reads_values else None
+        self.lipschitz, self.layers = self._bound(model, lipschitz, output)
+        self.analysis: RadiusAnalysis | None = None
+        self.widths: list[tuple[float, Tensor]] | None = None
 
-    return analysis
+    def _bound(
+        self, model: nn.Module, lipschitz: float | None, output: str | int | None
+    ) -> tuple[float, str]:
+        """Bound of what comes before the head, and the table of the network."""
+        if lipschitz is not None:
+            if not 0 <= lipschitz < math.inf:
+                raise ValueError(f"lipschitz must be a finite number >= 0, got {lipschitz}")
+            self.body, self.head = self.graph, None
+            return float(lipschitz), f"{lipschitz:g}, vouched for by the caller"
+        if self.domain is not None:
+            bound = lipschitz_bound(model, self.shape, self.p, domain=self.domain, output=output)
+            return bound.value, bound.table()
+        whole = lipschitz_bound(model, self.shape, self.p, output=output)
+        return graph_bound(self.body, self.p).value, str(whole)
 
-
-def _radius_of_program(
-    body: nn.Module, head: nn.Linear | None, example: Tensor, p: float
-) -> RadiusAnalysis:
-    inner = rounding._analysis(body, example, p, "")
-    features = body(example.clone())
-    if features.dim() != 2:
-        raise ValueError(f"model must return (batch, classes), got {tuple(features.shape)}")
-    outer = _Differences(p) if head is None else _HeadDifferences(head, features, p)
-
-    def analysis(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total = outer.arrive(inner(x))
-        step = outer(total.outputs)
-        labels = step.logits.argmax(1)
-        margins = _margins(step.logits.double(), labels)
-        gap, stretch = 2 * total.error[:, None], (total.lipschitz + total.slope) * rounding._UP
-        steepness = step.norms * total.lipschitz * rounding._UP + rounding._FLOOR
-        error = step.norms * total.error[:, None] + step.errors + step.slopes * gap
-        slope = step.norms * total.slope + step.slopes * stretch + rounding._FLOOR
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, radius, and radius in real arithmetic of a batch."""
+        if self.analysis is None:
+            self.analysis = self._of_program(x) if self.sound else self._in_real_arithmetic()
+        logits, margins, off_by, slopes, steepness, room = self.analysis(x)
+        labels = logits.argmax(1)
         down = 1 - 2.0**-40
-        numerator = margins * down - 2 * error * rounding._UP
-        radius = _least_quotient(numerator, (steepness + slope) * rounding._UP, labels)
-        room = torch.minimum(total.limit, (step.limit - gap[:, 0]) / max(stretch, 1e-300))
+        numerator = margins * down - 2 * off_by * _UP
+        radius = _least_quotient(numerator, (steepness + slopes) * _UP, labels)
+        real = _least_quotient(margins, steepness, labels)
+        if self.reads_values:
+            values = self._on_values(x, numerator, slopes, labels)
+            if self.domain is not None:
+                self._check_inside(x)
+                radius = real = values
+            else:
+                radius = torch.maximum(radius, values)
+                real = torch.maximum(real, values)
+        if not self.sound:
+            return logits, real, real
         radius = torch.minimum(radius, room).nan_to_num(0.0, posinf=math.inf).clamp(min=0) * down
-        return step.logits, radius, _least_quotient(margins, steepness, labels)
+        return logits, radius, real
 
-    return analysis
+    # Note [radius and domain]
+    # A bound L(r) holds on the domain enlarged by r (for the local method: on the ball of radius r
+    # around the input), a convex set that holds the input and all its neighbours within r. Along
+    # the segment to a neighbour the margin falls by at most L(r) r, so that
+    # min(r, margin / L(r)) is a radius for every r that one cares to try. The best of them is
+    # where r = margin / L(r), which is halved for: L does not fall with r.
+
+    def _on_values(self, x: Tensor, numerator: Tensor, slopes: Tensor, labels: Tensor) -> Tensor:
+        """Largest radius found for bounds that hold on a set of inputs."""
+        best = torch.zeros(len(x), dtype=torch.float64)
+        if self.local:
+            low = torch.zeros_like(best)
+            constants = self._constants(self._range(x, low), labels)
+            high = _least_quotient(numerator, (constants + slopes) * _UP, labels).clamp(min=0)
+            high = torch.minimum(high, torch.full_like(high, self._reach(x)))
+            for _ in range(_HALVINGS):
+                radius = (low + high) / 2
+                constants = self._constants(self._range(x, radius), labels)
+                allowed = _least_quotient(numerator, (constants + slopes) * _UP, labels)
+                holds = torch.minimum(radius, allowed).clamp(min=0)
+                best = torch.maximum(best, holds)
+                fits = allowed >= radius
+                low, high = torch.where(fits, radius, low), torch.where(fits, high, radius)
+            return best
+        for width, constants in self._on_domain():
+            allowed = _least_quotient(numerator, (constants[:, labels][0] + slopes) * _UP, labels)
+            best = torch.maximum(best, allowed.clamp(min=0, max=width))
+        return best
+
+    def _reach(self, x: Tensor) -> float:
+        """Distance beyond which no input is."""
+        return 1e3 * (1 + x.abs().max().item()) * x[0].numel() ** (1 / self.p)
+
+    def _range(self, x: Tensor, radius: Tensor) -> Range:
+        """Range of the ball around each input."""
+        center = x.double().cpu()
+        view = radius.view(-1, *[1] * (center.dim() - 1)) * _UP
+        low, high = outward(center - view, center + view)
+        spread = radius * _UP * (math.sqrt(center[0].numel()) if self.p == math.inf else 1.0)
+        return Range(low, high, center, spread)
+
+    def _check_inside(self, x: Tensor) -> None:
+        assert self.domain is not None
+        span = self.domain.range(self.shape)
+        if not span.holds(x.double().cpu()):
+            raise ValueError(
+                f"inputs must lie in the domain {self.domain}, got values from "
+                f"{x.min().item():.6g} to {x.max().item():.6g}"
+            )
+
+    def _rows(self, labels: Tensor, outputs: int) -> Tensor:
+        """Differences of the logit predicted and each other, (batch, classes, classes)."""
+        eye = torch.eye(outputs, dtype=torch.float64)
+        return eye[labels][:, None] - eye[None]
+
+    def _constants(self, values: Range, labels: Tensor) -> Tensor:
+        """Lipschitz constants of the differences of logits, (batch, classes)."""
+        assert self.double is not None
+        ranges = ranges_of(self.double, values)
+        outputs = self.double.nodes[self.double.output].shape[0]
+        return row_constants(self.double, ranges, self._rows(labels, outputs), self.p)
+
+    def _on_domain(self) -> list[tuple[float, Tensor]]:
+        """Bounds of all differences on the domain, enlarged by each of some radii."""
+        if self.widths is None:
+            assert self.domain is not None
+            assert self.double is not None
+            outputs = self.double.nodes[self.double.output].shape[0]
+            labels = torch.arange(outputs)
+            span = self.domain.range(self.shape)
+            width = float((span.high - span.low).flatten().norm(p=self.p)) or 1.0
+            self.widths = []
+            for k in range(_WIDTHS):
+                radius = width * 2.0 ** ((1 - k) / 2)
+                try:
+                    enlarged = self.domain.enlarged(radius, self.p).range(self.shape)
+                    ranges = ranges_of(self.double, enlarged)
+                    rows = self._rows(labels, outputs).flatten(0, 1)[None]
+                    constants = row_constants(self.double, ranges, rows, self.p)
+                except ValueError:
+                    if k == _WIDTHS - 1:
+                        raise
+                    continue  # the wider set leaves where a layer is Lipschitz
+                self.widths.append((radius, constants.view(1, outputs, outputs)))
+        return self.widths
+
+    def _in_real_arithmetic(self) -> RadiusAnalysis:
+        weight = None if self.head is None else self.head.weight
+        tiny = max(self.lipschitz, torch.finfo(torch.float64).tiny)
+
+        def analysis(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+            logits = self.graph.run(x.clone())
+            if logits.dim() != 2:
+                raise ValueError(f"model must return (batch, classes), got {tuple(logits.shape)}")
+            labels = logits.argmax(1)
+            norms = (
+                torch.full(logits.shape, 2 ** (1 / dual_exponent(self.p)), dtype=torch.float64)
+                if weight is None
+                else _pair_norms(weight.double(), self.p)[labels]
+            )
+            zero = torch.zeros_like(norms)
+            margins = _margins(logits.double(), labels)
+            return logits, margins, zero, zero, norms * tiny, zero[:, 0] + math.inf
+
+        return analysis
+
+    def _of_program(self, example: Tensor) -> RadiusAnalysis:
+        inner = graph_error(self.body, example, self.p)
+        features = self.body.run(example.clone())
+        if features.dim() != 2:
+            raise ValueError(f"model must return (batch, classes), got {tuple(features.shape)}")
+        outer: _Differences | _HeadDifferences = (
+            _Differences(self.p)
+            if self.head is None
+            else _HeadDifferences(self.head, features, self.p)
+        )
+
+        def analysis(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+            total = outer.arrive(inner(x))
+            step = outer(total.outputs)
+            labels = step.logits.argmax(1)
+            margins = _margins(step.logits.double(), labels)
+            gap, stretch = 2 * total.error[:, None], (total.lipschitz + total.slope) * _UP
+            steepness = step.norms * total.lipschitz * _UP + _FLOOR
+            error = step.norms * total.error[:, None] + step.errors + step.slopes * gap
+            slope = step.norms * total.slope + step.slopes * stretch + _FLOOR
+            room = torch.minimum(total.limit, (step.limit - gap[:, 0]) / max(stretch, 1e-300))
+            return step.logits, margins, error, slope, steepness, room
+
+        return analysis
 
 
 class _DifferenceErrors(NamedTuple):
@@ -705,7 +915,7 @@ class _Differences:
     """Differences of logits, two entries of a vector whose errors are known together."""
 
     def __init__(self, p: float) -> None:
-        self.norm = 2 ** (1 / dual_exponent(p)) * rounding._UP
+        self.norm = 2 ** (1 / dual_exponent(p)) * _UP
 
     def arrive(self, total: ForwardError) -> ForwardError:
         return total
@@ -721,13 +931,13 @@ class _HeadDifferences:
 
     def __init__(self, head: nn.Linear, example: Tensor, p: float) -> None:
         self.head, self.p = head, p
-        self.dtype = rounding._computing_dtype(example, head.weight)
+        self.dtype = errors._computing_dtype(example, head.weight)
         weight = head.weight.detach().to(self.dtype)
         bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()
         slack = 1 + (weight.shape[1] + 8) * torch.finfo(torch.float64).eps
         self.pairs = _pair_norms(weight.double(), p) * slack + 2.0**-500 * weight.shape[1]
         self.rows = self.pairs.new_tensor(
-            [rounding._norms(row[None], dual_exponent(p)) for row in weight]
+            [errors._norms(row[None], dual_exponent(p)) for row in weight]
         )
         self.absolute = weight.abs().to(torch.promote_types(self.dtype, torch.float32))
         self.bias = bias.to(self.dtype).double().abs()
@@ -735,32 +945,32 @@ class _HeadDifferences:
     def arrive(self, total: ForwardError) -> ForwardError:
         if total.outputs.dtype == self.dtype:
             return total
-        return rounding._then(total, rounding._cast(total.outputs, self.dtype, self.p))
+        return errors._then(total, errors._cast(total.outputs, self.dtype, self.p))
 
     def __call__(self, features: Tensor) -> _DifferenceErrors:
         logits = self.head(features)
-        half, working = rounding._is_half(logits.dtype), self.absolute.dtype
+        half, working = errors._is_half(logits.dtype), self.absolute.dtype
         terms = (features.shape[1] + 2) * (2 if half else 1)
-        gamma = rounding._gamma(terms, working)
-        inside = rounding._exactly(functional.linear, features.abs().to(working), self.absolute)
+        gamma = _gamma(terms, working)
+        inside = errors._exactly(functional.linear, features.abs().to(working), self.absolute)
         inside = inside.double() * (1 + 2 * gamma) + self.bias  # |W||x| + |b|
         underflow = 2 * terms * torch.finfo(working).tiny
-        largest = self.absolute.max().double() + rounding._norms(features, self.p)[:, None]
-        errors = gamma * inside + underflow * (1 + largest)
+        largest = self.absolute.max().double() + errors._norms(features, self.p)[:, None]
+        off_by = gamma * inside + underflow * (1 + largest)
         slopes = gamma * self.rows + underflow
         if half:  # as in _Affine
             off = torch.finfo(logits.dtype).eps
             off *= 1 + 4 * off
-            errors += off * (logits.double().abs() + 2 * self.bias + 2 * gamma * inside)
-            errors += 2 * rounding._quantum(logits.dtype)
+            off_by += off * (logits.double().abs() + 2 * self.bias + 2 * gamma * inside)
+            off_by += 2 * errors._quantum(logits.dtype)
             slopes += off * (1 + 2 * gamma) * self.rows
         own = logits.argmax(1)
         room = torch.finfo(logits.dtype).max / 4 - inside.amax(1)
         return _DifferenceErrors(
             logits,
             self.pairs[own],
-            (errors + errors.gather(1, own[:, None])) * rounding._UP,
-            (slopes + slopes[own][:, None]) * rounding._UP,
+            (off_by + off_by.gather(1, own[:, None])) * _UP,
+            (slopes + slopes[own][:, None]) * _UP,
             room / self.rows.max().clamp(min=1e-300),
         )
 
@@ -841,14 +1051,15 @@ def certify_by_smoothing(
     **Guaranteed**, in real arithmetic and for each input with probability :math:`1 - \alpha`:
     :math:`g` is constant within the radius. It is a statement about :math:`g`, which costs
     ``selection + samples`` evaluations an input, and not about the model. The radius is at most
-    :math:`\sigma\Phi^{-1}(\alpha^{1/n})`.
+    :math:`\sigma\Phi^{-1}(\alpha^{1/n})`, which is positive for :math:`n > \log_2(1/\alpha)` only.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any classifier in evaluation mode, to (batch, classes).
+        Any classifier in evaluation mode, to (batch, classes) with two classes at least. (One that
+        decides by the sign of one output z has the two logits 0 and z.)
     loader : iterable
-        Yields ``(inputs, labels)``.
+        Yields ``(inputs, labels)``; labels of any integer dtype.
     sigma : float
         Standard deviation of the noise.
     samples, selection : int
@@ -867,8 +1078,12 @@ def certify_by_smoothing(
 
     Raises
     ------
+    TypeError
+        If an argument, or what ``loader`` yields, is of another type.
     ValueError
-        If the model is in training mode or a number is out of range.
+        If the model is in training mode or returns NaN or fewer than two logits, a label is no
+        class, ``loader`` is empty, or a number is out of range: among them ``samples`` with which
+        every input would be abstained from.
 
     References
     ----------
@@ -881,20 +1096,30 @@ def certify_by_smoothing(
     >>> bool((certificate.radius < 0.1 * 1.9).all())
     True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in evaluation mode: call .eval()")
+    _check_mode(model)
     if min(samples, selection, batch_size) < 1:
         raise ValueError(
             "samples, selection and batch_size must be at least 1, "
             f"got {samples}, {selection} and {batch_size}"
         )
+    if not smoothed_radius(samples, samples, sigma, alpha):
+        raise ValueError(
+            f"samples must be at least {math.floor(math.log2(1 / alpha)) + 1} for alpha={alpha}, "
+            f"since fewer certify nothing even if all agree, got {samples}"
+        )
     radius: list[float] = []
     predictions: list[int] = []
     truth: list[int] = []
-    for inputs, labels in loader:
+    for inputs, labels in _pairs(loader):
         generator = torch.Generator(inputs.device).manual_seed(seed + len(truth))
         for x, label in zip(inputs, labels.tolist(), strict=True):
             counts = _noisy_counts(model, x, sigma, selection, batch_size, generator)
+            if not 0 <= label < len(counts):
+                raise ValueError(f"labels must be classes from 0 to {len(counts) - 1}, got {label}")
             top = int(counts.argmax())
             counts = _noisy_counts(model, x, sigma, samples, batch_size, generator)
             radius.append(smoothed_radius(int(counts[top]), samples, sigma, alpha))
@@ -915,12 +1140,92 @@ def _noisy_counts(
     model: nn.Module, x: Tensor, sigma: float, n: int, batch_size: int, generator: torch.Generator
 ) -> Tensor:
     """How often each class is seen among n noisy copies."""
-    counts = torch.zeros(())
+    counts = torch.zeros((), dtype=torch.int64, device=x.device)
     for start in range(0, n, batch_size):
         shape = (min(batch_size, n - start), *x.shape)
         noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
         logits = model(x + sigma * noise)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != shape[0]:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"model must return (batch, classes), got {got}")
+        if logits.shape[1] < 2:
+            raise ValueError(
+                f"model must return logits of two classes at least, got {logits.shape[1]}: "
+                "of one output z, return torch.cat([torch.zeros_like(z), z], 1)"
+            )
         if logits.isnan().any():
             raise ValueError("model must return numbers, got NaN")
         counts = counts + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return counts
+
+
+# ------------------------------------------------------------------------ models and loaders
+
+# Note [modes]
+# An attack on a network in training mode attacks a random function and moves the statistics of its
+# batch norms. But a wrapper around a network in evaluation mode is in training mode until somebody
+# says otherwise, and does no harm: only modules whose code reads ``training`` are refused.
+
+
+def _check_mode(model: nn.Module) -> None:
+    """Refuse a module in training mode if it is one of those to which that matters."""
+    for path, module in model.named_modules():
+        if not module.training or hasattr(module, "_orig_mod"):  # a compiled one has its module
+            continue
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if any(map(_reads_mode, (module, *hooks))):
+            kind = type(module).__name__
+            name = f"{path!r} ({kind})" if path else kind
+            raise ValueError(f"model must be in evaluation mode, but {name} is not: call .eval()")
+
+
+def _reads_mode(thing: object) -> bool:
+    """Whether the code of a module or a hook names the attribute ``training``."""
+    if isinstance(thing, torch.jit.ScriptModule):
+        return True  # whose code is not to be seen
+    mro = type(thing).__mro__
+    own = mro[: mro.index(nn.Module)] if nn.Module in mro else mro[:-1]
+    values = [thing, *(value for cls in own for value in vars(cls).values())]
+    codes = [getattr(inspect.unwrap(v), "__code__", None) for v in values if callable(v)]
+    return any(code is not None and "training" in code.co_names for code in codes)
+
+
+def _pairs(loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of a loader; refuse what is none, with what to do."""
+    expected = "loader must yield pairs (inputs, labels) of tensors"
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        raise TypeError(f"{expected}, got {type(loader).__name__}: pass [(inputs, labels)]")
+    if isinstance(loader, tuple) and any(isinstance(part, Tensor) for part in loader):
+        raise TypeError(f"{expected}, got one such pair: pass [(inputs, labels)]")
+    empty = True
+    for batch in loader:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            what = type(batch).__name__
+            got = f"a {what} of {len(batch)}" if isinstance(batch, (tuple, list)) else f"a {what}"
+            raise TypeError(f"{expected}, got {got}")
+        inputs, labels = batch
+        _check_tensors(inputs, labels)
+        yield inputs, labels
+        empty = False
+    if empty:
+        raise ValueError("loader must yield one batch at least, got none")
+
+
+def _check_tensors(inputs: Any, labels: Any) -> None:
+    """Refuse what is no batch of inputs with as many integers."""
+    for name, tensor in (("inputs", inputs), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            advice = ": call torch.from_numpy" if isinstance(tensor, np.ndarray) else ""
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{advice}")
+    if not inputs.is_floating_point():
+        raise TypeError(
+            f"inputs must be a floating-point tensor, got {inputs.dtype}: call .float(), "
+            "and divide by 255 if they are pixels"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}: call .long()")
+    if inputs.dim() < 2 or not len(inputs) or labels.shape != inputs.shape[:1]:
+        raise ValueError(
+            "inputs and labels must have shapes (batch, *shape) and (batch,), batch ≥ 1, got "
+            f"{tuple(inputs.shape)} and {tuple(labels.shape)}"
+        )

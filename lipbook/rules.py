@@ -168,6 +168,7 @@ def lipschitz_rule(module: nn.Module, input_shape: Shape, p: float) -> Bound:
 
     Examples
     --------
+    >>> from lipbook.composition import lipschitz_bound
     >>> class Halve(nn.Module):
     ...     def forward(self, inputs):
     ...         return inputs / 2
@@ -187,6 +188,9 @@ def lipschitz_rule(module: nn.Module, input_shape: Shape, p: float) -> Bound:
 
 # Modules that only call others: a graph goes through them. Modules above add theirs.
 CONTAINERS: set[type[nn.Module]] = {nn.Sequential}
+
+# Registries whose classes are layers of a graph. Rooms above add theirs.
+LEAVES: list[Any] = [lipschitz_rule]
 
 # Attributes that decide what calling a module computes, and that a rule therefore relies on.
 _COMPUTATION = ("forward", "__call__", "_call_impl", "_conv_forward", "__iter__")
@@ -412,8 +416,8 @@ class Ball:
 
     Examples
     --------
-    >>> Ball(torch.zeros(3), 1.0).range((3,)).high
-    tensor([[1., 1., 1.]], dtype=torch.float64)
+    >>> bool(Ball(torch.zeros(3), 1.0).range((3,)).high.min() >= 1)
+    True
     """
 
     center: Tensor

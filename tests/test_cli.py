@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+import lipbook
+from lipbook import cli
 from lipbook.cli import main
 from lipbook.export import save_weights
 from lipbook.lab import networks, records
@@ -67,6 +70,8 @@ def linear(tmp_path: Path) -> Path:
         "def build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))\n"
         "def wide():\n    return nn.Sequential(nn.Flatten(), nn.Linear(5, 2, bias=False))\n"
         "def number():\n    return 1\n"
+        "def broken():\n    return nn.Linear(2, 'three')\n"
+        "constant = 3\n"
     )
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
     with torch.no_grad():
@@ -162,6 +167,11 @@ def test_the_command_is_installed() -> None:
         (["certify", "nothing"], "NETWORK: expected MODULE:FUNCTION or one of .*mnist_best"),
         (["certify", "no_such:build"], "NETWORK: cannot use 'no_such:build': No module"),
         (["certify", "classifiers:no"], "NETWORK: cannot use 'classifiers:no': .*attribute"),
+        (
+            ["certify", "classifiers:broken"],
+            "NETWORK: cannot use 'classifiers:broken': TypeError: ",
+        ),
+        (["certify", "classifiers:constant"], "constant must be a function, got int"),
         (["certify", "classifiers:number"], "must return a torch.nn.Module, got int"),
         (["certify", "mnist_best", "--weights", "x"], "--weights: only for MODULE:FUNCTION"),
         (["certify", "mnist_best", "--data", "nothing.npz"], "--data: expected 'shipped'"),
@@ -196,3 +206,95 @@ def test_help_lists_every_recipe_with_its_minutes(capsys: pytest.CaptureFixture[
     for name in recipes():
         minutes = records.read(name).facts["seconds"] / 60
         assert f"{name:16} {minutes:3.0f}  " in text
+
+
+def blocked(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command without a package."""
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; "
+        f"from lipbook.cli import main; main({list(arguments)!r})"
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("tqdm", ["certify", "mnist_best", "--count", "1"]),
+        ("safetensors", ["certify", "mnist_best", "--count", "1"]),
+        ("matplotlib", ["certify", "mnist_best", "--count", "1", "--quiet", "--plot", "no/a.png"]),
+    ],
+)
+def test_a_missing_package_is_one_line_with_its_extra(package: str, arguments: list[str]) -> None:
+    found = blocked(package, *arguments)
+    last = found.stderr.splitlines()[-1]
+    assert found.returncode == 2
+    assert package in last
+    assert "pip install 'lipbook[lab]'" in last
+    assert "Traceback" not in found.stderr
+
+
+def test_a_missing_package_does_not_stop_what_does_not_need_it() -> None:
+    assert blocked("tqdm", "reproduce", "--help").returncode == 0
+
+
+def test_every_optional_package_has_its_extra() -> None:
+    lines = importlib.metadata.requires("lipbook") or []
+    for package, extra in cli.EXTRAS.items():
+        (*_,) = found = [line for line in lines if re.match(rf"{package}\b", line)]
+        assert any(f"extra == '{extra}'" in line.replace('"', "'") for line in found), package
+
+
+def test_weights_that_are_not_from_a_file_are_announced(
+    linear: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(linear)
+    arguments = ["certify", "classifiers:build", "--data", "images.npz", "--quiet"]
+    assert main(arguments) == 0
+    assert "without --weights, the network has those that classifiers:build" in (
+        capsys.readouterr().err
+    )
+    assert main([*arguments, "--weights", "net.safetensors"]) == 0
+    assert capsys.readouterr().err == ""
+    sys.modules.pop("classifiers")
+
+
+def test_records_go_to_the_checkout_or_to_a_folder_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli._records_folder() == Path("lipbook-records")
+    package = tmp_path / "lipbook" / "lab" / "records"
+    package.mkdir(parents=True)
+    assert cli._records_folder() == Path("lipbook-records")  # as beside an installed package
+    (tmp_path / "pyproject.toml").touch()
+    assert cli._records_folder().resolve() == package
+
+
+def test_reproduce_leaves_the_package_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(group_sizes, "run", lambda *, progress, rows, seed=0: ({"done": True}, {}))
+    before = records.read("group_sizes").results
+    assert main(["reproduce", "group_sizes", "--quiet"]) == 0
+    assert capsys.readouterr().out == "lipbook-records/group_sizes.json\n"
+    assert records.read("group_sizes", "lipbook-records").results == {"done": True}
+    assert records.read("group_sizes").results == before
+
+
+def test_the_help_of_certify_shows_a_checkpoint_and_data_of_yours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["certify", "--help"])
+    text = capsys.readouterr().out
+    assert "load_state_dict(torch.load('checkpoint.pt', weights_only=True))" in text
+    assert "numpy.savez('images.npz'" in text
+
+
+def test_the_package_is_a_command() -> None:
+    command = [sys.executable, "-m", "lipbook", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == f"lipbook {lipbook.__version__}\n"

@@ -141,6 +141,24 @@ def test_convolution(seed: int, data: st.DataObject) -> None:
     check_linear(randomise(layer, seed), shape, kind="upper bound")
 
 
+@pytest.mark.parametrize("padding", [(2, -1, 2, 0), (-1, 1, 0, 0), (0, 0, 1, -2), (1, 1, -1, 2)])
+def test_circular_padding_that_reads_unset_memory_is_refused(padding: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="crop one side of an axis and pad the other"):
+        lipschitz_bound(nn.CircularPad2d(padding), (2, 4, 5))
+
+
+@pytest.mark.parametrize("padding", [(1, 2, 0, 0), (-1, -1, 2, 1), (-1, 0, 0, 1), (2, 2, -2, 0)])
+def test_circular_padding_writes_all_that_it_returns(padding: tuple[int, ...]) -> None:
+    layer, x = nn.CircularPad2d(padding), torch.randn(1, 2, 4, 5)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        assert not bool(layer(x).isnan().any())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    copies = layer(torch.ones(1, 2, 4, 5)).sum() / 40
+    assert lipschitz_bound(layer, (2, 4, 5)).value >= math.sqrt(copies) * (1 - 1e-7)
+
+
 def test_a_circular_convolution_is_exact() -> None:
     layer = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
     assert lipschitz_bound(layer, (2, 5, 4)).kind == "exact"
@@ -1109,3 +1127,27 @@ def test_bound_arguments(message: str, arguments: tuple) -> None:
 def test_bound_is_frozen() -> None:
     with pytest.raises(AttributeError):
         Bound(1, "exact", 2).value = 2.0  # type: ignore[misc]
+
+
+def test_sums_are_traced_and_compiled_once() -> None:
+    """Shapes are compared and not hashed, so that a batch may stay a symbol."""
+    net = Sum(Residual(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Identity())
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend=backend, dynamic=True, fullgraph=True)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(net, (torch.randn(2, 4),), dynamic_shapes=((batch),))
+    traced = torch.fx.symbolic_trace(net)
+    for size in (2, 3, 7):
+        x = torch.randn(size, 4)
+        assert torch.equal(compiled(x), net(x))
+        assert torch.equal(program.module()(x), net(x))
+        assert torch.equal(traced(x), net(x))
+    assert len(graphs) == 1
+    with pytest.raises(ValueError, match=r"agree on the output shape, got \[\(2, 3\), \(2, 4\)\]"):
+        torch.fx.symbolic_trace(Sum(nn.Identity(), nn.Linear(4, 3)))(torch.randn(2, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import struct
@@ -113,6 +114,68 @@ def test_a_network_freezes_to_the_same_bits(training: bool) -> None:
     assert torch.equal(frozen(x), model.eval()(x))
     assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), model(x))
     assert list(frozen.state_dict())[:2] == ["0.weight", "0.bias"]
+
+
+def encoder(**options: Any) -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, **options)
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x)[0]
+
+
+class Transposed(nn.Linear):
+    """Sees a tensor that is not contiguous."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.transpose(0, 1))
+
+
+SEQUENCES: dict[str, Callable[[], nn.Module]] = {
+    "attention": lambda: Attention(8, 2, batch_first=True),
+    "encoder layer": encoder,
+    "encoder layer, norm first": lambda: encoder(norm_first=True, activation="gelu"),
+    "encoder": lambda: nn.TransformerEncoder(encoder(), 2),
+    "trained layers before": lambda: nn.Sequential(nn.Linear(8, 8), encoder()),
+    "transposed": lambda: Transposed(8, 8),
+    "recurrent": lambda: nn.LSTM(8, 8, 2),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_sequences_freeze_to_the_same_bits_once_no_weight_requires_gradients(
+    name: str, mode: Callable[[], Any]
+) -> None:
+    """And to the same numbers up to rounding before: torch chooses kernels by that flag."""
+    model, x = SEQUENCES[name]().eval(), torch.randn(5, 7, 8)
+    frozen = freeze(model)
+    with mode():
+        before, found = output(model, x), output(frozen, x)
+        assert not found.requires_grad
+        torch.testing.assert_close(found, before)
+        assert torch.equal(found, output(model.requires_grad_(False), x))
+    x.requires_grad_()
+    assert torch.equal(output(frozen, x), output(model, x))
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    found = model(x)
+    return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_frozen_encoder_treats_padded_places_as_one_without_gradients() -> None:
+    model, x = nn.TransformerEncoder(encoder(), 2).eval(), torch.randn(2, 4, 8)
+    padded = torch.tensor([[False, False, True, True], [False, False, False, False]])
+    frozen = freeze(model)
+    trained = model(x, src_key_padding_mask=padded)
+    found = frozen(x, src_key_padding_mask=padded)
+    assert torch.equal(found, model.requires_grad_(False)(x, src_key_padding_mask=padded))
+    assert (found[padded] == 0).all()
+    assert (trained[padded] != 0).any()
+    torch.testing.assert_close(found[~padded], trained[~padded])
 
 
 def test_the_bound_of_a_frozen_network_is_that_of_the_network() -> None:
@@ -694,6 +757,40 @@ class Stuck(nn.Module):
         return x.view(2, -1)
 
 
+class Prefixed(nn.Module):
+    """A token before each sequence, for as many sequences as torch is told that there are."""
+
+    def __init__(self, count: Callable[[Tensor], int]) -> None:
+        super().__init__()
+        self.token, self.count = nn.Parameter(torch.zeros(1, 1, 4)), count
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.token.expand(self.count(x), -1, -1)
+        return self.linear(torch.cat([tokens, x], 1)).mean(1)
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if x.shape[0] == 2 else x
+
+
+class Deciding(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argmax(1)
+
+
+class Undefined(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+class Asserting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 3, "three entries"
+        return x
+
+
 class Spectrum(nn.Module):
     """Of which torch has no translation to ONNX."""
 
@@ -714,9 +811,16 @@ class Spectrum(nn.Module):
         (nn.Linear(3, 2), (4,), r"input_shape must be one that model runs on, got \(4,\)"),
         (Pair(), (2,), "model must return one tensor, got tuple"),
         (Stuck(), (2,), r"model must keep samples apart, .* shape \(2, 1\) of a batch of 1"),
+        (Prefixed(len), (3, 4), r"graph for 2 only: in forward, read the size as x.shape\[0\]"),
+        (Branching(), (3,), "model must take batches of any size"),
+        (Deciding(), (3,), "must return finite floating-point numbers .* torch.int64"),
+        (Undefined(), (3,), "must return finite floating-point numbers"),
+        (Asserting(), (4,), r"one that model runs on, got \(4,\): three entries"),
+        (nn.ReLU(), (-1,), "input_shape must hold one or more positive integers"),
+        (nn.ReLU(), 3, "input_shape must be a sequence of integers, got 3"),
     ],
 )
-def test_onnx_refusals(model: Any, shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
+def test_onnx_refusals(model: Any, shape: Any, message: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     with pytest.raises((TypeError, ValueError), match=message):
         export_onnx(model, tmp_path / "a.onnx", shape)
@@ -743,6 +847,69 @@ def test_a_graph_that_disagrees_is_not_written(
         export_onnx(Spectrum(), path, (4,))
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_the_advice_for_a_graph_of_one_size_helps(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = Prefixed(lambda x: x.shape[0]), torch.randn(7, 3, 4)
+    export_onnx(model, tmp_path / "a.onnx", (3, 4))
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+    assert (found - model(x)).abs().max() < 1e-5
+
+
+class FailingError(Exception):
+    """What a package raises that knows nothing of ValueError."""
+
+
+@pytest.mark.parametrize(
+    ("package", "attribute", "message"),
+    [
+        ("onnx.checker", "check_model", "model cannot be written as ONNX: no luck"),
+        ("torch.onnx", "export", "model cannot be written as ONNX: no luck"),
+        ("onnxruntime", "InferenceSession", "onnxruntime cannot load the graph of model: no luck"),
+    ],
+)
+def test_whatever_another_package_raises_is_a_value_error_and_writes_nothing(
+    package: str, attribute: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise FailingError("no luck")
+
+    monkeypatch.setattr(importlib.import_module(package), attribute, fail)
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match=message) as caught:
+        export_onnx(nn.Linear(2, 2), path, (2,))
+    assert isinstance(caught.value.__cause__, FailingError)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_an_error_while_the_graph_runs_is_named_with_its_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+
+    class Session(runtime.InferenceSession):  # type: ignore[misc]
+        def run(self, names: Any, inputs: Any) -> Any:
+            if len(inputs["input"]) == 5:
+                raise FailingError("no luck")
+            return super().run(names, inputs)
+
+    monkeypatch.setattr(runtime, "InferenceSession", Session)
+    with pytest.raises(ValueError, match="cannot run the graph of model on a batch of 5: no luck"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "a.onnx", (2,))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_opset_that_torch_does_not_write_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ValueError, match="opset_version must be one that torch can write"):
+        export_onnx(nn.ReLU(), tmp_path / "a.onnx", (2,), opset_version=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_float64_model_in_training_becomes_a_float32_graph(tmp_path: Path) -> None:
@@ -803,4 +970,5 @@ def test_all_is_complete() -> None:
         for name, value in vars(export).items()
         if not name.startswith("_") and getattr(value, "__module__", "") == export.__name__
     }
-    assert public == set(export.__all__)
+    passed_on = {"freeze", "freeze_rule", "DenseStep", "ConvolutionStep"}
+    assert public | passed_on == set(export.__all__)

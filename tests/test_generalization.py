@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import settings as sizes
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lipbook.activations import FullSort, GroupSort, Householder, MaxMin
 from lipbook.composition import Residual, lipschitz_bound
@@ -424,6 +425,47 @@ def test_unusable_numbers_are_refused() -> None:
         data_norm(torch.tensor([1]))
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    one = SpectralComplexity((1.0,), (1.0,), (1.0,), 1.0, np.int64(3))  # type: ignore[arg-type]
+    plain_one = SpectralComplexity((1.0,), (1.0,), (1.0,), 1.0, 3)
+    assert one == plain_one
+    number = np.float64(1.0)
+    ours = pac_bayes_term(one, number, number, np.int64(5))  # type: ignore[arg-type]
+    assert ours == pac_bayes_term(plain_one, 1.0, 1.0, 5)
+    found = torch.linspace(0.1, 2, 50)
+    bound = spectrally_normalized_margin_bound(found, one, number, gamma=number)
+    assert bound == spectrally_normalized_margin_bound(found, plain_one, 1.0, gamma=1.0)
+    network, shape = plain(3, 4, 2), np.array([3])
+    assert spectral_complexity(network, shape) == spectral_complexity(network, (3,))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 2, 1, 0, 1, 2])
+    assert torch.equal(margins(logits, labels.to(dtype)), margins(logits, labels))
+
+
+def test_what_is_no_tensor_is_told_how_to_become_one() -> None:
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 2, 1, 0, 1, 2])
+    loader = DataLoader(TensorDataset(logits, labels), 2)
+    for wrong in (loader, [logits, logits]):
+        with pytest.raises(TypeError, match=r"inputs must be .*: join its batches with torch.cat"):
+            data_norm(wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"logits must be .*: join its batches with torch.cat"):
+            margins(wrong, labels)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"inputs must be .*ndarray: call torch.from_numpy"):
+        data_norm(logits.numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"labels must be .*got torch.bool"):
+        margins(logits, labels.bool())
+    one = SpectralComplexity((1.0,), (1.0,), (1.0,), 1.0, 3)
+    with pytest.raises(TypeError, match="data_norm must be a number, got Tensor"):
+        spectrally_normalized_margin_bound(torch.ones(3), one, torch.ones(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="data_norm must be positive and finite, got nan"):
+        spectrally_normalized_margin_bound(torch.ones(3), one, math.nan)
+    with pytest.raises(ValueError, match="logits must be finite, got NaN"):
+        margins(logits * math.nan, labels)
+
+
 def test_impossible_complexities_are_refused() -> None:
     with pytest.raises(ValueError, match="one number a matrix"):
         SpectralComplexity((1.0,), (1.0, 2.0), (1.0,), 1.0, 3)
@@ -441,7 +483,7 @@ def test_impossible_complexities_are_refused() -> None:
 
 class Unknown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        return torch.special.bessel_j0(x)
 
 
 @pytest.mark.parametrize(

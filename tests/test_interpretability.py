@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -298,6 +300,78 @@ def test_bad_input_is_refused() -> None:
         margin_gradient(network(1), x, y)
     with pytest.raises(ValueError, match=r"model must return .* got \(4, 3, 1\)"):
         margin_gradient(nn.Sequential(model, nn.Unflatten(1, (3, 1))), x)
+
+
+CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "margin_gradient": margin_gradient,
+    "stability": lambda model, x: stability(model, x, 0.1),
+    "counterfactual": counterfactual,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda: nn.BatchNorm1d(6), r"'0' \(BatchNorm1d\)"),
+        (lambda: nn.Dropout(0.5), r"'0' \(Dropout\)"),
+        (
+            lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
+            r"'0.parametrizations.weight.0' \(_Spec",
+        ),
+    ],
+)
+def test_a_model_that_trains_is_refused_and_stays_as_it_is(
+    call: str, layer: Callable[[], nn.Module], message: str
+) -> None:
+    model, x = nn.Sequential(layer(), nn.Linear(6, 3)).double(), normal(4, 6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=rf"model must be in evaluation mode, but {message}.*call .eval\(\)"
+    ):
+        CALLS[call](model, x)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    CALLS[call](model.eval(), x)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_layers_in_place_and_any_grad_mode(outputs: int, mode: type) -> None:
+    last = nn.Linear(6, outputs)
+    model = nn.Sequential(nn.LeakyReLU(0.1, inplace=True), last).double()
+    plain, x = nn.Sequential(nn.LeakyReLU(0.1), last), normal(4, 6)
+    before = x.clone()
+    expected = margin_gradient(plain, x), stability(plain, x, 0.1), counterfactual(plain, x)
+    with mode():
+        found = margin_gradient(model, x), stability(model, x, 0.1), counterfactual(model, x)
+        labels = torch.ones(4, dtype=torch.int64)
+        turned = margin_gradient(model, x, labels)
+    assert torch.equal(x, before)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert all(torch.equal(a, b) for a, b in zip(found[2], expected[2], strict=True))
+    assert torch.equal(turned, margin_gradient(plain, x, torch.ones(4, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_numbers_that_are_none_are_named(call: str) -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x[:, 0].sqrt(), x[:, 1]], 1)
+
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"outputs of model must be finite.* inputs \[1\]"):
+        CALLS[call](Root(), x)
+    with pytest.raises(ValueError, match=r"gradient of model must be finite.* inputs \[1\]"):
+        CALLS[call](Root(), x[[0, 2]])
+
+
+def test_wrong_dtypes_are_told_what_to_call() -> None:
+    with pytest.raises(TypeError, match=r"inputs must be .*ndarray: call torch.from_numpy"):
+        margin_gradient(network(), normal(4, 6).numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"labels must have dtype int64, got torch.int32"):
+        margin_gradient(network(), normal(4, 6), torch.zeros(4, dtype=torch.int32))
 
 
 def test_bad_measures_and_steps_are_refused() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lipbook import jacobians
@@ -389,6 +390,216 @@ def test_factors_are_taken_where_the_activations_are() -> None:
     assert_close(third, elementwise_jacobian(s.tanh().sigmoid()))
 
 
+# Layers that work in place, attention, recurrence, wrappers
+
+
+def doubled_in_place(x: Tensor) -> Tensor:
+    x.mul_(2).sin_()
+    return x
+
+
+class First(nn.Module):
+    """The sequence that a recurrent layer or an attention returns first."""
+
+    def __init__(self, layer: nn.Module, copies: int = 1) -> None:
+        super().__init__()
+        self.layer, self.copies = layer, copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(*[x] * self.copies)[0]
+
+
+class Cell(nn.Module):
+    """A recurrent cell over a sequence, written by hand."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for row in x.unbind(1):
+            state = self.cell(row, state)
+        return state[0] if isinstance(state, tuple) else state
+
+
+def recurrent(kind: type[nn.RNNBase], **options: object) -> nn.Module:
+    return First(kind(4, 3, batch_first=True, **options)).double()
+
+
+def encoder(**options: object) -> nn.Module:
+    return nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, **options).double()
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+def perceptron() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def compiled_in_place() -> nn.Module:
+    net = perceptron()
+    net.compile(backend="eager")
+    return net
+
+
+NETS = {
+    "in place after a layer": lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True)),
+    "in place at first": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 6)),
+    "in place and wide": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 9)),
+    "in place, twice": lambda: nn.Sequential(
+        nn.ELU(inplace=True), nn.Linear(4, 6), nn.Hardtanh(inplace=True), nn.Linear(6, 2)
+    ),
+    "functional in place": lambda: lambda x: functional.relu(x, inplace=True),
+    "tensor methods in place": lambda: doubled_in_place,
+    "encoder": lambda: encoder().eval(),
+    "encoder without dropout, training": lambda: encoder(dropout=0.0),
+    "encoder, pre-norm, frozen": lambda: encoder(norm_first=True).eval().requires_grad_(False),
+    "encoder, wide": lambda: nn.Sequential(encoder().eval(), nn.Linear(4, 9)),
+    "stack of encoders": lambda: nn.TransformerEncoder(encoder(), 2).eval(),
+    "attention with weights": lambda: First(nn.MultiheadAttention(4, 2, batch_first=True), 3),
+    "layer norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm((3, 4)), nn.Tanh()),
+    "instance norm": lambda: nn.Sequential(
+        nn.Linear(4, 4), nn.InstanceNorm1d(3, affine=True), nn.Tanh()
+    ),
+    "instance norm, tracked": lambda: nn.InstanceNorm1d(3, track_running_stats=True).eval(),
+    "group norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(1, 3), nn.Tanh()),
+    "product attention": lambda: lambda x: functional.scaled_dot_product_attention(x, x, x),
+    "causal attention": lambda: (
+        lambda x: functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    ),
+    "LSTM": lambda: recurrent(nn.LSTM),
+    "LSTM, all options": lambda: recurrent(
+        nn.LSTM, num_layers=2, bidirectional=True, proj_size=2, dropout=0.5
+    ).eval(),
+    "LSTM without biases": lambda: recurrent(nn.LSTM, bias=False, proj_size=2),
+    "LSTM, wide": lambda: First(nn.LSTM(4, 9, batch_first=True)),
+    "GRU": lambda: recurrent(nn.GRU),
+    "GRU, two layers and ways": lambda: recurrent(nn.GRU, num_layers=2, bidirectional=True),
+    "RNN": lambda: recurrent(nn.RNN),
+    "RNN of ReLU, no biases": lambda: recurrent(nn.RNN, nonlinearity="relu", bias=False),
+    "last state": lambda: lambda x: GRU(x)[1].transpose(0, 1),
+    "one sequence": lambda: lambda x: torch.stack([GRU(sequence)[0] for sequence in x]),
+    "LSTM cell": lambda: Cell(nn.LSTMCell(4, 3)),
+    "GRU cell": lambda: Cell(nn.GRUCell(4, 3)),
+    "RNN cell": lambda: Cell(nn.RNNCell(4, 3, nonlinearity="relu")),
+    "compiled": lambda: compiled(perceptron()),
+    "compiled encoder": lambda: compiled(encoder().eval()),
+    "compiled inside": lambda: nn.Sequential(compiled(perceptron()), nn.Tanh()),
+    "compiled in place": compiled_in_place,
+    "data parallel": lambda: nn.DataParallel(perceptron()),
+}
+GRU = nn.GRU(4, 3, batch_first=True, dtype=torch.float64)
+GRAD_MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+
+
+def net_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    net = NETS[name]()
+    return net.double() if isinstance(net, nn.Module) else net
+
+
+def rows_of_copies(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The Jacobian by reverse mode on copies, so that a layer may work in place."""
+    return rows_by_autograd(lambda x: module(x.clone()), inputs)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile
+@pytest.mark.parametrize("mode", GRAD_MODES, ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("name", NETS)
+def test_every_product_of_every_net_and_nothing_overwritten(name: str, mode: type) -> None:
+    net, x, v = net_of(name), normal(1, 2, 3, 4), normal(2, 2, 3, 4)
+    J, before = rows_of_copies(net, x), x.clone()
+    outputs = net(x.clone()).shape
+    u, flat = normal(3, *outputs), v.flatten(1).unsqueeze(-1)
+    with mode():
+        assert_close(jacobian(net, x, flatten=True).detach(), J)
+        chunks = jacobian(net, x, flatten=True, chunk_size=1, product_chunk_size=2)
+        assert_close(chunks.detach(), J)
+        assert_close(jvp(net, x, v).detach(), (J @ flat).reshape(outputs))
+        transposed = J.mT @ u.flatten(1).unsqueeze(-1)
+        assert_close(vjp(net, x, u).detach(), transposed.reshape(x.shape))
+        operator = jacobian_operator(net, x[0])
+        assert_close(torch.from_numpy(operator @ flat[0, :, 0].numpy()), (J[0] @ flat[0])[:, 0])
+        top = singular_values(net, x[0], 2)
+    assert_close(top, torch.linalg.svdvals(J[0])[:2])
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("wide", [4, 40], ids=["reverse", "forward"])
+@pytest.mark.parametrize("layer", ["LSTM", "encoder", "layer norm", "instance norm", "group norm"])
+def test_jacobians_of_sequences_are_differentiable_in_the_parameters(layer: str, wide: int) -> None:
+    net = nn.Sequential(net_of(layer), nn.Flatten())
+    x = normal(1, 1, 3, 4)
+    net.append(nn.Linear(net(x).shape[1], wide, dtype=torch.float64))
+    weight = next(net.parameters())
+    (gradient,) = torch.autograd.grad(jacobian(net, x).square().sum(), weight)
+    step, direction = 1e-5, normal(2, *weight.shape)
+
+    def energy(t: float) -> float:
+        weight.data.add_(t * direction)
+        value = rows_of_copies(net, x).square().sum().item()
+        weight.data.sub_(t * direction)
+        return value
+
+    slope = (energy(step) - energy(-step)) / (2 * step)
+    assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", GRAD_MODES, ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("wrap", [lambda net: net, compiled, nn.DataParallel])
+def test_factors_of_layers_in_place_multiply_to_the_jacobian(mode: type, wrap: object) -> None:
+    net = nn.Sequential(
+        nn.ELU(inplace=True),
+        nn.Linear(4, 6),
+        nn.ReLU(inplace=True),
+        nn.ReLU6(inplace=True),
+        First(nn.GRU(6, 3)),
+        nn.Linear(3, 3),
+        nn.Dropout(0.0, inplace=True),
+    ).double()
+    plain = nn.Sequential(nn.ELU(), net[1], nn.ReLU(), nn.ReLU6(), *net[4:6])
+    x = normal(1, 2, 4)
+    J, before = rows_by_autograd(plain, x), x.clone()
+    with mode():
+        factors = [factor.detach() for factor in layer_jacobians(wrap(net), x)]
+    assert_close(reduce(lambda product, f: f @ product, factors), J)
+    assert torch.equal(x, before)
+
+
+def test_the_operator_does_not_follow_the_tensor_it_was_made_from() -> None:
+    x = normal(0, 4)
+    operator, expected = jacobian_operator(torch.sin, x), x.cos().numpy()
+    x.zero_()
+    assert np.allclose(operator @ np.ones(4), expected, rtol=1e-15)
+    assert np.allclose(operator.T @ np.ones(4), expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize("outputs", [25, 90], ids=["reverse", "forward"])
+def test_chunks_of_products_bound_the_memory(outputs: int) -> None:
+    """The largest hidden tensor is that of one chunk, for both samples."""
+    sizes: set[int] = set()
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and 500 in result.shape:
+                sizes.add(result.numel())
+            return result
+
+    net = nn.Sequential(nn.Linear(60, 500), nn.Tanh(), nn.Linear(500, outputs)).double()
+    x, products = normal(1, 2, 60), min(outputs, 60)
+    for chunk, most in ((None, products), (3, 3)):
+        sizes.clear()
+        with Sizes():
+            J = jacobian(net, x, flatten=True, product_chunk_size=chunk)
+        assert_close(J, rows_by_autograd(net, x))
+        weights = {parameter.numel() for parameter in net.parameters()}
+        assert max(sizes - weights) == 2 * most * 500
+
+
 # Closed forms, against torch.autograd
 
 
@@ -702,6 +913,84 @@ def test_modules_that_do_not_map_a_batch_to_a_batch_are_refused(call: str) -> No
         CALLS[call](torch.sum)
     with pytest.raises(ValueError, match=r"one output for each sample, .* shape \(4,\)"):
         CALLS[call](lambda x: x[0])
+
+
+WRONG_OUTPUTS = {
+    "tuple": (lambda x: (x, x), r"got tuple: pick .*lambda x: module\(x\)\[0\]"),
+    "dictionary": (lambda x: {"logits": x}, r"got dict: pick .*module\(x\)\['logits'\]"),
+    "LSTM": (nn.LSTM(4, 3), r"got tuple: pick .*module\(x\)\[0\]"),
+    "classes": (lambda x: x.argmax(-1), "real floating-point numbers, got torch.int64"),
+    "complex": (torch.fft.fft, "real floating-point numbers, got torch.complex64"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("wrong", WRONG_OUTPUTS)
+def test_outputs_that_are_no_tensor_of_numbers_are_refused(call: str, wrong: str) -> None:
+    module, message = WRONG_OUTPUTS[wrong]
+    with pytest.raises(TypeError, match=f"module must return .*{message}"):
+        CALLS[call](module)
+
+
+def test_arrays_are_told_how_to_become_tensors() -> None:
+    net, array = nn.Linear(4, 3).double(), np.ones((2, 4))
+    with pytest.raises(TypeError, match=r"inputs must be .*got ndarray: call torch.from_numpy"):
+        jacobian(net, array)
+    with pytest.raises(TypeError, match=r"tangents must be .*torch.from_numpy"):
+        jvp(net, torch.from_numpy(array), array)
+    with pytest.raises(TypeError, match=r"x must be .*torch.from_numpy"):
+        singular_values(net, array[0])
+
+
+def test_chunks_and_k_are_positive_integers() -> None:
+    net, x = nn.Linear(4, 3), torch.ones(2, 4)
+    for name in ("chunk_size", "product_chunk_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            jacobian(net, x, **{name: 0})
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got 1.5"):
+            jacobian(net, x, **{name: 1.5})
+        assert_close(jacobian(net, x, **{name: np.int64(1)}), jacobian(net, x))
+    assert singular_values(net, x[0], np.int64(2)).shape == (2,)
+    with pytest.raises(TypeError, match=r"k must be an integer, got 1.5"):
+        singular_values(net, x[0], 1.5)
+
+
+CHANGING = {
+    "LSTM with dropout": nn.LSTM(4, 3, 2, dropout=0.5),
+    "attention with dropout": nn.MultiheadAttention(4, 2, dropout=0.1),
+    "encoder": nn.TransformerEncoderLayer(4, 2),
+    "RReLU": nn.RReLU(),
+    "spectral normalisation": nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)),
+    "instance norm, tracked": nn.InstanceNorm1d(4, track_running_stats=True),
+    "compiled": compiled(nn.BatchNorm1d(4)),
+    "data parallel": nn.DataParallel(nn.Dropout(0.5)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("changing", CHANGING)
+def test_modules_that_change_in_training_are_refused_untouched(call: str, changing: str) -> None:
+    module = CHANGING[changing]
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"module must .*call module.eval\(\)"):
+        CALLS[call](module)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_dropout_of_a_hidden_recurrent_layer_is_random() -> None:
+    lstm = nn.LSTM(4, 3, 2, dropout=0.5)
+    with pytest.raises(RuntimeError, match="random"):
+        jacobian(lambda x: lstm(x)[0], torch.ones(1, 2, 4))
+
+
+def test_packed_sequences_are_refused() -> None:
+    lstm = nn.LSTM(4, 3, batch_first=True)
+
+    def packed(x: Tensor) -> Tensor:
+        return lstm(nn.utils.rnn.pack_padded_sequence(x, [2], batch_first=True))[0].data
+
+    with pytest.raises(TypeError, match="module must not pack sequences"):
+        jacobian(packed, torch.ones(1, 2, 4))
 
 
 def test_harmless_modes_are_allowed() -> None:

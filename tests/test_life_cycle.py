@@ -340,6 +340,35 @@ def test_float64(name: str) -> None:
     assert torch.equal(frozen(x), layer(x))
 
 
+NUMPY: dict[str, tuple[Callable[[Any], nn.Module], Shape]] = {
+    "linear": (lambda i: OrthogonalLinear(i(4), i(3)), (4,)),
+    "unit norm": (lambda i: UnitNormLinear(i(4), i(3)), (4,)),
+    "bcop": (lambda i: OrthogonalConv2d(i(4), i(8), i(3), i(1), groups=i(2)), (4, 4, 4)),
+    "bcop, stride": (lambda i: OrthogonalConv2d(i(2), i(8), (i(2), i(4)), stride=i(2)), (2, 4, 4)),
+    "transposed": (lambda i: OrthogonalConvTranspose1d(i(4), i(2), i(4), i(2)), (4, 4)),
+    "aol": (lambda i: NonexpansiveConv2d(i(2), i(3), i(3), stride=i(2)), (2, 4, 4)),
+    "soc": (lambda i: SkewOrthogonalConv2d(i(2), i(3), i(3), i(1), terms=i(4)), (2, 4, 4)),
+    "cayley": (lambda i: CayleyConv2d(i(2), i(3), i(3), i(4)), (2, 4, 4)),
+    "sll": (lambda i: SLLLinear(i(4), i(5)), (4,)),
+    "cpl": (lambda i: CPLConv2d(i(2), i(3), i(3)), (2, 4, 4)),
+    "groupsort": (lambda i: GroupSort(i(2)), (4,)),
+    "householder": (lambda i: Householder(i(4)), (4,)),
+    "pooling": (lambda i: AveragePooling(i(2)), (2, 4, 4)),
+    "pooling, each axis": (lambda i: NormPooling((i(2), i(4))), (2, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", NUMPY)
+def test_integers_of_numpy_are_integers(name: str) -> None:
+    make, shape = NUMPY[name]
+    plain, other = make(int), make(np.int64)
+    assert repr(other) == repr(plain)
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(2, *shape)
+    assert torch.equal(other(x), plain(x))
+    assert not any(isinstance(value, np.integer) for value in vars(other).values())
+
+
 # ------------------------------------------------------------------------------------ copies
 
 
@@ -535,6 +564,145 @@ def test_functional_call_vmap_and_jacrev(name: str) -> None:
     ends = [layer((x[0] + sign * 1e-5 * direction)[None]).detach() for sign in (1, -1)]
     chord = (ends[0] - ends[1]).flatten().numpy() / 2e-5
     np.testing.assert_allclose(matrix @ direction.flatten().numpy(), chord, rtol=0, atol=1e-8)
+
+
+@every_row
+def test_a_layer_can_be_pickled_as_a_whole(name: str) -> None:
+    layer, shape = trained(name)
+    x = torch.randn(3, *shape)
+    buffer = io.BytesIO()
+    torch.save(nn.Sequential(layer), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)[0]
+    for twin in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(layer))):
+        assert type(twin).__mro__[1:] == type(layer).__mro__[1:]
+        assert same(twin.state_dict(), layer.state_dict())
+        assert torch.equal(twin(x), layer(x))
+    train(loaded, shape, 3)
+    assert same(layer.state_dict(), trained_state(name)[1])
+    assert not list(layer.parameters()) or not same(loaded.state_dict(), layer.state_dict())
+    assert_guarantee(name, loaded)
+
+
+def contiguous(layer: nn.Module) -> bool:
+    return all(tensor.is_contiguous() for tensor in layer.state_dict().values())
+
+
+@every_row
+def test_raw_parameters_are_contiguous(name: str) -> None:
+    layer = TABLE[name].make()
+    assert contiguous(layer)
+    state = {
+        key: value.mT.contiguous().mT if value.dim() > 1 else value
+        for key, value in trained_state(name)[1].items()
+    }
+    layer.load_state_dict(state)
+    assert contiguous(layer)
+    if parametrize.is_parametrized(layer):  # a plain layer keeps the layout of what it is given
+        layer.load_state_dict(state, assign=True)
+        assert contiguous(layer)
+        assert same(layer.state_dict(), state)
+    if isinstance(layer, nn.Linear):
+        layer.weight = layer.weight.detach().mT.contiguous().mT
+        assert contiguous(layer)
+
+
+@every_row
+@pytest.mark.parametrize("context", [False, True])
+def test_layers_can_be_made_without_memory(name: str, context: bool) -> None:
+    """On the meta device, by an argument or by a context, then filled."""
+    with torch.device("meta"):
+        layer = TABLE[name].make()
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    if context:
+        assert layer(torch.empty(2, *TABLE[name].shape, device="meta")).is_meta
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in layer.state_dict().values():  # what memory may hold
+            tensor.fill_(math.nan)
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(tensor.isfinite().all() for tensor in layer.state_dict().values())
+    assert layer.state_dict().keys() == trained_state(name)[0].keys()
+    assert_guarantee(name, layer)
+    train(layer, TABLE[name].shape, 2)
+    assert_guarantee(name, layer)
+
+
+@every_row
+def test_a_memory_format_can_be_asked_for(name: str) -> None:
+    layer, shape = trained(name)
+    x = torch.randn(2, *shape)
+    expected = layer(x)
+    formats = {3: torch.channels_last, 4: torch.channels_last_3d}
+    memory_format = formats.get(len(shape), torch.channels_last)
+    layer.to(memory_format=memory_format)
+    assert not parametrize.is_parametrized(layer) or contiguous(layer)
+    if len(shape) in formats:
+        x = x.contiguous(memory_format=memory_format)
+    torch.testing.assert_close(layer(x), expected)
+    layer.to(torch.float64, memory_format=memory_format)
+    assert_guarantee(name, layer, torch.float64)
+
+
+@trainable_rows
+def test_forward_mode_and_hessians_in_the_parameters(name: str) -> None:
+    """Against differences of values, and of gradients by reverse mode, in float64."""
+    layer, shape = trained(name)
+    layer.double()
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    start = {key: value.detach() for key, value in layer.named_parameters()}
+    tangents = {key: torch.randn_like(value) for key, value in start.items()}
+    weights = torch.randn_like(layer(x))
+
+    def run(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    def gradient(parameters: dict[str, Tensor]) -> Tensor:
+        found = torch.func.grad(lambda each: (run(each) * weights).sum())(parameters)
+        return torch.cat([found[key].flatten() for key in start])
+
+    def chord(function: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        ends = [{key: start[key] + h * tangents[key] for key in start} for h in (1e-6, -1e-6)]
+        return (function(ends[0]) - function(ends[1])) / 2e-6
+
+    for function in (run, gradient):
+        expected = chord(function).detach()
+        found = torch.func.jvp(function, (start,), (tangents,))[1].detach()
+        assert (found - expected).norm() <= 1e-6 * max(1, expected.norm().item())
+    with torch.autograd.forward_ad.dual_level():
+        make_dual = torch.autograd.forward_ad.make_dual
+        dual = run({key: make_dual(start[key], tangents[key]) for key in start})
+        found = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(found, torch.func.jvp(run, (start,), (tangents,))[1])
+
+
+@every_row
+def test_fx_traces(name: str) -> None:
+    layer, shape = trained(name)
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer))
+    for batch in (1, 3):
+        x = torch.randn(batch, *shape)
+        assert torch.equal(traced(x), layer(x))
+
+
+@selected_rows
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
+def test_one_compilation_serves_all_batches(name: str) -> None:
+    layer, shape = trained(name)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend=backend, dynamic=True, fullgraph=True)
+    for batch in (11, 13, 17):  # sizes that are equal are taken for the same: no axis has these
+        x = torch.randn(batch, *shape)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert len(graphs) == 1
 
 
 # ---------------------------------------------------------------------------- rows in one net

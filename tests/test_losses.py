@@ -143,6 +143,195 @@ def test_a_module_is_its_function(name: str) -> None:
     assert "=" in module.extra_repr()
 
 
+# ------------------------------------------------------------- reductions, weights, targets
+
+
+def sample_losses(name: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """The losses of CLASSES one sample at a time, in Python's floats."""
+    values = []
+    for row, y in zip(logits.tolist(), labels.tolist(), strict=True):
+        others = [z for j, z in enumerate(row) if j != y]
+        if name == "multi-margin":
+            values.append(sum(max(0.0, 1.7 - row[y] + z) for z in others))
+        elif name == "offset":
+            powers = sum(math.exp((0.8 - row[y] + z) / 0.3) for z in others)
+            values.append(0.3 * math.log(1 + powers))
+        else:
+            entropy = math.log(1 + sum(math.exp(z - row[y]) for z in others))
+            values.append(entropy - 0.4 * max(0.0, (row[y] - max(others)) / (2 * 2.0)))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+WITH_OPTIONS: dict[str, Callable[..., Tensor]] = {
+    "multi-margin": lambda z, y, **o: multi_margin(z, y, 1.7, divide_by_classes=False, **o),
+    "offset": lambda z, y, **o: offset_cross_entropy(z, y, 0.8, 0.3, **o),
+    "certificate": lambda z, y, **o: certificate_loss(z, y, 0.4, 2.0, math.inf, **o),
+}
+MODULES: dict[str, Callable[..., nn.Module]] = {
+    "multi-margin": lambda **o: MultiMarginLoss(1.7, divide_by_classes=False, **o),
+    "offset": lambda **o: OffsetCrossEntropyLoss(0.8, 0.3, **o),
+    "certificate": lambda **o: CertificateLoss(0.4, 2.0, math.inf, **o),
+}
+
+
+@given(batches.map(lambda batch: (*batch[:3], 0.0)), st.booleans())
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_reductions_and_weights_are_loops(name: str, batch: Any, weighted: bool) -> None:
+    logits, labels = draw(*batch)
+    loss, values = WITH_OPTIONS[name], sample_losses(name, logits, labels)
+    options, counts = {}, torch.ones(len(labels), dtype=torch.float64)
+    if weighted:
+        weight = torch.rand(logits.shape[1], dtype=torch.float64) + 0.1
+        options = {"class_weight": weight}
+        counts = torch.tensor([weight[y] for y in labels], dtype=torch.float64)
+    expected = {
+        "none": counts * values,
+        "sum": (counts * values).sum(),
+        "mean": (counts * values).sum() / counts.sum(),
+    }
+    for reduction, value in expected.items():
+        ours = loss(logits, labels, reduction=reduction, **options)
+        torch.testing.assert_close(ours, value)
+        module = MODULES[name](reduction=reduction, **options)
+        assert torch.equal(module(logits, labels), ours)
+    assert torch.equal(
+        loss(logits, labels, **options), loss(logits, labels, reduction="mean", **options)
+    )
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_weights_and_probabilities_are_those_of_torch(reduction: str) -> None:
+    logits, labels = draw(9, 4, 0, 0.0)
+    weight, q = torch.tensor([0.5, 2.0, 1.0, 3.0]).double(), logits.flip(0).softmax(1)
+    ours = offset_cross_entropy(logits, labels, class_weight=weight, reduction=reduction)
+    theirs = functional.cross_entropy(logits, labels, weight=weight, reduction=reduction)
+    torch.testing.assert_close(ours, theirs)
+    ours = offset_cross_entropy(logits, q, reduction=reduction)
+    torch.testing.assert_close(ours, functional.cross_entropy(logits, q, reduction=reduction))
+    ours = multi_margin(logits, labels, class_weight=weight, reduction="none")
+    theirs = functional.multi_margin_loss(logits, labels, weight=weight, reduction="none")
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_probabilities_give_the_expected_loss(name: str, weighted: bool) -> None:
+    logits, _ = draw(7, 4, 1, 0.0)
+    q = 3 * torch.randn(7, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    q = q.softmax(1)
+    weight = torch.tensor([0.5, 2.0, 1.0, 3.0]).double() if weighted else torch.ones(4).double()
+    options = {"class_weight": weight} if weighted else {}
+    each = [sample_losses(name, logits, torch.full((7,), y)) for y in range(4)]
+    expected = sum(q[:, y] * weight[y] * each[y] for y in range(4))
+    loss = WITH_OPTIONS[name]
+    torch.testing.assert_close(loss(logits, q, reduction="none", **options), expected)
+    torch.testing.assert_close(loss(logits, q, **options), expected.sum() / (q * weight).sum())
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: loss(z, q, **options), (logits,))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_hot_rows_are_their_classes(name: str, dtype: torch.dtype, reduction: str) -> None:
+    logits, labels = draw(8, 3, 3, 0.0)
+    one_hot = functional.one_hot(labels, 3).to(dtype)
+    loss = WITH_OPTIONS.get(name, lambda z, y, **o: hinge_kr(z, y, 3.0, 0.6, **o))
+    expected = loss(logits, labels, reduction=reduction)
+    torch.testing.assert_close(loss(logits, one_hot, reduction=reduction), expected)
+
+
+def test_probabilities_may_be_rounded_to_their_dtype() -> None:
+    logits = torch.randn(50, 30, dtype=torch.float64)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        q = torch.rand(50, 30).softmax(1).to(dtype)
+        assert multi_margin(logits, q).isfinite()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
+)
+@pytest.mark.parametrize("name", CLASSES)
+def test_labels_of_any_integer_dtype(name: str, dtype: torch.dtype) -> None:
+    logits, labels = draw(12, 3, 4, 0.0)
+    assert torch.equal(CLASSES[name][1](logits, labels.to(dtype)), CLASSES[name][1](logits, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32])
+def test_binary_labels_of_any_dtype(dtype: torch.dtype) -> None:
+    outputs, labels = torch.tensor([[2.0], [0.5], [-1.0], [0.25]]), torch.tensor([1, 1, 0, 0])
+    assert torch.equal(hinge_kr(outputs, labels.to(dtype)), hinge_kr(outputs, labels))
+
+
+@given(batches)
+def test_the_shares_of_hinge_kr_sum_to_it(batch: Any) -> None:
+    logits, labels = draw(*batch)
+    shares = hinge_kr(logits, labels, 3.0, 0.6, reduction="none")
+    total = hinge_kr(logits, labels, 3.0, 0.6, reduction="sum")
+    mean = hinge_kr(logits, labels, 3.0, 0.6)
+    assert shares.shape == labels.shape
+    slack = 1e-13 * (1 + logits.abs().max().item()) * len(labels)
+    assert abs(shares.mean() - mean) <= slack
+    assert abs(total - mean * len(labels)) <= slack
+
+
+def test_the_shares_of_hinge_kr_on_paper() -> None:
+    outputs, signs = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([1, 1, -1])
+    # -3 y f / n_y, with n = 3 samples, and the hinge of each.
+    expected = torch.tensor([-3 * 2.0 / 2, -3 * 0.5 / 2 + 10 * 0.5, -3 * 1.0])
+    torch.testing.assert_close(hinge_kr(outputs, signs, reduction="none"), expected)
+
+
+def test_gradients_on_paper() -> None:
+    """What the docstrings say of each, at logits whose margins are 1.5 and 3."""
+    y = torch.tensor([0])
+
+    def gradient(loss: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+        logits = torch.tensor([[3.0, 1.5, 0.0]], dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(loss(logits, y), logits)[0][0].tolist()
+
+    assert gradient(lambda z, y: multi_margin(z, y, 1.0)) == [0, 0, 0]
+    near = gradient(lambda z, y: multi_margin(z, y, 2.0))
+    assert near == pytest.approx([-1 / 3, 1 / 3, 0], abs=1e-15)
+    both = gradient(lambda z, y: multi_margin(z, y, 4.0, divide_by_classes=False))
+    assert both == pytest.approx([-2, 1, 1], abs=1e-15)
+    p = torch.tensor([(3 - 2) / 0.5, 1.5 / 0.5, 0.0]).double().softmax(0)
+    p[0] -= 1
+    soft = gradient(lambda z, y: offset_cross_entropy(z, y, 2.0, 0.5))
+    assert soft == pytest.approx(p.tolist(), abs=1e-15)
+    plain = gradient(lambda z, y: certificate_loss(z, y, 0.0))
+    rewarded = gradient(lambda z, y: certificate_loss(z, y, 0.7, 2.0, math.inf))
+    difference = [a - b for a, b in zip(rewarded, plain, strict=True)]
+    assert difference == pytest.approx([-0.7 / 4, 0.7 / 4, 0], abs=1e-15)
+
+
+@given(batches, st.floats(0.1, 3), st.floats(0.01, 2))
+def test_the_offset_is_a_margin_worth_having(batch: Any, offset: float, t: float) -> None:
+    """Below it the gradient of a sample has norm 1/2 at least."""
+    logits, labels = draw(*batch)
+    logits.requires_grad_()
+    total = offset_cross_entropy(logits, labels, offset, t, reduction="sum")
+    (gradient,) = torch.autograd.grad(total, logits)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    margins = own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
+    assert bool((gradient.norm(dim=1)[margins <= offset] >= 0.5 * (1 - 1e-9)).all())
+
+
+def test_options_travel_with_the_module() -> None:
+    weight = torch.tensor([1.0, 2.0])
+    for make in MODULES.values():
+        module = make(class_weight=weight, reduction="sum").double()
+        assert module.class_weight.dtype == torch.float64
+        assert "class_weight=[1.0, 2.0], reduction='sum'" in repr(module)
+        assert "reduction" not in repr(make())
+    assert "reduction='none'" in repr(HingeKRLoss(reduction="none"))
+
+
+def test_the_offset_must_be_given() -> None:
+    with pytest.raises(TypeError, match="'offset'"):
+        OffsetCrossEntropyLoss()
+
+
 # --------------------------------------------------------------------------------- theorem
 
 
@@ -225,6 +414,52 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "p < 1": (lambda: margin_for_radius(1.0, p=0.5), ValueError, "p must be"),
     "alpha < 0": (lambda: hinge_kr(Z, Y, -1.0), ValueError, "alpha must be"),
     "signs of 2": (lambda: hinge_kr(Z[:, 0], Y), ValueError, r"-1 or 1, got \[0, 2\]"),
+    "no margin": (lambda: OffsetCrossEntropyLoss(temperature=1.0), TypeError, "'offset'"),  # type: ignore[call-arg]
+    "labels as truth values": (lambda: multi_margin(Z, Y.bool()), TypeError, "got torch.bool"),
+    "complex labels": (lambda: multi_margin(Z, Z + 1j), TypeError, "got torch.complex64"),
+    "no probabilities": (lambda: multi_margin(Z, Z), ValueError, "sums from 0 to 0"),
+    "negative probabilities": (
+        lambda: certificate_loss(Z, torch.tensor([[2.0, -1.0, 0.0]] * 2)),
+        ValueError,
+        "entries from -1 to 2",
+    ),
+    "probabilities NaN": (
+        lambda: multi_margin(Z, torch.full((2, 3), math.nan)),
+        ValueError,
+        "must be rows of probabilities",
+    ),
+    "soft labels of hinge-KR": (
+        lambda: hinge_kr(Z, torch.full((2, 3), 1 / 3)),
+        ValueError,
+        "labels must be classes or one-hot rows",
+    ),
+    "labels of other classes": (
+        lambda: multi_margin(Z, torch.full((2, 4), 0.25)),
+        ValueError,
+        r"got \(2, 3\) and \(2, 4\)",
+    ),
+    "reduction": (lambda: hinge_kr(Z, Y, reduction="max"), ValueError, "reduction must be .*'max'"),  # type: ignore[arg-type]
+    "reduction of a module": (
+        lambda: MultiMarginLoss(reduction="max"),  # type: ignore[arg-type]
+        ValueError,
+        "reduction must be",
+    ),
+    "weight of a class": (
+        lambda: multi_margin(Z, Y, class_weight=torch.ones(2)),
+        ValueError,
+        r"class_weight must have shape \(3,\), got \(2,\)",
+    ),
+    "weight zero": (
+        lambda: CertificateLoss(class_weight=torch.zeros(3)),
+        ValueError,
+        "class_weight must be positive",
+    ),
+    "weights in a list": (
+        lambda: OffsetCrossEntropyLoss(1.0, class_weight=[1.0]),  # type: ignore[arg-type]
+        TypeError,
+        "class_weight must be a floating-point tensor, got list",
+    ),
+    "hinge-KR of a list": (lambda: hinge_kr([1.0], Y), TypeError, "must be a torch.Tensor"),  # type: ignore[arg-type]
     "signs in a matrix": (lambda: hinge_kr(Z[:, 0], Y[:1]), ValueError, "one shape"),
 }
 

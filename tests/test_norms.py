@@ -32,11 +32,14 @@ from lipbook.norms import (
     circular_convolution_singular_values,
     convolution_norm_bound,
     convolution_norm_is_exact,
+    convolutions,
     dual_exponent,
+    geometry,
     gram_iteration,
     operator_norm,
     power_iteration,
     responses,
+    rigorous_convolution_norm,
 )
 
 INF = math.inf
@@ -355,6 +358,54 @@ def test_search_by_frobenius_norm_finds_the_largest_block() -> None:
     values = circular_convolution_singular_values(weight, 64)
     assert values[0].item() == pytest.approx(6, rel=1e-12)
     assert circular_convolution_norm(weight, 64).item() == pytest.approx(6, rel=1e-12)
+
+
+@settings(max_examples=60)
+@given(circular_layers(), st.integers(2, 6))
+def test_the_search_finds_the_largest_of_all_singular_values(
+    layer: dict[str, Any], longer: int
+) -> None:
+    # On images longer than the kernel the Gram matrices come from interpolation.
+    layer["input_size"] = (
+        tuple(longer * n for n in layer["input_size"][:2]) + layer["input_size"][2:]
+    )
+    values = circular_convolution_singular_values(**layer)
+    tol = tolerance(*layer["weight"].shape[:2], layer["weight"][0, 0].numel())
+    assert_close(circular_convolution_norm(**layer), values[0], tol)
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 3), (30, 20, 3, 2), (24, 24, 3, 3)])
+def test_the_search_among_many_channels_finds_the_largest(shape: tuple[int, ...]) -> None:
+    for seed in range(8):
+        weight = normal(seed, *shape)
+        values = circular_convolution_singular_values(weight, 12, stride=1 + seed % 2)
+        norm = circular_convolution_norm(weight, 12, stride=1 + seed % 2)
+        assert_close(norm, values[0], tolerance(*shape[:2], 9))
+
+
+def test_gram_matrices_are_interpolated_exactly() -> None:
+    dilated = {"dilation": (1, 3), "stride": (2, 1), "padding": (0, 3)}
+    kernel, lattice = geometry._geometry(
+        normal(0, 6, 2, 3, 4), (17, 21), padding_mode="zeros", groups=2,
+        transposed=False, output_padding=0, **dilated,
+    )  # fmt: skip
+    with no_dense_axes():
+        for blocks in convolutions._completions(kernel, lattice)[:6]:
+            polynomial = responses._gram_polynomial(kernel, blocks)
+            assert polynomial is not None
+            assert polynomial.steps == [1, 3]
+            direct = responses._gram(responses._symbol(kernel, blocks))
+            assert polynomial.at(blocks).shape == direct.shape
+            assert float((polynomial.at(blocks) - direct).abs().max()) < 1e-13 * direct.abs().max()
+
+
+def test_where_all_frequencies_tie_the_search_still_ends() -> None:
+    weight = torch.linalg.qr(normal(0, 16, 16)).Q[:, :, None, None]
+    padded = nn.functional.pad(weight, (1, 1, 1, 1))  # the same isometry at every frequency
+    assert_close(circular_convolution_norm(padded, 12), 1.0, tolerance(16, 16, 9))
+    with no_dense_axes():
+        bound = convolution_norm_bound(padded, 12, padding=1)
+    assert 1 <= bound.item() <= 1 + tolerance(16, 16, 9)
 
 
 # ----------------------------------------------------- convolutions as torch computes them
@@ -761,6 +812,30 @@ def test_integers_mean_the_same_on_every_axis() -> None:
     assert torch.equal(short, long)
     numpy_integers = convolution_norm_bound(weight, np.int64(9), np.int64(2), 1, torch.Size((2, 2)))
     assert torch.equal(short, numpy_integers)
+    two = np.array([2, 2])
+    arrays = convolution_norm_bound(weight, np.array([9, 9]), two, two - 1, two, groups=np.int32(1))
+    assert torch.equal(short, arrays)
+    rigorous = [
+        rigorous_convolution_norm(weight, size) for size in (9, np.int64(9), (9, np.int32(9)))
+    ]
+    assert len(set(rigorous)) == 1
+    assert torch.equal(gram_iteration(weight[0], np.int64(3)), gram_iteration(weight[0], 3))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_are_the_same_without_a_graph(name: str, mode: Any) -> None:
+    weight = normal(0, 2, 3, 3, 3)
+    expected = FUNCTIONS[name](weight)
+    with mode():
+        inside = weight.clone()
+        assert torch.equal(FUNCTIONS[name](inside), expected)
+        assert torch.equal(
+            power_iteration(inside, 30, torch.Generator().manual_seed(0)),
+            power_iteration(weight, 30, torch.Generator().manual_seed(0)),
+        )
+        assert rigorous_convolution_norm(inside, 4) == rigorous_convolution_norm(weight, 4)
+    assert torch.equal(FUNCTIONS[name](inside), expected)  # an inference tensor, used outside
 
 
 # --------------------------------------------------------------------------------- errors

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,16 @@ from torch.nn.utils import parametrize
 from lipbook import orthogonal
 from lipbook.composition import lipschitz_bound
 from lipbook.orthogonal import (
+    QR,
+    Cayley,
+    InfinityNorm,
     InfinityNormLinear,
     OrthogonalLinear,
+    Polar,
     Scale,
+    SpectralNorm,
     SpectralNormLinear,
+    UnitNorm,
     UnitNormLinear,
     bjorck,
     cayley,
@@ -787,14 +794,105 @@ def test_a_weight_outside_the_constraint_is_refused(name: str) -> None:
         assert torch.equal(layer.weight, before)
 
 
+def constraint_of(method: str) -> nn.Module:
+    layer: Any = OrthogonalLinear(3, 5, method=method)  # type: ignore[arg-type]
+    return type(layer.parametrizations.weight[0])()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tall_weight_needs_orthonormal_columns(method: str) -> None:
     layer = nn.Linear(3, 5)
-    constraint = type(
-        OrthogonalLinear(3, 5, method=method).parametrizations.weight[0]  # type: ignore[arg-type,union-attr,index]
-    )
-    with pytest.raises(ValueError, match="weight must have orthonormal columns"):
-        parametrize.register_parametrization(layer, "weight", constraint())
+    parametrize.register_parametrization(layer, "weight", constraint_of(method))
+    with pytest.raises(ValueError, match=r"orthonormal columns .*assign polar\(weight\) instead"):
+        layer.weight = torch.ones(5, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5)])
+def test_a_layer_starts_from_the_nearest_orthonormal_weight(
+    method: str, shape: tuple[int, int]
+) -> None:
+    """Registered on any torch layer; judged by NumPy's singular vectors."""
+    layer = nn.Linear(shape[1], shape[0])
+    left, _, right = np.linalg.svd(layer.weight.detach().double().numpy(), full_matrices=False)
+    parametrize.register_parametrization(layer, "weight", constraint_of(method))
+    np.testing.assert_allclose(layer.weight.detach().numpy(), left @ right, rtol=0, atol=1e-5)
+    assert all(raw.is_contiguous() for raw in layer.parameters())
+    layer.weight = polar(torch.randn(shape))
+    with pytest.raises(ValueError, match="weight must have orthonormal"):
+        layer.weight = 2 * polar(torch.randn(shape))
+    for rank_deficient in (torch.zeros(shape), torch.ones(shape)):
+        layer = nn.Linear(shape[1], shape[0])
+        layer.weight.data = rank_deficient
+        parametrize.register_parametrization(layer, "weight", constraint_of(method))
+        values = np.linalg.svd(layer.weight.detach().double().numpy())[1]
+        assert np.abs(values - 1).max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("constraint", "nearest", "way"),
+    [
+        (SpectralNorm, clip_spectral_norm, "clip_spectral_norm"),
+        (InfinityNorm, project_l1_ball, "project_l1_ball"),
+        (UnitNorm, unit_rows, "unit_rows"),
+    ],
+)
+def test_a_layer_starts_from_the_nearest_bounded_weight(
+    constraint: Any, nearest: Any, way: str
+) -> None:
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight.mul_(30)
+    expected = nearest(layer.weight.detach())
+    parametrize.register_parametrization(layer, "weight", constraint())
+    torch.testing.assert_close(layer.weight, expected)
+    torch.testing.assert_close(layer.parametrizations.weight.original, expected)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=rf"assign {way}\(weight\) instead"):
+        layer.weight = 30 * expected
+    with pytest.raises(ValueError, match="weight must"):
+        layer.weight = torch.full((3, 4), math.nan)
+
+
+@pytest.mark.parametrize("constraint", [QR, Polar, Cayley, SpectralNorm, InfinityNorm, UnitNorm])
+def test_kernels_of_convolutions_are_no_matrices(constraint: Any) -> None:
+    with pytest.raises(ValueError, match=r"weight must be a matrix .*lipbook\.convolutions"):
+        parametrize.register_parametrization(nn.Conv2d(3, 3, 3), "weight", constraint())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_can_be_assigned(method: str) -> None:
+    """The layer takes its values, and shares nothing with it."""
+    other = nn.Linear(4, 4)
+    nn.init.orthogonal_(other.weight)
+    layer = OrthogonalLinear(4, 4, method=method)  # type: ignore[arg-type]
+    layer.weight = other.weight
+    expected = other.weight.detach().clone()
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        for raw in layer.parameters():
+            raw.add_(1)
+    assert torch.equal(other.weight, expected)
+    assert [name for name, _ in layer.named_parameters()][-1].startswith("parametrizations")
+    with pytest.raises(ValueError, match=r"weight must have shape \(4, 4\), got \(5, 4\)"):
+        layer.weight = torch.eye(5, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(6, 4), (4, 6), (5, 5)])
+def test_cholesky_qr_at_any_scale(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(size, generator=generator, dtype=dtype)
+    expected = cholesky_qr(matrix)
+    most = 100 if dtype == torch.float32 else 500
+    for power in (-most, -most // 2, most // 2, most):
+        scaled = (matrix * 2.0**power).requires_grad_()
+        weight = cholesky_qr(scaled)
+        torch.testing.assert_close(weight, expected)
+        weight.square().sum().backward()
+        assert scaled.grad is not None
+        assert scaled.grad.isfinite().all()
+    batch = torch.stack([matrix * 2.0**most, matrix, matrix * 2.0**-most])
+    torch.testing.assert_close(cholesky_qr(batch), expected.expand(3, *size))
 
 
 def test_all_is_complete() -> None:

@@ -27,29 +27,32 @@ CONDA_TO_PYPI = {"pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}
 
 # A module may import those on lower floors only (CONTRIBUTING.md, "Rooms and floors").
 FLOORS = {
-    "__init__": 0,
     "jacobians": 0,
     "norms": 0,
     "rules": 1,
-    "layers": 2,
-    "graphs": 3,
-    "composition": 4,
-    "activations": 5,
-    "orthogonal": 5,
-    "pooling": 5,
-    "convolutions": 6,
-    "residual": 7,
-    "wasserstein": 8,
-    "losses": 8,
-    "rounding": 8,
-    "tightness": 8,
-    "generalization": 8,
-    "export": 9,
-    "robustness": 9,
-    "attacks": 10,
-    "interpretability": 10,
-    "lab": 11,
-    "cli": 12,
+    "errors": 2,
+    "freezing": 1,
+    "layers": 3,
+    "graphs": 4,
+    "composition": 5,
+    "rounding": 6,
+    "activations": 6,
+    "orthogonal": 6,
+    "pooling": 6,
+    "convolutions": 7,
+    "residual": 8,
+    "wasserstein": 9,
+    "losses": 9,
+    "tightness": 9,
+    "generalization": 9,
+    "export": 10,
+    "robustness": 10,
+    "attacks": 11,
+    "interpretability": 11,
+    "lab": 12,
+    "cli": 13,
+    "__main__": 14,
+    "__init__": 14,  # imports every module, when it is asked for
 }
 
 
@@ -97,6 +100,45 @@ def test_the_floor_check_sees_an_arrow_that_goes_up() -> None:
 def test_every_floor_has_its_module() -> None:
     rooms = {p.relative_to(TOP / "lipbook").parts[0].removesuffix(".py") for p in SOURCES}
     assert rooms == set(FLOORS)
+
+
+def ran(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *(["-c", code] if code else []), *map(str, paths)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    heavy = ("torch", "numpy", "ot", "scipy", "matplotlib")
+    code = f"import sys, lipbook; print([m for m in {heavy} if m in sys.modules])"
+    assert ran(code).stdout == "[]\n"
+
+
+def test_modules_are_imported_when_they_are_asked_for() -> None:
+    code = "import lipbook; print(lipbook.convolutions.OrthogonalConv2d.__module__)"
+    assert ran(code).stdout.startswith("lipbook.convolutions")
+    for room in set(FLOORS) - {"__init__", "__main__"}:
+        assert getattr(lipbook, room) is sys.modules[f"lipbook.{room}"]
+        assert room in dir(lipbook)
+    assert "__version__" in dir(lipbook)
+    with pytest.raises(AttributeError, match="module 'lipbook' has no attribute 'convolution'"):
+        lipbook.convolution  # noqa: B018
+    assert not hasattr(lipbook, "__wrapped__")
+
+
+def test_an_error_inside_a_module_is_not_hidden() -> None:
+    code = (
+        "import sys, lipbook; sys.modules['numpy'] = None\n"
+        "try: lipbook.robustness\nexcept ImportError as error: print(error.name)"
+    )
+    assert ran(code).stdout == "numpy\n"
+
+
+def test_type_checkers_see_every_module() -> None:
+    assert lipbook_imports((TOP / "lipbook" / "__init__.py").read_text()) - {"lipbook"} == {
+        f"lipbook.{room}" for room in set(FLOORS) - {"__init__", "__main__"}
+    }
 
 
 def test_every_module_says_what_is_public() -> None:

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lipbook.attacks import attacked_accuracy
 from lipbook.composition import lipschitz_bound
 from lipbook.lab import networks, records
 from lipbook.lab.data import Cifar10, Mnist, mnist
@@ -27,6 +29,7 @@ from lipbook.lab.recipes import (
     cifar10,
     counterexamples,
     digit_generator,
+    gradients,
     group_sizes,
     image_critics,
     known_answers,
@@ -35,6 +38,7 @@ from lipbook.lab.recipes import (
     mnist_small,
     mnist_trade_off,
     recipes,
+    smoothing,
     tightness,
     transport_scaling,
     wgan,
@@ -606,6 +610,116 @@ def test_a_small_row_of_the_tightness_is_found_again() -> None:
     for method in methods:
         value = recorded["bounds"][method]["value"]
         assert again["bounds"][method]["value"] == pytest.approx(value, rel=0.01)
+
+
+# ----------------------------------------------------------------------------------- smoothing
+
+
+def test_margins_certify_more_than_smoothing_at_equal_terms() -> None:
+    results = records.read("smoothing").results
+    assert results["epsilons"] == list(smoothing.EPSILONS)
+    assert results["samples"] >= 100_000
+    kinds = [("Lipschitz", None)]
+    kinds += [("smoothed Lipschitz", sigma) for sigma in smoothing.SMALL]
+    kinds += [("smoothed", sigma) for sigma in smoothing.SIGMAS]
+    curves = {
+        key: [r for r in results["curves"] if (r["kind"], r["sigma"]) == key] for key in kinds
+    }
+    assert sum(map(len, curves.values())) == len(results["curves"])
+    order = np.argsort(results["epsilons"])
+    largest = dict(zip(smoothing.SIGMAS, results["largest"], strict=True))
+    for (_, sigma), rows in curves.items():
+        assert [row["seed"] for row in rows] == [0, 1, 2]
+        for row in rows:
+            curve = np.array(row["certified"])
+            assert (np.diff(curve[order]) <= 0).all()
+            if sigma is not None:
+                assert (curve[np.array(results["epsilons"]) > largest[sigma]] == 0).all()
+    for sigma, radius in largest.items():
+        # n copies that agree: alpha^(1/n) is the lower bound of the probability
+        p = 0.001 ** (1 / results["samples"])
+        assert radius == pytest.approx(sigma * statistics.NormalDist().inv_cdf(p), rel=1e-6)
+
+
+def test_one_draw_of_noise_counts_like_a_naive_loop() -> None:
+    digits = mnist()
+    x, labels = digits.test_images[:4], digits.test_labels[:4]
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(784, 8)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), linear, torch.nn.ReLU(), torch.nn.Linear(8, 10)
+    ).double()
+    noise = torch.randn(300, 784, dtype=torch.float64)
+    for image in x.double():
+        naive = [int(model((image + 0.7 * e.view(1, 28, 28))[None]).argmax()) for e in noise]
+        found = smoothing.counts(model, image, 0.7, noise @ linear.weight.mT)
+        assert found.tolist() == np.bincount(naive, minlength=len(found)).tolist()
+    with (
+        torch.no_grad()
+    ):  # no doubt: one class has a much larger bias, and the radius is the largest
+        model[-1].bias[3] = 1000
+    certificate = smoothing.certify(model.float(), x, labels, 0.5, samples=700, selection=10)
+    assert certificate.predictions.tolist() == [3] * 4
+    top = 0.5 * statistics.NormalDist().inv_cdf(0.001 ** (1 / 700))
+    assert certificate.radius.tolist() == pytest.approx([top] * 4)
+
+
+def test_a_short_training_makes_both_kinds_of_certificate() -> None:
+    digits = mnist()
+    few = Mnist(*(t[:3000] for t in digits[:2]), *digits[2:])
+    some = digits.test_images[::100], digits.test_labels[::100]
+    for sigma, kinds in ((None, 1 + len(smoothing.SMALL)), (0.5, 1)):
+        results, _ = smoothing.row(few, *some, sigma, samples=200, epochs=4)
+        assert len(results["curves"]) == kinds
+        for curve in results["curves"]:
+            assert curve["certified"][0] > 0.5
+            assert curve["certified"][0] >= curve["certified"][5] >= curve["certified"][-1]
+
+
+# ----------------------------------------------------------------------------------- gradients
+
+
+def test_recorded_gradients_are_found_again() -> None:
+    rows = records.read("gradients").results["rows"]
+    assert [(r["seed"], r["kind"]) for r in rows] == [
+        (seed, kind) for seed in range(3) for kind in gradients.KINDS
+    ]
+    images, labels = mnist().test_images.double(), mnist().test_labels
+    models = {kind: gradients.load(kind).double() for kind in gradients.KINDS}
+    right = torch.stack([model(images).argmax(1) == labels for model in models.values()]).all(0)
+    x, y = images[right][:200], labels[right][:200]
+    for row in rows[:3]:
+        model = models[row["kind"]]
+        weights = [m.weight.numpy() for m in model if isinstance(m, torch.nn.Linear)]
+        product = math.prod(np.linalg.norm(w, 2) for w in weights)
+        assert row["bound"] == pytest.approx(product, rel=1e-6)
+        assert row["accuracy"] > 0.95
+        again = gradients.measure(model, x[:50], y[:50])
+        assert again["certified"] < again["walked"]
+        assert 0.7 < again["alignment"] / row["alignment"] < 1.4
+        moved = x[:50].clone().requires_grad_()
+        top = model(moved).topk(2, dim=1).values
+        (g,) = torch.autograd.grad((top[:, 0] - top[:, 1]).sum(), moved)
+        slope = (g * x[:50]).flatten(1).sum(1).abs() / g.flatten(1).norm(dim=1)
+        assert again["alignment"] == pytest.approx(slope.median().item())
+    with pytest.raises(ValueError, match="kind must be one of"):
+        gradients.load("friendly")
+
+
+def test_training_against_attacks_helps_against_attacks() -> None:
+    digits = mnist()
+    few = Mnist(*(t[:3000] for t in digits[:2]), *digits[2:])
+    x, y = digits.test_images[::20], digits.test_labels[::20]
+    withstood = {}
+    for kind in gradients.KINDS:
+        model = gradients.fit(kind, few, epochs=3)
+        assert not model.training
+        withstood[kind] = attacked_accuracy(model, [(x, y)], gradients.RADIUS, steps=10).value
+        bound = lipschitz_bound(model, (1, 28, 28)).value
+        assert (bound < 1 + 1e-4) == (kind == "1-Lipschitz")
+    assert min(withstood["adversarial"], withstood["1-Lipschitz"]) > withstood["standard"] + 0.1
+    with pytest.raises(ValueError, match="kind must be one of"):
+        gradients.fit("friendly", few)
 
 
 # --------------------------------------------------------------------------------------- rows

@@ -3,7 +3,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -290,3 +292,36 @@ def test_all_is_complete() -> None:
         if not name.startswith("_") and getattr(value, "__module__", "") == residual.__name__
     }
     assert public == set(residual.__all__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 3, 3)])
+def test_scales_at_any_size_of_the_weight(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """T is homogeneous of degree 2; out of range it is infinite, never too small."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator, dtype=dtype)
+    log_q = torch.randn(shape[0], generator=generator, dtype=dtype)
+    most = 100 if dtype == torch.float32 else 500
+    for power in (-most, -most // 2, -most // 4, most // 4, most // 2, most):
+        scaled = weight * 2.0**power
+        for found, at_one in (
+            (cpl_scale(scaled), cpl_scale(weight)),
+            (sll_scale(scaled, log_q), sll_scale(weight, log_q)),
+        ):
+            exact = at_one.double() * 4.0**power
+            assert not found.isnan().any()
+            assert (found.double() >= exact * (1 - 1e-5)).all()
+            if abs(power) < most // 2:  # where T itself is in range
+                torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("power", [-100, -60, -30, 30, 60, 100])
+@pytest.mark.parametrize("kind", [SLLLinear, CPLLinear])
+def test_layers_stay_nonexpansive_at_any_size_of_the_weight(kind: Any, power: int) -> None:
+    layer = kind(5)
+    with torch.no_grad():
+        layer.weight.mul_(2.0**power)
+        layer.bias.zero_()
+    x = torch.randn(5)
+    jacobian = torch.func.jacrev(lambda z: layer(z[None])[0])(x)
+    assert np.linalg.svd(jacobian.detach().double().numpy())[1].max() <= 1 + 1e-6

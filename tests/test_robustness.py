@@ -415,6 +415,34 @@ def test_a_certificate_survives_its_file(tmp_path: Path) -> None:
     assert Certificate.load(path).p == INF
 
 
+@pytest.mark.parametrize(
+    ("facts", "advised"),
+    [
+        ({"lost_to_rounding": 0.051, "dtype": "float32"}, True),
+        ({"lost_to_rounding": 0.46, "dtype": "bfloat16"}, True),
+        ({"lost_to_rounding": 0.049, "dtype": "float32"}, False),
+        ({"lost_to_rounding": 0.9, "dtype": "float64"}, False),
+        ({}, False),
+    ],
+)
+def test_the_table_says_what_to_do_where_rounding_is_dear(
+    facts: dict[str, Any], advised: bool
+) -> None:
+    last = Certificate(torch.ones(1), Y[:1], Y[:1], 2, True, facts).table([0]).splitlines()[-1]
+    advice = "of the median radius: certify model.double() on inputs.double()."
+    assert last.endswith(advice) == advised
+    assert "Rounding" not in Certificate(torch.ones(1), Y[:1], Y[:1], 2, False, facts).table([0])
+
+
+def test_the_advice_helps() -> None:
+    x, y = points(40)
+    dear = certify(trained_like().bfloat16(), [(x.bfloat16(), y)], (6,))
+    cheap = certify(trained_like().double(), [(x.bfloat16().double(), y)], (6,))
+    assert "Rounding costs" in dear.table([0])
+    assert "Rounding costs" not in cheap.table([0])
+    assert cheap.radius.median() > dear.radius.median()
+
+
 def test_radii_without_end_have_a_table() -> None:
     forever = Certificate(torch.full((2,), INF), *(torch.zeros(2, dtype=torch.int64),) * 2, 2, True)
     assert "100.00 %" in str(forever)
@@ -488,7 +516,60 @@ def test_smoothing_is_reproducible_and_independent_of_the_batch() -> None:
     assert torch.equal(ours.radius, certify_by_smoothing(net, [(x, y)], 0.3, **options).radius)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.3, 0.001, 1e-9])
+def test_the_least_number_of_samples_certifies_and_fewer_are_refused(alpha: float) -> None:
+    """All n copies of one class leave α^(1/n) as the bound of its probability."""
+    net = nn.Linear(4, 2).eval().requires_grad_(False)
+    net.weight.zero_()
+    net.bias.copy_(torch.tensor([9.0, 0.0]))
+    loader = [(torch.randn(2, 4), torch.zeros(2, dtype=torch.int64))]
+    least = next(n for n in range(1, 99) if alpha ** (1 / n) > 0.5)
+    ours = certify_by_smoothing(net, loader, 0.5, samples=least, alpha=alpha)
+    assert (ours.predictions == 0).all()
+    assert (ours.radius > 0).all()
+    if least > 1:
+        with pytest.raises(ValueError, match=f"at least {least} for .* got {least - 1}"):
+            certify_by_smoothing(net, loader, 0.5, samples=least - 1, alpha=alpha)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_one_output_is_refused_by_all_certificates_alike(flat: bool) -> None:
+    """An argmax over one output would call every input the class 0, and certify it."""
+    net = nn.Sequential(nn.Linear(6, 1), *([nn.Flatten(0)] if flat else [])).eval()
+    loader = [(X, 0 * Y)]
+    for call in (
+        lambda: certify(net, loader, (6,)),
+        lambda: certify_by_smoothing(net, loader, 0.25, samples=20),
+        lambda: pgd(net, X, 0 * Y, 0.1),
+    ):
+        message = r"must return \(batch, classes\)|two classes at least, got 1"
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_two_logits_of_one_output_are_smoothed_as_its_sign() -> None:
+    linear, x = nn.Linear(4, 1), torch.randn(20, 4)
+
+    class Signed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = linear(x)
+            return torch.cat([torch.zeros_like(z), z], 1)
+
+    sign = (linear(x)[:, 0] > 0).long()
+    ours = certify_by_smoothing(Signed().eval(), [(x, sign)], 0.25, samples=100)
+    distance = linear(x)[:, 0].abs() / linear.weight.norm()
+    known = distance > 0.25
+    assert (ours.predictions[known] == sign[known]).all()
+    assert (ours.radius <= distance + 1e-6).all()
+    assert set(sign.tolist()) == {0, 1}
+
+
 # ----------------------------------------------------------------------- what is refused
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
 
 
 class Doubled(nn.Linear):
@@ -524,7 +605,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"'1' \(Tanh\): .*Tanh has no bound of its rounding errors: register",
     ),
     "no Lipschitz rule": (
-        lambda: certify(nn.Sequential(NET, nn.Bilinear(1, 1, 1)).eval(), [(X, Y)], (6,)),
+        lambda: certify(nn.Sequential(NET, Unknown()).eval(), [(X, Y)], (6,)),
         TypeError,
         "no Lipschitz rule",
     ),
@@ -600,10 +681,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "mode must be 'nearest'",
     ),
-    "overlap": (
-        lambda: forward_error(nn.AvgPool2d(3, 1), torch.ones(1, 1, 4, 4)),
-        ValueError,
-        "must not overlap",
+    "product": (
+        lambda: forward_error(nn.GLU(), torch.ones(1, 4)),
+        TypeError,
+        "GLU has no bound of its rounding errors",
     ),
     "radius NaN": (lambda: certified_radius(LOGITS / 0, LABELS), ValueError, "must be finite"),
     "radius labels": (lambda: certified_radius(LOGITS, LABELS + 1), ValueError, "0 to 2, got 1 to"),
@@ -661,6 +742,21 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "smoothing sigma": (lambda: smoothed_radius(1, 2, 0.0), ValueError, "sigma must be positive"),
     "smoothing alpha": (lambda: smoothed_radius(1, 2, 1.0, 1.0), ValueError, "alpha in"),
     "smoothing count": (lambda: smoothed_radius(3, 2, 1.0), ValueError, "successes must be"),
+    "smoothing model": (
+        lambda: certify_by_smoothing(abs, [(X, Y)], 1.0),  # type: ignore[arg-type]
+        TypeError,
+        "model must be a torch.nn.Module",
+    ),
+    "smoothing labels": (
+        lambda: certify_by_smoothing(NET, [(X, Y + 4)], 1.0, samples=20),
+        ValueError,
+        "labels must be classes from 0 to 3, got",
+    ),
+    "smoothing deviation": (
+        lambda: certify_by_smoothing(NET, [(X, Y)], -1.0),
+        ValueError,
+        "sigma must be positive",
+    ),
     "smoothing samples": (
         lambda: certify_by_smoothing(NET, [(X, Y)], 1.0, samples=0),
         ValueError,

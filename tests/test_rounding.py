@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections import namedtuple
 from collections.abc import Callable
 from fractions import Fraction
 from types import SimpleNamespace
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lipbook import rounding
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
 from lipbook.composition import Residual, Sum, lipschitz_bound
 from lipbook.convolutions import (
@@ -27,6 +27,8 @@ from lipbook.convolutions import (
     OrthogonalConvTranspose2d,
     SkewOrthogonalConv2d,
 )
+from lipbook.errors import moved_error
+from lipbook.layers.rearrangements import Cast, Clamp, Diagonal, LinearMap, MatrixProduct, Shift
 from lipbook.norms import convolution_norm_bound, operator_norm
 from lipbook.norms.rigorous import _largest_spectral_bound
 from lipbook.orthogonal import OrthogonalLinear, Scale
@@ -170,8 +172,78 @@ def _(module: Standardize, x: np.ndarray) -> np.ndarray:
 @exact.register(nn.AvgPool2d)
 def _(module: nn.AvgPool2d, x: np.ndarray) -> np.ndarray:
     k = module.kernel_size
+    if module.stride == 1:  # overlapping, padded by zeros that count
+        pad = np.pad(x, ((0, 0), (1, 1), (1, 1)), constant_values=Fraction(0))
+        rows, columns = (n + 3 - k for n in x.shape[1:])
+        y = np.empty((len(x), rows, columns), dtype=object)
+        for c, i, j in np.ndindex(*y.shape):
+            y[c, i, j] = pad[c, i : i + k, j : j + k].sum() / Fraction(k * k)
+        return y
     windows = x.reshape(len(x), x.shape[1] // k, k, x.shape[2] // k, k)
     return windows.sum((2, 4)) / Fraction(k * k)
+
+
+class Functions(nn.Module):
+    """Arithmetic that stands in a forward and in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (0.3 - 1.7 * x.flip(1)) @ self.weight + self.bias / 3
+        return (self.weight @ x.view(len(x), 2, 2).repeat(1, 2, 3).mean(-1)[..., None]).sum(2)
+
+
+@exact.register(Functions)
+def _(module: Functions, x: np.ndarray) -> np.ndarray:
+    weight = rational(module.weight)
+    bias = rational(module.bias / 3)  # a constant, rounded before the program runs
+    y = ((Fraction(0.3) - Fraction(1.7) * x[::-1]) @ weight + bias).reshape(2, 2)
+    return weight @ np.tile(y, (2, 3)).mean(-1)
+
+
+class Joins(nn.Module):
+    """A skip, a difference, a slice, a maximum and a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.first(x).relu()
+        a, b = y.chunk(2, 1)
+        a = a - self.second(b)
+        return torch.cat([a, torch.maximum(b, a), x[:, 1:].clamp(-0.5, 1.0)], 1)
+
+
+@exact.register(Joins)
+def _(module: Joins, x: np.ndarray) -> np.ndarray:
+    y = x + np.maximum(exact(module.first, x), Fraction(0))
+    a, b = y[:2], y[2:]
+    a = a - exact(module.second, b)
+    clipped = np.minimum(np.maximum(x[1:], Fraction(-1, 2)), Fraction(1))
+    return np.concatenate([a, np.maximum(b, a), clipped])
+
+
+@exact.register(nn.Hardtanh)
+def _(module: nn.Hardtanh, x: np.ndarray) -> np.ndarray:
+    return np.minimum(np.maximum(x, Fraction(module.min_val)), Fraction(module.max_val))
+
+
+@exact.register(nn.ReLU6)
+def _(module: nn.ReLU6, x: np.ndarray) -> np.ndarray:
+    return np.minimum(np.maximum(x, Fraction(0)), Fraction(6))
+
+
+@exact.register(nn.AdaptiveAvgPool2d)
+def _(module: nn.AdaptiveAvgPool2d, x: np.ndarray) -> np.ndarray:  # of a square to two by two
+    n = x.shape[1]
+    ends = [(i * n // 2, -(-(i + 1) * n // 2)) for i in range(2)]
+    y = np.empty((len(x), 2, 2), dtype=object)
+    for c, i, j in np.ndindex(*y.shape):
+        y[c, i, j] = x[c, slice(*ends[i]), slice(*ends[j])].mean()
+    return y
 
 
 @exact.register(AveragePooling)
@@ -414,6 +486,34 @@ def test_the_bound_of_many_blocks_is_that_of_the_largest() -> None:
     assert true <= _largest_spectral_bound(blocks) <= true * (1 + 1e-6)
 
 
+def test_the_bound_of_many_blocks_believes_neither_eigenvalues_nor_factors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = torch.randn(30, 6, 5, dtype=torch.complex128)
+    true = torch.linalg.matrix_norm(blocks, 2).max().item()
+    eigvalsh, cholesky = torch.linalg.eigvalsh, torch.linalg.cholesky_ex
+
+    def factors(scale: float) -> Callable[..., Any]:
+        def wrong(A: Tensor, upper: bool = False) -> Any:
+            return namedtuple("Factor", "L info")(A * scale, torch.zeros(len(A)))
+
+        return wrong
+
+    for shrink, factor in (
+        (0.5, cholesky),
+        (2.0, cholesky),
+        (0.0, cholesky),
+        (math.nan, cholesky),
+        (1.0, factors(0.0)),
+        (0.5, factors(0.5)),
+        (0.0, factors(0.5)),
+        (1.0, factors(math.nan)),
+    ):
+        monkeypatch.setattr(torch.linalg, "eigvalsh", lambda A, s=shrink: eigvalsh(A) * s)
+        monkeypatch.setattr(torch.linalg, "cholesky_ex", factor)
+        assert true <= _largest_spectral_bound(blocks) <= 3 * true
+
+
 # ------------------------------------------------------------------- programs and functions
 
 
@@ -451,6 +551,12 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Scale": (lambda: Scale(1.7), (3,)),
     "Standardize": (lambda: Standardize([0.1, -3.0], [0.3, 7.0]), (2, 2, 2)),
     "AvgPool2d": (lambda: nn.AvgPool2d(2), (2, 4, 2)),
+    "AvgPool2d overlapping": (lambda: nn.AvgPool2d(3, 1, 1), (1, 3, 4)),
+    "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d(2), (1, 3, 3)),
+    "ReLU6": (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU6()), (3,)),
+    "Hardtanh": (lambda: nn.Hardtanh(-0.3, 0.7), (5,)),
+    "Functions": (Functions, (3,)),
+    "Joins": (Joins, (4,)),
     "AveragePooling": (lambda: AveragePooling(2), (2, 4, 2)),
     "Upsampling": (lambda: Upsampling(2), (1, 2, 3)),
     "Upsample": (lambda: nn.Upsample(scale_factor=2), (1, 2, 3)),
@@ -817,11 +923,12 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     tested = {type(module) for name in SMALL for module in small(name, 0)[0].modules()}
     tested = {c for kind in tested for c in kind.__mro__}
     by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU}
+    by_functions = {Clamp, Diagonal, Shift, MatrixProduct, LinearMap, Cast}
     kin = {"1d", "3d"}  # of layers whose two-dimensional version is tested
-    moved = set(rounding._MOVING) | {object}
-    for cls in forward_error_rule.registry:
+    moved = {cls for cls, rule in forward_error_rule.registry.items() if rule is moved_error}
+    for cls in forward_error_rule.registry.keys() - {object}:
         if cls.__module__.startswith(("torch", "lipbook")) and cls not in moved:
-            alike = {c.__name__ for c in tested | by_float64}
+            alike = {c.__name__ for c in tested | by_float64 | by_functions}
             named = cls.__name__[:-2] + "2d" if cls.__name__[-2:] in kin else cls.__name__
             assert named in alike or cls.__name__ in ("CPLLinear", "SLLConv2d"), cls
 

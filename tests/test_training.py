@@ -234,6 +234,8 @@ def test_nan_images_are_reported_at_their_step() -> None:
         ({"labels": np.zeros(N)}, TypeError, "labels: expected a tensor"),
         ({"labels": torch.tensor(0)}, ValueError, "labels: expected at least one row"),
         ({"labels": torch.zeros(N)}, TypeError, "labels: expected int64"),
+        ({"labels": np.zeros(N)}, TypeError, "got ndarray: call torch.from_numpy"),
+        ({"images": [problem()]}, TypeError, "got list: join the batches of a loader"),
         ({"labels": torch.zeros(N, 1, dtype=torch.int64)}, ValueError, r"labels: .* \(50, 1\)"),
         ({"labels": torch.full((N,), -1)}, ValueError, "labels: expected classes from 0 on"),
         ({"labels": torch.full((N,), 3)}, ValueError, "labels: expected classes below 3, .* got 3"),

@@ -437,6 +437,10 @@ def test_gradient_for_a_weight_of_zero_is_that_of_moving_mass_there() -> None:
 CLOUD = torch.zeros(3, 2)
 BAD: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((np.zeros((3, 2)), CLOUD), TypeError, "x must be a tensor, got ndarray"),
+    ((CLOUD, np.zeros((3, 2))), TypeError, "y must be .* got ndarray: torch.from_numpy makes"),
+    ((CLOUD, CLOUD, np.ones(3) / 3), TypeError, "x_weights must be .* got ndarray: torch.from_num"),
+    ((CLOUD, torch.tensor([[0, 1], [0, math.nan]])), ValueError, r"y must be .* nan at \[1, 1\]"),
+    ((CLOUD, CLOUD, torch.tensor([0, math.inf, 1])), ValueError, r"weights .* inf at \[1\]"),
     ((CLOUD.int(), CLOUD.int()), TypeError, "x must be float32 or float64, got torch.int32"),
     ((CLOUD, CLOUD.half()), TypeError, "y must be float32 or float64, got torch.float16"),
     ((CLOUD, CLOUD.double()), TypeError, "y must have the dtype of x, torch.float32, got"),
@@ -451,7 +455,11 @@ BAD: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((CLOUD, CLOUD, None, torch.ones(2) / 2), ValueError, r"y_weights must have shape \(3,\)"),
     ((CLOUD, CLOUD, torch.ones(3, 1) / 3), ValueError, r"got \(3, 1\)"),
     ((CLOUD, CLOUD, torch.ones(3)), ValueError, "x_weights must sum to 1, got 3: divide"),
-    ((CLOUD, CLOUD, torch.zeros(3)), ValueError, "x_weights must sum to 1, got 0"),
+    (
+        (CLOUD, CLOUD, torch.zeros(3)),
+        ValueError,
+        "x_weights must sum to 1, got 0: all of them are 0",
+    ),
     ((CLOUD, CLOUD, torch.tensor([1.5, -0.5, 0])), ValueError, "must be >= 0, got -0.5"),
     ((CLOUD, CLOUD, torch.tensor([math.nan, 1, 0])), ValueError, "x_weights must be finite"),
     ((CLOUD, CLOUD.to("meta")), ValueError, "y must be on the device of x, cpu, got meta"),
@@ -568,6 +576,8 @@ C_BAD: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((torch.zeros(3), CLOUD, CLOUD.double()), ValueError, "at must be points like those of"),
     ((torch.zeros(3), [0], CLOUD), TypeError, "points must be a tensor, got list"),
     (([0], CLOUD, CLOUD), TypeError, "potential must be a tensor, got list"),
+    ((np.zeros(3), CLOUD, CLOUD), TypeError, "potential must .* got ndarray: torch.from_numpy"),
+    ((torch.zeros(3), CLOUD, CLOUD / 0), ValueError, r"at must be finite, got nan at \[0, 0\]"),
 ]
 
 
@@ -758,6 +768,9 @@ BRACKET_BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"critic": lambda z: z[:, 0] + math.inf}, ValueError, "critic must give finite values"),
     ({"critic": lambda z: z.mean()}, ValueError, r"critic must return one value .* got shape \(\)"),
     ({"critic": lambda z: 1.0}, TypeError, "critic must return a tensor, got float"),
+    ({"critic": lambda z: z.numpy()[:, 0]}, TypeError, "must return a tensor, got ndarray: torch."),
+    ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
+    ({"seed": 1.0}, TypeError, "seed must be an int, got float"),
 ]
 
 
@@ -859,7 +872,7 @@ CRITIC_BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (lambda z: z / 0, {"lipschitz": 1}, ValueError, "critic must return one value for each of 6"),
     (lambda z: z[:, 0] / 0, {"lipschitz": 1}, ValueError, "critic must give finite values"),
     (nn.Linear(2, 3), {}, ValueError, r"one value for each of 6 points, got shape \(6, 3\)"),
-    (nn.Bilinear(2, 2, 1), {}, TypeError, "has no Lipschitz rule"),
+    (nn.Bilinear(2, 2, 1), {}, TypeError, "has several inputs, and so no Lipschitz rule"),
     (nn.Linear(4, 1), {}, ValueError, "does not run on inputs of shape"),
     (7, {"lipschitz": 1}, TypeError, "critic must be callable, got int"),
 ]
@@ -1076,9 +1089,29 @@ FIT_BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": lambda n, g: 0, "batch_size": 2}, TypeError, "x must return a tensor, got int"),
     ({"x": lambda n, g: CLOUD, "batch_size": 2}, ValueError, r"return 2 points.* got \(3, 2\)"),
     ({"x_weights": torch.ones(3)}, ValueError, "x_weights must sum to 1"),
+    ({"x": np.zeros((3, 2))}, TypeError, "x must be a tensor, got ndarray: torch.from_numpy"),
+    (
+        {"y": lambda n, g: np.zeros((n, 2)), "batch_size": 2},
+        TypeError,
+        "y must return a tensor, got ndarray: torch.from_numpy",
+    ),
+    (
+        {"y": lambda n, g: CLOUD[:n] / 0, "batch_size": 2},
+        ValueError,
+        r"points of the sampler y must be finite, got nan at \[0, 0\]",
+    ),
+    ({"held_out": (CLOUD, CLOUD / 0)}, ValueError, "held_out must be finite, got nan"),
+    (
+        {"critic": nn.Linear(2, 1).requires_grad_(False)},
+        ValueError,
+        "critic must have a parameter that requires a gradient, got none",
+    ),
     ({"steps": 0}, ValueError, "steps must be >= 1, got 0"),
     ({"steps": 2.0}, TypeError, "steps must be an int, got float"),
     ({"steps": True}, TypeError, "steps must be an int, got bool"),
+    ({"steps": np.bool_(True)}, TypeError, "steps must be an int, got bool"),
+    ({"steps": np.int64(0)}, ValueError, "steps must be >= 1, got 0"),
+    ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
     ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
     ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be >= 1, got 0"),
     ({"held_out_every": 0}, ValueError, "held_out_every must be >= 1, got 0"),
@@ -1235,6 +1268,93 @@ def test_the_library_runs_without_a_progress_bar(monkeypatch: pytest.MonkeyPatch
         fresh.fit_critic(nn.Linear(2, 1), CLOUD, CLOUD, steps=2, lr=0.1, progress=True)
 
 
+def test_integers_of_numpy_are_integers(tmp_path: Path) -> None:
+    """And a checkpoint of one fit continues the other."""
+    numbers: dict[str, Any] = {"steps": 4, "batch_size": 3, "checkpoint_every": 2, "seed": 5}
+    numbers |= {"held_out": 6, "held_out_every": 2}
+    theirs = {name: np.int64(value) for name, value in numbers.items()}
+    histories, path = [], tmp_path / "critic.pt"
+    for more in (numbers, theirs, theirs | {"checkpoint": path}, numbers | {"checkpoint": path}):
+        torch.manual_seed(0)
+        lr = np.float64(0.1) if more["steps"] is theirs["steps"] else 0.1
+        histories.append(fit_critic(nn.Linear(2, 1), normal(0), normal(1), lr=lr, **more))
+    assert histories[0] == histories[1] == histories[2] == histories[3]
+    x, y = mixture(40, 30, 2)
+    for function, more in (
+        (wasserstein1_bracket, {"sweeps": 2, "seed": 3, "method": "blocks"}),
+        (sliced_wasserstein, {"projections": 5, "seed": 3}),
+        (functools.partial(sinkhorn, entropy=0.5), {"steps": 5000}),
+    ):
+        theirs = {k: v if isinstance(v, str) else np.int32(v) for k, v in more.items()}
+        assert function(x, y, **theirs) == function(x, y, **more)  # type: ignore[operator]
+
+
+# --------------------------------------------------------------------------------------- modes
+
+
+def small_critic() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(OrthogonalLinear(2, 8), MaxMin(), OrthogonalLinear(8, 1))
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_values_are_the_same_in_every_mode(mode: Any, made_inside: bool) -> None:
+    def values() -> list[float]:
+        x, y = (torch.stack((z[:, 0], z[:, 1] ** 2), 1) for z in mixture(30, 20, 2))
+        critic = small_critic() if made_inside else outer
+        weights = x.abs().sum(1) / x.abs().sum()
+        numbers = [
+            wasserstein1(x, y, weights),
+            wasserstein1(x[:, :1], y[:, :1]),
+            kantorovich_dual(critic, x, y, weights),
+            critic_difference(critic, x, y, weights),
+            sinkhorn(x, y, weights, entropy=0.5),
+            sliced_wasserstein(x, y, weights),
+            c_transform(weights, x, y).sum(),
+        ]
+        brackets = [wasserstein1_bracket(x, y, critic, weights, method=m) for m in METHODS]  # type: ignore[arg-type]
+        return [v.item() for v in numbers] + [end for b in brackets for end in (b.lower, b.upper)]
+
+    outer = small_critic()
+    expected = values()
+    with mode():
+        assert values() == expected
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_critic_is_fitted_in_every_mode(mode: Any, sampled: bool) -> None:
+    def fit() -> tuple[Any, Tensor]:
+        critic = small_critic() if inside is None else inside
+        x, y = normal(0), normal(1)
+        more: dict[str, Any] = {"batch_size": 8, "held_out": 5}
+        if not sampled:  # with points and weights that are made here
+            points = torch.arange(8.0).view(4, 2) + 1
+            x, y = points, points.flip(1) ** 2  # type: ignore[assignment]
+            more = {"x_weights": points[:, 0] / points[:, 0].sum(), "held_out": (x, y)}
+        history = fit_critic(critic, x, y, steps=5, lr=0.1, penalty=gradient_penalty, **more)
+        return history, nn.utils.parameters_to_vector(critic.parameters()).detach()
+
+    inside = None
+    expected = fit()
+    inside = small_critic()
+    with mode():
+        found = fit()
+    assert found[0] == expected[0]
+    assert torch.equal(found[1], expected[1])
+
+
+def test_a_critic_made_in_inference_mode_is_not_fitted() -> None:
+    with torch.inference_mode():
+        critic = small_critic()
+        with pytest.raises(
+            ValueError, match=r"critic must have .* made under torch.inference_mode"
+        ):
+            fit_critic(critic, CLOUD, CLOUD, steps=1, lr=0.1)
+    assert kantorovich_dual(critic, CLOUD + 1, CLOUD).item() <= math.sqrt(2)
+
+
 # ----------------------------------------------------------------------------------- estimates
 
 
@@ -1272,3 +1392,139 @@ def test_sinkhorn_is_the_cost_of_the_entropic_plan() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             sinkhorn(x, y, **arguments)  # type: ignore[arg-type]
+
+
+def entropic_problem(n: int, m: int, zeros: int, seed: int) -> list[Tensor]:
+    """Clouds and weights; the first weights of x and the last of y are 0."""
+    rng = np.random.default_rng(seed)
+    a, b = (rng.dirichlet(np.ones(k)) for k in (n, m))
+    a[: min(zeros, n - 1)], b[m - min(zeros, m - 1) :] = 0, 0
+    values = [rng.standard_normal((n, 2)), rng.standard_normal((m, 2)), a / a.sum(), b / b.sum()]
+    return [torch.from_numpy(value) for value in values]
+
+
+@pytest.mark.parametrize("entropy", [0.05, 0.3, 5.0])
+@pytest.mark.parametrize(
+    ("n", "m", "zeros"), [(5, 7, 0), (7, 5, 1), (6, 6, 3), (1, 4, 1), (4, 1, 2), (1, 1, 0)]
+)
+def test_sinkhorn_gradients_are_those_of_finite_differences(
+    n: int, m: int, zeros: int, entropy: float
+) -> None:
+    """Points in any direction; mass moved from the heaviest point to each, one-sided at 0."""
+
+    def cost(values: list[Tensor]) -> Tensor:
+        return sinkhorn(*values, entropy=entropy, steps=10**5, tolerance=1e-13)
+
+    given = entropic_problem(n, m, zeros, seed=n)
+    leaves = [value.clone().requires_grad_() for value in given]
+    cost(leaves).backward()
+    step = 1e-5
+    for k, leaf in enumerate(leaves):
+        assert leaf.grad is not None
+        if k >= 2:
+            assert leaf.grad.sum().abs() <= 1e-12
+        heaviest = int(leaf.argmax())
+        for place in range(leaf.numel()):
+            if k >= 2 and place == heaviest:
+                continue
+            direction = torch.zeros_like(given[k])
+            direction.view(-1)[place] = 1
+            if k >= 2:
+                direction[heaviest] = -1
+            ends = []
+            for number in range(4):
+                moved = list(given)
+                moved[k] = given[k] + number * step * direction
+                ends.append(cost(moved).item())
+            slope = np.dot([-11, 18, -9, 2], ends) / (6 * step)  # error of order step^3
+            assert (leaf.grad * direction).sum().item() == pytest.approx(slope, abs=1e-7)
+
+
+def test_sinkhorn_gradients_agree_with_those_of_pot() -> None:
+    """POT differentiates its iteration; of weights, gradients count up to a constant."""
+    for n, m, entropy in ((5, 7, 0.1), (7, 5, 1.0), (1, 4, 0.3), (20, 20, 0.3)):
+        ours, theirs = (
+            [value.requires_grad_() for value in entropic_problem(n, m, 0, seed=n)] for _ in "ab"
+        )
+        sinkhorn(*ours, entropy=entropy, tolerance=1e-12).backward()
+        cost = torch.cdist(theirs[0], theirs[1])
+        ot.sinkhorn2(
+            *theirs[2:], cost, entropy, "sinkhorn_log", numItermax=3000, stopThr=1e-13, warn=False
+        ).backward()
+        for k, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert mine.grad is not None
+            assert other.grad is not None
+            centre = other.grad.mean() if k >= 2 else 0
+            assert torch.allclose(mine.grad, other.grad - centre, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("entropy", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sinkhorn_gradients_are_finite_at_weights_of_zero(
+    dtype: torch.dtype, entropy: float
+) -> None:
+    corners = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]], dtype=dtype)
+    a = torch.tensor([0.0, 1, 0, 0], dtype=dtype, requires_grad=True)
+    b = torch.tensor([1.0, 0, 0, 0], dtype=dtype, requires_grad=True)
+    x, y = corners.clone().requires_grad_(), corners.clone().requires_grad_()
+    value = sinkhorn(x, y, a, b, entropy=entropy)
+    value.backward()
+    assert value.item() == pytest.approx(1, rel=1e-6)
+    # all mass of y is in one corner: mass of x costs its distance from there, less a constant
+    costs = torch.tensor([0, 1, 1, math.sqrt(2)], dtype=torch.float64)
+    assert a.grad is not None
+    assert b.grad is not None
+    assert a.grad.dtype == dtype
+    assert torch.allclose(a.grad.double(), costs - costs.mean(), rtol=0, atol=1e-6)
+    from_other = torch.tensor([1, 0, math.sqrt(2), 1], dtype=torch.float64)
+    assert torch.allclose(b.grad.double(), from_other - from_other.mean(), rtol=0, atol=1e-6)
+    unit = torch.zeros(4, 2, dtype=dtype)
+    unit[1, 1] = 1
+    assert x.grad is not None
+    assert y.grad is not None
+    assert torch.allclose(x.grad, unit, rtol=0, atol=1e-6)
+    assert torch.allclose(y.grad, -unit.roll(-1, 0), rtol=0, atol=1e-6)
+
+
+def test_sinkhorn_gradients_in_float32_are_those_in_float64() -> None:
+    rng = np.random.default_rng(1)
+    given = [value.float() for value in mixture(30, 20, 2)]
+    for n in (30, 20):  # in 1/64, which sum to 1 in either
+        given.append(torch.from_numpy(rng.multinomial(64, np.ones(n) / n) / 64).float())
+    assert all((weights == 0).any() for weights in given[2:])
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [value.to(dtype, copy=True).requires_grad_() for value in given]
+        sinkhorn(*leaves, entropy=0.2).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for single, double in zip(*grads, strict=True):
+        assert torch.equal(single, double.float())
+
+
+def test_sinkhorn_gives_first_derivatives_only() -> None:
+    x, y, a, b = entropic_problem(4, 3, 0, seed=0)
+    a.requires_grad_()
+    value = sinkhorn(x, y, a, b, entropy=0.3).square()
+    (slope,) = torch.autograd.grad(value, a, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope[0].backward()
+
+
+def test_sinkhorn_without_convergence_is_an_error() -> None:
+    x, y = mixture(30, 20, 2)
+    message = (
+        r"not converged in steps=5: its marginals are off by .*, more than tolerance=1e-09; "
+        "raise steps, entropy or tolerance"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        sinkhorn(x, y, entropy=0.05, steps=5)
+    for rescue in ({"steps": 5000}, {"entropy": 10.0}, {"tolerance": 0.5}):
+        assert sinkhorn(x, y, **({"entropy": 0.05, "steps": 5} | rescue)) > 0  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="raise steps, entropy or tolerance"):
+        sinkhorn(x, y, entropy=1e-320)
+    for tolerance in (0.0, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"tolerance must be in \(0, 1\), got"):
+            sinkhorn(x, y, entropy=1.0, tolerance=tolerance)
+    for scale in (1e-300, 1e300):  # no square overflows
+        z = scale * torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
+        assert sinkhorn(z[:1], z[1:], entropy=scale).item() == pytest.approx(5 * scale)

@@ -36,6 +36,12 @@ class Fault(NamedTuple):
 
 FAULTS = (
     Fault(
+        "composition",
+        "any(min(pair) < 0 < max(pair) for pair in pairs)",
+        "any(max(pair) < 0 for pair in pairs)",
+        "circular padding of uninitialised memory is bounded",
+    ),
+    Fault(
         "activations",
         "return torch.cat((larger, smaller), dim)",
         "return torch.cat((smaller, larger), dim)",
@@ -91,7 +97,7 @@ FAULTS = (
     ),
     Fault(
         "orthogonal/iterations",
-        "adjoint = _SymmetricSolve.apply(matrix, gradient, ctx.sylvester)",
+        "adjoint = apply(_SymmetricSolve, matrix, gradient, ctx.sylvester)",
         "adjoint = gradient",
         "second derivatives of the polar factor",
     ),
@@ -127,8 +133,8 @@ FAULTS = (
     ),
     Fault(
         "orthogonal/orthonormality",
-        "        check_orthonormal(weight)\n        return weight",
-        "        return weight",
+        "    if exact.is_meta or excess <= tolerance:\n",
+        "    if True:\n",
         "a weight that is not orthonormal is accepted in silence",
     ),
     Fault(
@@ -169,8 +175,8 @@ FAULTS = (
     ),
     Fault(
         "convolutions/nonexpansive",
-        "return (bound * math.prod(kernel.shape[2:])).sqrt()",
-        "return bound.sqrt()",
+        "return scale * (bound * math.prod(kernel.shape[2:])).sqrt()",
+        "return scale * bound.sqrt()",
         "a norm bound of the reshaped kernel alone",
     ),
     Fault(
@@ -250,6 +256,27 @@ FAULTS = (
         "if any(n % s for n, s in zip(x.shape[2:], sizes, strict=True)):",
         "if False:",
         "windows that do not fit",
+    ),
+    Fault(
+        "norms/responses",
+        "left = left[_exceed(grams[left], level)]",
+        "left = left[:0]",
+        "the block of largest Frobenius norm is taken for the largest",
+        "norms",
+    ),
+    Fault(
+        "norms/responses",
+        "waves[longest][1:] *= 2",
+        "waves[longest][1:] *= 1",
+        "half of the frequencies are lost where Gram matrices are interpolated",
+        "norms",
+    ),
+    Fault(
+        "norms/rigorous",
+        "(level + _gram_bound(factor, gamma, rest) + hidden[some])",
+        "(level + hidden[some])",
+        "Cholesky's factor is believed",
+        "rounding",
     ),
     Fault(
         "norms/rigorous",
@@ -393,26 +420,26 @@ FAULTS = (
     ),
     Fault(
         "losses",
-        "excess = (margin - logits.gather(1, labels[:, None]) + logits).clamp(min=0)",
-        "excess = (margin + logits.gather(1, labels[:, None]) - logits).clamp(min=0)",
+        "excess = (margin - logits.gather(1, classes[:, None]) + logits).clamp(min=0)",
+        "excess = (margin + logits.gather(1, classes[:, None]) - logits).clamp(min=0)",
         "the margin is asked of the other classes",
     ),
     Fault(
         "losses",
-        "return temperature * functional.cross_entropy(",
-        "return functional.cross_entropy(",
+        "return temperature * _reduced(",
+        "return _reduced(",
         "the temperature does not scale the loss",
     ),
     Fault(
         "losses",
-        "return (alpha * hinge - gaps * both).mean()",
-        "return (alpha * hinge + gaps * both).mean()",
+        "loss = (alpha * hinge.mean(0) - gaps * both).mean()",
+        "loss = (alpha * hinge.mean(0) + gaps * both).mean()",
         "the sign of the Kantorovich-Rubinstein part",
     ),
     Fault(
         "losses",
-        "return functional.cross_entropy(logits, labels) - weight * radius.mean()",
-        "return functional.cross_entropy(logits, labels) + weight * radius.mean()",
+        'return functional.cross_entropy(logits, classes, reduction="none") - weight * radius',
+        'return functional.cross_entropy(logits, classes, reduction="none") + weight * radius',
         "radius is punished",
     ),
     Fault(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import lipbook.layers  # noqa: F401 - which registers the answers of torch's layers
 from lipbook.composition.local import matrix_norms, ranges_of, row_bounds, stretches
-from lipbook.composition.reading import compose
+from lipbook.composition.reading import compose, times
 from lipbook.graphs import Graph, Node, trace
 from lipbook.graphs.trace import unwrapped
 from lipbook.layers.joins import Join
@@ -44,7 +44,7 @@ from lipbook.rules import (
     lipschitz_rule,
 )
 
-__all__ = ["Residual", "Sum", "bound_method", "lipschitz_bound"]
+__all__ = ["Residual", "Sum", "bound_method", "graph_bound", "lipschitz_bound"]
 
 
 class Residual(nn.Module):
@@ -75,12 +75,7 @@ class Residual(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Add the branch to a batch of inputs; the shape stays."""
-        outputs = self.branch(inputs)
-        if outputs.shape != inputs.shape:
-            raise ValueError(
-                f"branch must keep the shape {tuple(inputs.shape)}, got {tuple(outputs.shape)}"
-            )
-        return inputs + outputs
+        return _add_branch(inputs, self.branch(inputs))
 
 
 class Sum(nn.Module):
@@ -112,11 +107,27 @@ class Sum(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Sum the outputs of the branches on a batch of inputs."""
-        outputs = [branch(inputs) for branch in self.branches]
-        shapes = {tuple(output.shape) for output in outputs}
-        if len(shapes) > 1:
-            raise ValueError(f"branches must agree on the output shape, got {sorted(shapes)}")
-        return functools.reduce(torch.add, outputs)
+        return _add_branches([branch(inputs) for branch in self.branches])
+
+
+# torch.fx records a call of these as one step, since their checks depend on sizes.
+torch.fx.wrap("_add_branch")
+torch.fx.wrap("_add_branches")
+
+
+def _add_branch(inputs: Tensor, outputs: Tensor) -> Tensor:
+    if outputs.shape != inputs.shape:
+        raise ValueError(
+            f"branch must keep the shape {tuple(inputs.shape)}, got {tuple(outputs.shape)}"
+        )
+    return inputs + outputs
+
+
+def _add_branches(outputs: list[Tensor]) -> Tensor:
+    if any(output.shape != outputs[0].shape for output in outputs[1:]):
+        shapes = sorted({tuple(output.shape) for output in outputs})
+        raise ValueError(f"branches must agree on the output shape, got {shapes}")
+    return functools.reduce(torch.add, outputs)
 
 
 # ------------------------------------------------------------------------------- the walk
@@ -224,7 +235,7 @@ def lipschitz_bound(
             elif output is not None or not _has_rule(module):
                 _check(module)
                 graph = trace(module, shape, output=output)
-                bound = _bound_of(graph, _answers(graph, p), p)
+                bound = graph_bound(graph, p)
             else:
                 bound = _bound_by_rule(module, shape, p)
     except (TypeError, ValueError) as error:
@@ -294,6 +305,11 @@ def _isometry(layer: nn.Module | None) -> bool:
     return moves_all or isinstance(layer, _ISOMETRIES)
 
 
+def graph_bound(graph: Graph, p: float) -> Bound:
+    """Product bound of a graph that has been traced."""
+    return _bound_of(graph, _answers(graph, p), p)
+
+
 def _bound_of(graph: Graph, answers: list[list[Bound]], p: float) -> Bound:
     """Compose the answers of a graph, each part with the product so far."""
     numbers = [[torch.tensor(b.value, dtype=torch.float64) for b in each] for each in answers]
@@ -357,7 +373,7 @@ def _bound_on(
         rows = torch.eye(outputs, dtype=torch.float64)
         rows = rows.view(1, outputs, *graph.nodes[graph.output].shape)
         interval = row_bounds(graph, ranges, rows, p)
-        if interval is not None and interval[0].dim() > 2:
+        if interval is not None:
             value = torch.minimum(value, matrix_norms(interval, p).max())
     return Bound(
         value.item(), "upper bound", p, parts=parts, output_shape=graph.nodes[graph.output].shape
@@ -423,8 +439,8 @@ def _(module: nn.Sequential, input_shape: Shape, p: float) -> Bound:
         parts.append(lipschitz_bound(child, shape, p, name=name))
         shape = parts[-1].output_shape
     kind: Kind = parts[0].kind if len(parts) == 1 else "upper bound" if parts else "exact"
-    zero = any(part.value == 0 for part in parts)  # also where the others overflow
-    value = 0.0 if zero else math.prod(part.value for part in parts)
+    factors = [torch.tensor(part.value, dtype=torch.float64) for part in parts]
+    value = functools.reduce(times, factors, torch.ones((), dtype=torch.float64)).item()
     return Bound(value, kind, p, parts=tuple(parts), output_shape=shape)
 
 

@@ -12,18 +12,18 @@ sums, slices and products alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lipbook.composition.reading import compose
+from lipbook.composition.reading import compose, times
 from lipbook.graphs import Graph
 from lipbook.layers.joins import Join
 from lipbook.norms import dual_exponent
 from lipbook.rules import Range, local_lipschitz_rule, pullback_rule, range_rule
 
-__all__ = ["ranges_of", "row_bounds", "stretches"]
+__all__ = ["matrix_norms", "ranges_of", "row_bounds", "row_constants", "row_norms", "stretches"]
 
 
 def ranges_of(graph: Graph, domain: Range) -> list[Range]:
@@ -57,7 +57,11 @@ def stretches(graph: Graph, ranges: Sequence[Range], p: float) -> list[Tensor]:
 
 
 def row_bounds(
-    graph: Graph, ranges: Sequence[Range], rows: Tensor, p: float
+    graph: Graph,
+    ranges: Sequence[Range],
+    rows: Tensor,
+    p: float,
+    narrow: Callable[[int, tuple[Tensor, Tensor]], None] | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     r"""Interval of the Jacobian of linear functions of the output, over the domain.
 
@@ -70,7 +74,9 @@ def row_bounds(
     rows : torch.Tensor
         The functions, (batch or 1, k, \*output shape).
     p : float
-        Exponent of the norm, for what has to be passed by norms.
+        Exponent of the norm.
+    narrow : callable, optional
+        Told of each node through which all paths run, and of the interval there.
 
     Returns
     -------
@@ -84,6 +90,8 @@ def row_bounds(
     for k in range(graph.output, 0, -1):
         if k not in pending:
             continue
+        if narrow is not None and len(pending) == 1:
+            narrow(k, pending[k])
         cotangent = pending.pop(k)
         node = graph.nodes[k]
         layer = node.layer
@@ -98,7 +106,48 @@ def row_bounds(
             return None
         for j, part in zip(node.inputs, given, strict=True):
             pending[j] = _plus(pending[j], part) if j in pending else part
-    return pending.get(0, (torch.zeros(()), torch.zeros(())))
+    interval = pending.get(0)
+    if interval is None:  # no path from the input
+        zero = torch.zeros(*rows.shape[:2], *graph.nodes[0].shape, dtype=torch.float64)
+        return zero, zero
+    if narrow is not None:
+        narrow(0, interval)
+    return interval
+
+
+def row_constants(graph: Graph, ranges: Sequence[Range], rows: Tensor, p: float) -> Tensor:
+    r"""Lipschitz constants of linear functions of the output, on the domain.
+
+    The rows are carried backwards; wherever all paths run through one node :math:`u`, their dual
+    norm there times the product bound of the map to u is a bound, and the least of them counts:
+    the last layer's rows with the product of the rest, and the Jacobian of the whole network,
+    are the two ends.
+
+    Parameters
+    ----------
+    graph : Graph
+        In float64.
+    ranges : sequence of Range
+        Those of the nodes.
+    rows : torch.Tensor
+        The functions, (batch or 1, k, \*output shape).
+    p : float
+        1, 2 or :data:`math.inf`.
+
+    Returns
+    -------
+    torch.Tensor
+        Upper bounds, (batch, k).
+    """
+    total = stretches(graph, ranges, p)
+    best: list[Tensor] = []
+
+    def narrow(node: int, cotangent: tuple[Tensor, Tensor]) -> None:
+        bound = row_norms(cotangent, p)
+        best.append(times(bound, total[node].expand(len(bound))[:, None]))
+
+    row_bounds(graph, ranges, rows, p, narrow)
+    return torch.stack(torch.broadcast_tensors(*best)).amin(0) * (1 + 2.0**-40)
 
 
 def _plus(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipbook.rules import Bound, _exponent, _float64, _plain_copy
+from lipbook.graphs.trace import opened, unwrapped
+from lipbook.rules import Bound, _exponent, _plain_copy
 
 __all__ = ["lipschitz_lower_bound"]
 
@@ -85,6 +86,7 @@ def lipschitz_lower_bound(
 
     Examples
     --------
+    >>> from lipbook.composition import lipschitz_bound
     >>> layer = nn.Linear(4, 3)
     >>> below = lipschitz_lower_bound(layer, torch.zeros(1, 4), steps=5)
     >>> above = lipschitz_bound(layer, (4,))

@@ -30,8 +30,9 @@ Row = dict[int, Tensor]  # from slices of a node, or all of it, to factors
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
-    """Product of constants, where 0 times a product that has overflowed is 0."""
-    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+    """Product of constants from above: 0 only if one of them is, also after an overflow."""
+    tiny = torch.finfo(torch.float64).tiny  # below which products lose digits, or vanish
+    return torch.where((a == 0) | (b == 0), 0.0, (a * b).clamp(min=tiny))
 
 
 def compose(graph: Graph, answers: Sequence[Sequence[Tensor]], p: float) -> list[Tensor]:

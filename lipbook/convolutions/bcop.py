@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -23,7 +25,11 @@ from lipbook.convolutions.circular import (
     per_axis,
     resolve_padding,
     semi_orthogonal,
+    torch_computes,
 )
+from lipbook.errors import _error_rule_of
+from lipbook.freezing import register_plain
+from lipbook.layers.linear import convolution_error
 
 __all__ = [
     "BCOP",
@@ -34,6 +40,8 @@ __all__ = [
     "OrthogonalConvTranspose1d",
     "OrthogonalConvTranspose3d",
 ]
+
+torch.fx.wrap("circular_fold")  # a step of its own in torch.fx, see circular.py
 
 OrthogonalMethod = Literal["bcop", "bcop_unshuffle"]
 
@@ -189,18 +197,30 @@ class _OrthogonalConv(CircularConv):
         self._constrain(_bcop(self, method, rank))
 
 
+# Note [common divisors]
+# With a divisor g common to stride and dilation, only each g-th pixel is read: the layer takes
+# these pixels, which is a map with orthonormal rows, and convolves them with stride and dilation
+# over g. If the rows of that convolution are orthonormal, which takes no more outputs than inputs
+# that are read, so are those of the product. Its columns cannot be.
+
+
 def _bcop(layer: _ConvNd, method: str, rank: int | None) -> BCOP:
     if method not in get_args(OrthogonalMethod):
         raise ValueError(
             f"method must be one of {get_args(OrthogonalMethod)}, got {method!r}; "
             "'rko' and 'aol' are not orthogonal: see NonexpansiveConv2d"
         )
-    if any(math.gcd(s, d) > 1 for s, d in zip(layer.stride, layer.dilation, strict=True)):
+    common = [math.gcd(s, d) for s, d in zip(layer.stride, layer.dilation, strict=True)]
+    stride = [s // g for s, g in zip(layer.stride, common, strict=True)]
+    rows, columns = len(layer.weight) // layer.groups, layer.weight.shape[1] * math.prod(stride)
+    if max(common) > 1 and rows > columns:
         raise ValueError(
-            "stride and dilation must have no common divisor, or some pixels are never read, "
-            f"got stride {layer.stride} and dilation {layer.dilation}"
+            "stride and dilation must have no common divisor, or some pixels are never read and "
+            f"their norm is lost, got stride {layer.stride} and dilation {layer.dilation}; with "
+            f"one, as many outputs as the pixels that are read are possible, {columns} a group, "
+            f"and norms of gradients are kept; got {rows}"
         )
-    return BCOP(layer.weight.shape, layer.stride, layer.groups, rank, method == "bcop_unshuffle")
+    return BCOP(layer.weight.shape, stride, layer.groups, rank, method == "bcop_unshuffle")
 
 
 class OrthogonalConv2d(_OrthogonalConv, nn.Conv2d):
@@ -218,9 +238,10 @@ class OrthogonalConv2d(_OrthogonalConv, nn.Conv2d):
     Parameters
     ----------
     in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype
-        As in :class:`torch.nn.Conv2d`. The kernel must be at least as large as the stride; stride
-        and dilation must have no common divisor. A group must not be one channel in, one channel
-        out, without a stride: see :class:`BCOP`.
+        As in :class:`torch.nn.Conv2d`. The kernel must be at least as large as the stride. If
+        stride and dilation have a common divisor g, not all pixels are read, and there must be no
+        more outputs than that leaves inputs: c_out ≤ (s/g)² c_in. A group must not be one channel
+        in, one channel out, without a stride: see :class:`BCOP`.
     padding : str or int or sequence of int
         ``"same"``: as many outputs as the image has strides, of which nothing is lost. Less padding
         leaves rows of the matrix out: norms of gradients are still kept if c_out ≤ s² c_in, those
@@ -239,6 +260,14 @@ class OrthogonalConv2d(_OrthogonalConv, nn.Conv2d):
     ValueError
         If no such kernel exists, or padding would raise the norm; when called, if the stride
         does not divide the size of the image (with circular padding).
+
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place, as by
+    ``torch.nn.init.uniform_(layer.weight)``, is lost without an error, and no weight can be
+    assigned. Call ``reset_parameters()`` to draw anew, or write into the
+    raw parameters, ``layer.parametrizations.weight.original0`` and
+    ``original1``.
 
     Examples
     --------
@@ -292,6 +321,12 @@ class _OrthogonalConvTranspose(ConstrainedConv):
         spans = [d * (k - 1) for k, d in zip(sizes, dilations, strict=True)]
         pads, self._pads = resolve_padding(padding, spans, strides, padding_mode)
         totals = [span + 1 - s for span, s in zip(spans, strides, strict=True)]
+        if min(totals) < 0:
+            raise ValueError(
+                "kernel_size must be at least stride, that is dilation * (kernel_size - 1) + 1, or "
+                f"some pixels of the output are never written, got kernel_size {sizes}, stride "
+                f"{strides} and dilation {dilations}"
+            )
         if padding_mode == "circular":
             around = [sum(pair) for pair in self._pads]
             if around != totals or any(extra):
@@ -307,8 +342,10 @@ class _OrthogonalConvTranspose(ConstrainedConv):
                     "padding must be integers for an even kernel without stride and dilation "
                     f"and with zero padding, got 'same' and kernel_size {sizes}"
                 )
+        channels = (operator.index(in_channels), operator.index(out_channels))
+        groups = operator.index(groups)
         geometry: Any = (sizes, strides, 0, extra, groups, bias, dilations, "zeros")
-        super().__init__(in_channels, out_channels, *geometry, device, dtype)  # type: ignore[call-arg]
+        super().__init__(*channels, *geometry, device, dtype)  # type: ignore[call-arg]
         self.padding, self.padding_mode = pads, cast(Any, padding_mode)
         self._constrain(_bcop(self, method, rank))
 
@@ -388,3 +425,17 @@ for _layer in (
     OrthogonalConvTranspose3d,
 ):
     lipschitz_rule.register(_layer, convolution_rule)
+
+
+_error_rule_of(
+    *(OrthogonalConv1d, OrthogonalConv2d, OrthogonalConv3d),
+    *(OrthogonalConvTranspose1d, OrthogonalConvTranspose2d, OrthogonalConvTranspose3d),
+)(convolution_error)
+
+
+register_plain(OrthogonalConv1d, nn.Conv1d, torch_computes)
+register_plain(OrthogonalConv2d, nn.Conv2d, torch_computes)
+register_plain(OrthogonalConv3d, nn.Conv3d, torch_computes)
+register_plain(OrthogonalConvTranspose1d, nn.ConvTranspose1d, torch_computes)
+register_plain(OrthogonalConvTranspose2d, nn.ConvTranspose2d, torch_computes)
+register_plain(OrthogonalConvTranspose3d, nn.ConvTranspose3d, torch_computes)

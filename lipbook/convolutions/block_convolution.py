@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lipbook.convolutions.circular import CONV, Size, per_axis
+from lipbook.orthogonal.orthonormality import apply, save, two_modes, without_autocast
 
 __all__ = [
     "block_convolution",
@@ -125,6 +126,11 @@ def _columns_adjoint(gradient: Tensor, inner: Tensor, columns: Tensor, factor: T
     return torch.linalg.solve_triangular(factor, gradient, upper=False, left=False)
 
 
+def _right_solve(tangent: Tensor, factor: Tensor) -> Tensor:
+    """Tangent of A times L⁻ᵀ, for A = Q Lᵀ."""
+    return torch.linalg.solve_triangular(factor.mT, tangent, upper=True, left=False)
+
+
 def _basis(sizes: Sequence[int], like: Tensor, scale: float = 1) -> Tensor:
     """Row i: coefficients of z^j in scale (1 + z)^(k - 1 - i) (1 - z)^i; products over the axes."""
     table = like.new_full((1, 1), scale)
@@ -139,6 +145,7 @@ def _basis(sizes: Sequence[int], like: Tensor, scale: float = 1) -> Tensor:
     return table
 
 
+@two_modes
 class _BlockConvolution(torch.autograd.Function):
     """H □ [P₁, I - P₁] □ [P₂, I - P₂] □ ... and what its adjoint needs."""
 
@@ -180,10 +187,9 @@ class _BlockConvolution(torch.autograd.Function):
         groups, *sizes, rows, n = kernel.shape
         table = _basis(sizes, kernel, 0.5 ** (sum(sizes) - len(sizes)))
         kernel = torch.matmul(table.mT, kernel.view(groups, len(table), -1))
-        kernel = kernel.view(groups, -1, rows, n).movedim(1, -1)
+        kernel = kernel.view(groups, *sizes, rows, n).movedim((-2, -1), (1, 2))
         kernel = kernel.to(seed.dtype, memory_format=torch.contiguous_format, copy=True)
         half = torch.promote_types(seed.dtype, torch.float32)
-        kernel = kernel.view(groups, rows, n, *sizes)
         return kernel, table.to(half), *(tensor.to(half) for tensor in rest)
 
     @staticmethod
@@ -191,14 +197,52 @@ class _BlockConvolution(torch.autograd.Function):
         ctx.stride, ctx.axes = inputs[2:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:2], *output[1:])
+        save(ctx, *inputs[:2], *output[1:])
+
+    @staticmethod
+    def tangent(
+        ctx: Any, seed_tangent: Tensor | None, projectors_tangent: Tensor | None, *_: None
+    ) -> Any:
+        seed, projectors, table, *rest = ctx.saved_tensors
+        frame, frame_factor, bases, bases_factor, S, *stages = rest
+        groups, rows, columns = seed.shape
+        n = projectors.shape[-2]
+        with without_autocast(seed):
+            of_seed = torch.zeros_like(seed) if seed_tangent is None else seed_tangent
+            of_seed = of_seed.mT if rows < columns else of_seed
+            quotient = _right_solve(of_seed.to(table.dtype), frame_factor)
+            inner = torch.bmm(frame.mT, quotient)
+            tangent = quotient - torch.bmm(frame, inner.triu() + inner.tril(-1).mT)
+            tangent = tangent.mT if rows < columns else tangent
+            tangent = tangent.reshape(groups, rows, *ctx.stride, n).movedim(1, -2)
+            if max(ctx.stride) > 1:
+                powers = _basis(ctx.stride, tangent)
+                taps = torch.matmul(powers.mT, tangent.reshape(groups, len(powers), -1))
+                tangent = taps.view(tangent.shape)
+            turns = torch.zeros_like(S)
+            if projectors_tangent is not None:
+                quotient = _right_solve(projectors_tangent.flatten(0, 1).to(S.dtype), bases_factor)
+                moved = quotient - torch.bmm(bases, torch.bmm(bases.mT, quotient))
+                turns = torch.bmm(moved, 2 * bases.mT)
+                turns = (turns + turns.mT).view(S.shape)
+            for kernel, reflection, turn, axis in zip(stages, S, turns, ctx.axes, strict=True):
+                turned = torch.bmm(tangent.flatten(1, -2), reflection)
+                turned = (turned + torch.bmm(kernel.flatten(1, -2), turn)).view(tangent.shape)
+                first, others = tangent.tensor_split([1], axis)
+                before, last = turned.tensor_split([-1], axis)
+                tangent = torch.cat((first, others + before, last), axis)
+            sizes = tangent.shape[1:-2]
+            tangent = torch.matmul(table.mT, tangent.reshape(groups, len(table), -1))
+            tangent = tangent.view(groups, *sizes, rows, n).movedim((-2, -1), (1, 2))
+            tangent = tangent.to(seed.dtype, memory_format=torch.contiguous_format, copy=True)
+            return tangent, *(None for _ in (table, *rest))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if gradient is None:
             return None, None, None, None
         seed, projectors, table, *rest = ctx.saved_tensors
-        with torch.autocast(seed.device.type, enabled=False):
+        with without_autocast(seed):
             if torch.is_grad_enabled():  # for second derivatives
                 rest = _BlockConvolution.build(seed, projectors, ctx.stride, ctx.axes)[1:]
                 rest = [tensor.to(table.dtype) for tensor in rest]
@@ -292,7 +336,7 @@ def bcop_kernel(
     for k = 3), twice as many for the gradient, and one Cholesky factorisation for each projector.
     Products are in float32 on a processor if the factors are few (up to 3 × 3, or 3 × 3 × 3),
     which leaves singular values off 1 by 6e-7, and in float64 otherwise, which leaves 1e-7. First
-    and second derivatives by reverse mode; none by forward mode.
+    and second derivatives, by reverse and by forward mode.
 
     Examples
     --------
@@ -327,8 +371,8 @@ def bcop_kernel(
             f"{tuple(seed.shape)} and {tuple(projectors.shape)} with kernel_size {sizes} and "
             f"stride {strides}"
         )
-    with torch.autocast(seed.device.type, enabled=False):
-        return cast(Tensor, _BlockConvolution.apply(seed, projectors, strides, axes)[0])
+    with without_autocast(seed):
+        return cast(Tensor, apply(_BlockConvolution, seed, projectors, strides, axes)[0])
 
 
 def _turns(extra: Sequence[int]) -> tuple[int, ...]:

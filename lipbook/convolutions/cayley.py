@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,18 @@ from torch.nn import functional
 
 from lipbook.composition import lipschitz_rule
 from lipbook.convolutions.circular import OnUnshuffled, Size, per_axis, response_rule
+from lipbook.orthogonal.orthonormality import without_autocast
 
 __all__ = [
     "cayley_kernel",
     "CayleyKernel",
     "CayleyConv2d",
 ]
+
+
+# Steps of their own in torch.fx, see circular.py.
+torch.fx.wrap("_of_size")
+torch.fx.wrap("_in_frequencies")
 
 
 def cayley_kernel(weight: Tensor, image_size: Size) -> Tensor:
@@ -70,7 +77,7 @@ def cayley_kernel(weight: Tensor, image_size: Size) -> Tensor:
         )
     axes = tuple(range(2, weight.dim()))
     working = torch.float32 if weight.device.type == "mps" else torch.float64
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         ends = [pad for k, n in zip(weight.shape[2:], size, strict=True) for pad in (n - k, 0)]
         kernel = functional.pad(weight.to(working), ends[::-1])
         kernel = kernel.roll([-(k // 2) for k in weight.shape[2:]], axes)
@@ -132,6 +139,13 @@ class CayleyConv2d(OnUnshuffled):
         If ``image_size`` is no multiple of ``stride`` or too small for the kernel; when called, if
         the image has another size.
 
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place, as by
+    ``torch.nn.init.uniform_(layer.weight)``, is lost without an error, and no weight can be
+    assigned. Call ``reset_parameters()`` to draw anew, or write into the
+    raw parameter, ``layer.parametrizations.weight.original``.
+
     Examples
     --------
     >>> layer, x = CayleyConv2d(3, 6, 3, image_size=8, bias=False), torch.randn(2, 3, 8, 8)
@@ -142,6 +156,8 @@ class CayleyConv2d(OnUnshuffled):
     ----------
     :cite:t:`trockman2021`.
     """
+
+    not_in_onnx = "multiplies complex numbers, which torch cannot write as ONNX"
 
     def __init__(
         self,
@@ -154,6 +170,9 @@ class CayleyConv2d(OnUnshuffled):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        in_channels, out_channels, kernel_size, stride = (
+            operator.index(n) for n in (in_channels, out_channels, kernel_size, stride)
+        )
         sizes = per_axis("image_size", image_size, 2)
         if any(n % stride or n < kernel_size * stride for n in sizes):
             raise ValueError(
@@ -168,20 +187,27 @@ class CayleyConv2d(OnUnshuffled):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve, (batch, c_in, h, w) to (batch, c_out, h / stride, w / stride)."""
-        if tuple(input.shape[-2:]) != self.image_size:
-            raise ValueError(
-                f"input must have the image size {self.image_size}, got {tuple(input.shape[-2:])}"
-            )
-        return super().forward(input)
+        return super().forward(_of_size(input, self.image_size))
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply by the frequency response, from the phases (batch, c_in s², h / s, w / s)."""
-        with torch.autocast(x.device.type, enabled=False):
-            weight = weight.to(torch.promote_types(x.dtype, torch.float32))
-            response = torch.fft.rfft2(weight).conj()  # of a cross-correlation
-            images = torch.fft.rfft2(x.to(weight.dtype))
-            outputs = torch.einsum("oihw,...ihw->...ohw", response, images)
-            return torch.fft.irfft2(outputs, s=x.shape[-2:]).to(x.dtype)
+        return _in_frequencies(x, weight)
+
+
+def _of_size(images: Tensor, size: tuple[int, ...]) -> Tensor:
+    if tuple(images.shape[-2:]) != size:
+        raise ValueError(f"input must have the image size {size}, got {tuple(images.shape[-2:])}")
+    return images
+
+
+def _in_frequencies(x: Tensor, weight: Tensor) -> Tensor:
+    """Circular convolution with a kernel as large as the image, by its frequency response."""
+    with without_autocast(x):
+        weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+        response = torch.fft.rfft2(weight).conj()  # of a cross-correlation
+        images = torch.fft.rfft2(x.to(weight.dtype))
+        outputs = torch.einsum("oihw,...ihw->...ohw", response, images)
+        return torch.fft.irfft2(outputs, s=x.shape[-2:]).to(x.dtype)
 
 
 lipschitz_rule.register(CayleyConv2d, response_rule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from lipbook.composition import Bound
 from lipbook.norms import convolution_norm_bound, convolution_norm_is_exact, dual_exponent
+from lipbook.orthogonal.constrained import Constrained, raw_parameters
 
 __all__ = [
     "circular_pad",
@@ -35,6 +37,9 @@ __all__ = [
 ]
 
 Size = int | Sequence[int]
+
+# torch.fx records a call of these as one step, since their course depends on sizes.
+torch.fx.wrap("_pad_whole")
 
 
 CONV = (functional.conv1d, functional.conv2d, functional.conv3d)
@@ -135,9 +140,9 @@ def circular_fold(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
 def per_axis(name: str, value: Size, dims: int, least: int = 1) -> tuple[int, ...]:
     """One integer for each axis, from one for all or a sequence."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * dims
-    if len(values) != dims or not all(isinstance(v, int) and v >= least for v in values):
+    if len(values) != dims or not all(hasattr(v, "__index__") and v >= least for v in values):
         raise ValueError(f"{name} must be one or {dims} integers >= {least}, got {value!r}")
-    return values
+    return tuple(operator.index(v) for v in values)
 
 
 def check_kernel(weight: Tensor, groups: int) -> int:
@@ -204,7 +209,7 @@ def semi_orthogonal(like: Tensor) -> Tensor:
 # the output, neither of which can increase a norm.
 
 
-class ConstrainedConv(_ConvNd):
+class ConstrainedConv(Constrained, _ConvNd):
     """What the constrained layers share: geometry, initial values, the check of the circle."""
 
     _dims: int
@@ -229,22 +234,26 @@ class ConstrainedConv(_ConvNd):
         """Draw new raw parameters for the weight, and a bias as torch does."""
         if not parametrize.is_parametrized(self, "weight"):
             return super().reset_parameters()
-        parametrization = cast(nn.ModuleDict, self.parametrizations)["weight"]
+        raw = raw_parameters(self)
+        constraint: Any = cast(Any, self.parametrizations).weight[0]
         with torch.no_grad():
-            raw = list(parametrization.parameters())
-            constraint: Any = next(parametrization.children())
-            for tensor, value in zip(raw, constraint.initial(self.weight), strict=True):
+            for tensor, value in zip(raw, constraint.initial(raw[0]), strict=True):
                 tensor.copy_(value)
             if self.bias is not None:
-                bound = 1 / math.sqrt(self.weight[0].numel())
+                inputs = self.out_channels if self.transposed else self.in_channels
+                bound = 1 / math.sqrt(inputs // self.groups * math.prod(self.kernel_size))
                 self.bias.uniform_(-bound, bound)
 
-    def _check_circle(self, size: Sequence[int]) -> None:
-        if any(n % s for n, s in zip(size, self.stride, strict=True)):
-            raise ValueError(
-                "input must have a size that stride divides, with circular padding, "
-                f"got size {tuple(size)} and stride {self.stride}"
-            )
+
+def _pad_whole(x: Tensor, pads: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
+    """Pad circles that are whole numbers of strides, see Note [circular]."""
+    size = x.shape[x.dim() - len(pads) :]
+    if any(n % s for n, s in zip(size, strides, strict=True)):
+        raise ValueError(
+            "input must have a size that stride divides, with circular padding, "
+            f"got size {tuple(size)} and stride {tuple(strides)}"
+        )
+    return circular_pad(x, pads)
 
 
 class CircularConv(ConstrainedConv):
@@ -267,15 +276,16 @@ class CircularConv(ConstrainedConv):
         sizes, strides, dilations = self._geometry(kernel_size, stride, dilation, padding_mode)
         spans = [d * (k - 1) for k, d in zip(sizes, dilations, strict=True)]
         pads, self._pads = resolve_padding(padding, spans, strides, padding_mode)
+        channels = (operator.index(in_channels), operator.index(out_channels))
+        groups = operator.index(groups)
         geometry: Any = (sizes, strides, pads, dilations, groups, bias, padding_mode)
-        super().__init__(in_channels, out_channels, *geometry, device, dtype)  # type: ignore[call-arg]
+        super().__init__(*channels, *geometry, device, dtype)  # type: ignore[call-arg]
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve, (batch, c_in, *size) to (batch, c_out, *size / stride)."""
         padding: Any = self.padding
         if self.padding_mode == "circular":
-            self._check_circle(input.shape[-self._dims :])
-            input, padding = circular_pad(input, self._pads), 0
+            input, padding = _pad_whole(input, self._pads, self.stride), 0
         elif padding == "same":  # by an even kernel; torch would do so with a warning
             ends = itertools.chain.from_iterable(reversed(self._pads))
             input, padding = functional.pad(input, list(ends)), 0
@@ -284,7 +294,7 @@ class CircularConv(ConstrainedConv):
         return cast(Tensor, convolve(input, self.weight, self.bias, *geometry))
 
 
-class OnUnshuffled(nn.Module):
+class OnUnshuffled(Constrained):
     """Strides by invertible downsampling, then a circular map of channels with a weight."""
 
     weight: Tensor
@@ -300,9 +310,16 @@ class OnUnshuffled(nn.Module):
     ) -> None:
         super().__init__()
         self.out_channels, self.stride = out_channels, stride
-        self.weight = nn.Parameter(nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))
-        self.bias = nn.Parameter(weight.new_zeros(out_channels)) if bias else None
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(weight.new_empty(out_channels)) if bias else None
+        self.reset_parameters()
         parametrize.register_parametrization(self, "weight", constraint, unsafe=new_shape)
+
+    def reset_parameters(self) -> None:
+        """Draw a new raw parameter for the weight as torch does; the bias is zero."""
+        nn.init.kaiming_uniform_(raw_parameters(self)[0], a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply the map of channels with this weight, without the bias."""
@@ -347,3 +364,16 @@ def response_rule(module: Any, input_shape: tuple[int, ...], p: float) -> Bound:
     geometry: dict[str, Any] = {"padding": "same", "padding_mode": "circular", "p": p}
     kind = "exact" if convolution_norm_is_exact(kernel, size, **geometry) else "upper bound"
     return Bound(convolution_norm_bound(kernel, size, **geometry).item(), cast(Any, kind), p)
+
+
+# Note [strides on a circle]
+# torch pads both ends alike and leaves the last pixels unread: the same numbers, but from an image
+# of another size, for which the sums may be taken in another order. It also accepts images that
+# the stride does not divide, where the norm exceeds 1.
+
+
+def torch_computes(module: Any) -> bool:
+    """Whether torch's class of a convolution makes the same calls on the same padded image."""
+    if module.padding_mode == "circular":
+        return not module.transposed and max(module.stride) == 1
+    return bool(module.padding != "same")

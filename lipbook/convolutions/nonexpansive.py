@@ -19,8 +19,13 @@ from lipbook.convolutions.circular import (
     convolution_rule,
     per_axis,
     semi_orthogonal,
+    torch_computes,
 )
+from lipbook.errors import _error_rule_of
+from lipbook.freezing import register_plain
+from lipbook.layers.linear import convolution_error
 from lipbook.orthogonal import cholesky_qr
+from lipbook.orthogonal.orthonormality import negligible, power_of_two, without_autocast
 
 __all__ = [
     "rko_kernel",
@@ -138,8 +143,9 @@ def aol_kernel(weight: Tensor, stride: Size = 1, dilation: Size = 1, groups: int
     """
     sizes, dims = weight.shape[2:], check_kernel(weight, groups)
     strides, dilations = per_axis("stride", stride, dims), per_axis("dilation", dilation, dims)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         kernel = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        kernel = kernel / power_of_two(kernel)
         phases = input_phases(kernel, strides, dilations).unflatten(0, (groups, -1))
         phases = phases.transpose(1, 2)  # (groups, channels, rows, *whole strides)
         gram = CONV[dims - 1](
@@ -149,7 +155,9 @@ def aol_kernel(weight: Tensor, stride: Size = 1, dilation: Size = 1, groups: int
             groups=groups,
         )  # (channels, groups * channels, *shifts)
         sums = gram.abs().sum((0, *range(2, gram.dim())))
-        scale = sums.clamp(min=torch.finfo(sums.dtype).tiny).rsqrt()
+        largest = sums.detach().amax()  # a column of zeros gets a bit of it, to have a gradient
+        least = largest.where(largest > 0, 1) * negligible(sums.dtype)
+        scale = sums.clamp(min=least).rsqrt()
         scale = scale.view(groups, 1, weight.shape[1], *strides)
         for axis, (k, s, d) in enumerate(zip(sizes, strides, dilations, strict=True), 3):
             scale = scale.index_select(axis, torch.arange(0, k * d, d, device=scale.device) % s)
@@ -199,8 +207,9 @@ def kernel_norm_bound(kernel: Tensor, squarings: int = 4) -> Tensor:
     >>> bool(circular_convolution_norm(kernel, 16) <= kernel_norm_bound(kernel))
     True
     """
-    with torch.autocast(kernel.device.type, enabled=False):
-        matrix = kernel.flatten(1)
+    with without_autocast(kernel):
+        scale = power_of_two(kernel)
+        matrix = (kernel / scale).flatten(1)
         gram = matrix @ matrix.mT
         bound = gram.new_ones(())
         for step in range(squarings + 1):
@@ -208,7 +217,7 @@ def kernel_norm_bound(kernel: Tensor, squarings: int = 4) -> Tensor:
             bound = bound * norm ** (0.5**step)
             if step < squarings:
                 gram = (gram / norm) @ (gram / norm)
-        return (bound * math.prod(kernel.shape[2:])).sqrt()
+        return scale * (bound * math.prod(kernel.shape[2:])).sqrt()
 
 
 class RKO(nn.Module):
@@ -258,12 +267,22 @@ class AOL(RKO):
     """
 
     def initial(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Raw weight to start from: an orthogonal middle tap, which is orthogonal at stride 1."""
-        raw = torch.zeros_like(weight)
+        """Raw weight to start from: one tap for each phase of the input, together semi-orthogonal.
+
+        At stride 1 that is the middle tap. With a stride a column of zeros would be left for each
+        phase that has no tap, and the scale of such a column has no derivative.
+        """
+        raw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        dims = weight.dim() - 2
+        strides, dilations = (per_axis("", each, dims) for each in (self.stride, self.dilation))
         middle = raw
-        for size in reversed(weight.shape[2:]):
-            middle = middle.select(-1, size // 2)
-        middle.copy_(semi_orthogonal(middle.unflatten(0, (self.groups, -1))).flatten(0, 1))
+        for axis, (s, d) in enumerate(zip(strides, dilations, strict=True), 2):
+            size = weight.shape[axis]
+            taps = min(size, s // math.gcd(s, d))  # in a row they read as many phases
+            middle = middle.narrow(axis, (size - taps + 1) // 2, taps)
+        shape = middle.shape
+        matrices = semi_orthogonal(middle.unflatten(0, (self.groups, -1)).flatten(2))
+        middle.copy_(matrices.reshape(shape))
         return (raw,)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -309,12 +328,19 @@ class NonexpansiveConv2d(_NonexpansiveConv, nn.Conv2d):
     in_channels, ..., padding_mode, device, dtype
         As in :class:`OrthogonalConv2d`, with any kernel size and any groups.
     method : str
-        ``"aol"``: :func:`aol_kernel`, from an orthogonal start. ``"rko"``: :func:`rko_kernel`.
+        ``"aol"``: :func:`aol_kernel`, from a semi-orthogonal start. ``"rko"``: :func:`rko_kernel`.
 
     Raises
     ------
     ValueError
         As in :class:`OrthogonalConv2d`.
+
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place, as by
+    ``torch.nn.init.uniform_(layer.weight)``, is lost without an error, and no weight can be
+    assigned. Call ``reset_parameters()`` to draw anew, or write into the
+    raw parameter, ``layer.parametrizations.weight.original``.
 
     Examples
     --------
@@ -340,3 +366,11 @@ class NonexpansiveConv3d(_NonexpansiveConv, nn.Conv3d):
 
 for _layer in (NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d):
     lipschitz_rule.register(_layer, convolution_rule)
+
+
+_error_rule_of(NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d)(convolution_error)
+
+
+register_plain(NonexpansiveConv1d, nn.Conv1d, torch_computes)
+register_plain(NonexpansiveConv2d, nn.Conv2d, torch_computes)
+register_plain(NonexpansiveConv3d, nn.Conv3d, torch_computes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 import torch
@@ -11,6 +13,20 @@ from torch.nn import functional
 from lipbook.composition import lipschitz_rule
 from lipbook.convolutions.circular import CONV, OnUnshuffled, circular_pad, response_rule
 from lipbook.convolutions.nonexpansive import kernel_norm_bound
+from lipbook.errors import (
+    Analysis,
+    ForwardError,
+    _absolute_norm,
+    _bias_norm,
+    _check_direct,
+    _computing_dtype,
+    _entries,
+    _error_rule_of,
+    _is_half,
+    _norms,
+)
+from lipbook.norms.rigorous import _UP, _gamma, rigorous_convolution_norm
+from lipbook.orthogonal.orthonormality import without_autocast
 
 __all__ = [
     "skew_kernel",
@@ -18,6 +34,9 @@ __all__ = [
     "SOC",
     "SkewOrthogonalConv2d",
 ]
+
+
+torch.fx.wrap("_on_channels")  # a step of its own in torch.fx, see circular.py
 
 
 def skew_kernel(weight: Tensor) -> Tensor:
@@ -64,7 +83,7 @@ def skew_kernel(weight: Tensor) -> Tensor:
         or not all(size % 2 for size in weight.shape[2:])
     ):
         raise ValueError(f"weight must be (n, n, *k) with odd sizes k, got {tuple(weight.shape)}")
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         kernel = weight.to(torch.promote_types(weight.dtype, torch.float32))
         kernel = kernel - kernel.transpose(0, 1).flip(list(range(2, kernel.dim())))
         bound = kernel_norm_bound(kernel)
@@ -171,6 +190,13 @@ class SkewOrthogonalConv2d(OnUnshuffled):
     ValueError
         If ``kernel_size`` is even or ``terms`` no multiple of 4.
 
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place, as by
+    ``torch.nn.init.uniform_(layer.weight)``, is lost without an error, and no weight can be
+    assigned. Call ``reset_parameters()`` to draw anew, or write into the
+    raw parameter, ``layer.parametrizations.weight.original``.
+
     Examples
     --------
     >>> layer, x = SkewOrthogonalConv2d(3, 6, 3, bias=False), torch.randn(2, 3, 8, 8)
@@ -194,6 +220,9 @@ class SkewOrthogonalConv2d(OnUnshuffled):
         dtype: Any = None,
     ) -> None:
         _check_terms(terms)
+        in_channels, out_channels, kernel_size, stride, terms = (
+            operator.index(n) for n in (in_channels, out_channels, kernel_size, stride, terms)
+        )
         n = max(in_channels * stride**2, out_channels)
         weight = torch.empty(n, n, kernel_size, kernel_size, device=device, dtype=dtype)
         super().__init__(out_channels, stride, bias, weight, SOC())
@@ -201,8 +230,68 @@ class SkewOrthogonalConv2d(OnUnshuffled):
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Exponential, from the phases (batch, c_in s², h / s, w / s)."""
-        x = functional.pad(x, (0, 0, 0, 0, 0, weight.shape[0] - x.shape[-3]))
-        return skew_exponential(x, weight, self.terms).narrow(-3, 0, self.out_channels)
+        return _on_channels(x, weight, self.terms, self.out_channels)
+
+
+def _on_channels(x: Tensor, kernel: Tensor, terms: int, channels: int) -> Tensor:
+    """Exponential on images with channels of zeros added and outputs cut."""
+    x = functional.pad(x, (0, 0, 0, 0, 0, kernel.shape[0] - x.shape[-3]))
+    return skew_exponential(x, kernel, terms).narrow(-3, 0, channels)
 
 
 lipschitz_rule.register(SkewOrthogonalConv2d, response_rule)
+
+
+# ------------------------------------------------------------------- errors of programs
+
+# Note [the norm of a truncated exponential]
+# A skew-symmetric A has eigenvalues i λ, |λ| ≤ ‖A‖. For m a multiple of 4, the derivative of
+# |T_m(iλ)|² is -2 λ^m / m! times the Taylor polynomial of the sine of degree m - 1, whose terms
+# pair to positive numbers for 0 < λ² ≤ 6. So ‖T_m(A)‖ ≤ T_m(0) = 1 if ‖A‖ ≤ 2, which is checked.
+
+
+@_error_rule_of(SkewOrthogonalConv2d)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    weight, dtype = module.weight.detach(), module.weight.dtype
+    _check_direct(weight)
+    if _is_half(dtype) or _computing_dtype(example, weight) != dtype:
+        raise ValueError("half precision is not supported: use float32 or float64")
+    size = [n // module.stride for n in example.shape[2:]]
+
+    def norm(q: float) -> float:
+        padding = weight.shape[-1] // 2
+        return rigorous_convolution_norm(
+            weight, size, padding=padding, padding_mode="circular", p=q
+        )
+
+    a, absolute = norm(p), _absolute_norm(norm, p)
+    skew = torch.equal(weight, -weight.transpose(0, 1).flip(2, 3))
+    gamma = _gamma(weight[0].numel() + 4, dtype)
+    # Norms of the terms A^j x / j! and of their errors, in units of ‖x‖, and the sums of both.
+    term, wrong = 1.0, 0.0
+    total, error = 1.0, 0.0
+    for j in range(1, module.terms + 1):
+        wrong = (a * wrong + gamma * absolute * (term + wrong)) * (1 + gamma) / j
+        term = a * term / j
+        total, error = total + term + wrong, error + wrong
+    rate = (error + _gamma(module.terms + 2, dtype) * total) * _UP
+    lipschitz = 1.0 if p == 2 and skew and a <= 2 else total * _UP
+    bias_norm = _bias_norm(module.bias, dtype, math.prod(size), p)
+    unit = _gamma(2, dtype)
+
+    def analysis(x: Tensor) -> ForwardError:
+        outputs = module(x)
+        largest = _norms(x, p)
+        products = module.terms * weight[0].numel() * _entries(outputs, p) * len(weight)
+        underflow = torch.finfo(dtype).tiny * products * (1 + absolute + total)
+        slope = (rate + unit * (lipschitz + rate) + underflow) * _UP
+        room = torch.finfo(dtype).max / 4 - (absolute + 1) * total * largest - bias_norm
+        return ForwardError(
+            outputs,
+            lipschitz,
+            (slope * largest + unit * bias_norm + underflow) * _UP,
+            slope,
+            room / ((absolute + 1) * total),
+        )
+
+    return analysis

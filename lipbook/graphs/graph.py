@@ -94,6 +94,20 @@ class Graph:
         """Output of the network on a batch of inputs."""
         return self.values(inputs)[self.output]
 
+    def until(self, output: int) -> Graph:
+        """Graph of what one node needs, in the same order."""
+        needed = {0, output}
+        for k in range(output, 0, -1):
+            if k in needed:
+                needed.update(self.nodes[k].inputs)
+        order = sorted(needed)
+        new = {old: k for k, old in enumerate(order)}
+        nodes = [
+            dataclasses.replace(node, inputs=tuple(new[j] for j in node.inputs))
+            for node in (self.nodes[old] for old in order)
+        ]
+        return Graph(tuple(nodes), new[output])
+
     def readers(self) -> list[list[int]]:
         """For each node the nodes that read it."""
         readers: list[list[int]] = [[] for _ in self.nodes]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook.layers.attention import ScaledDotProduct
-from lipbook.layers.elementwise import AbsoluteValue, Exp, Log, Power, Reciprocal, Sine
+from lipbook.layers.elementwise import Absolute, Exp, Log, Power, Reciprocal, Sine
 from lipbook.layers.joins import Add, Concatenate, MatMul, Maximum, Multiply, Subtract
 from lipbook.layers.normalization import UnitNormalize
 from lipbook.layers.rearrangements import (
@@ -28,6 +28,7 @@ from lipbook.layers.rearrangements import (
     Shift,
     sum_norms,
 )
+from lipbook.layers.resampling import check_padding
 
 __all__ = ["HANDLERS", "Call", "Step", "handler_of", "moving"]
 
@@ -61,7 +62,7 @@ class Call:
     def constant(self, value: Any, like: Tensor) -> Tensor:
         """Constant operand for samples such as those of ``like``, without a batch dimension."""
         if not isinstance(value, Tensor):
-            return torch.tensor(value, dtype=like.dtype)
+            return torch.tensor(value, dtype=torch.float64)  # torch rounds numbers when it runs
         value = value.detach()
         if value.dim() < like.dim():
             return value
@@ -141,8 +142,8 @@ _ELEMENTWISE: dict[str, Callable[..., nn.Module]] = {
     "square": lambda: Power(2.0),
     "sin": lambda: Sine(0.0),
     "cos": lambda: Sine(math.pi / 2),
-    "abs": AbsoluteValue,
-    "absolute": AbsoluteValue,
+    "abs": Absolute,
+    "absolute": Absolute,
     "clamp_min": lambda low: Clamp(_number(low), None),
     "clamp_max": lambda high: Clamp(None, _number(high)),
 }
@@ -586,6 +587,13 @@ def _(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Step:
 
 # ------------------------------------------------------------------------ moving entries
 
+
+@_handles("pad")
+def _(call: Call, x: Tensor, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Step:
+    check_padding(mode, tuple(pad))
+    return moving("pad", lambda v: functional.pad(v, pad, mode, value), x), (x,)
+
+
 MOVING = frozenset(
     [
         "flatten",
@@ -625,7 +633,6 @@ MOVING = frozenset(
         "narrow",
         "index_select",
         "unfold",
-        "pad",
         "pixel_shuffle",
         "pixel_unshuffle",
         "channel_shuffle",

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ from lipbook.graphs.operations import MOVING, Call, handler_of, moving
 from lipbook.layers.calls import CALLS
 from lipbook.rules import (
     CONTAINERS,
+    LEAVES,
     Shape,
     _check,
     _located,
     _plain_copy,
-    _registered,
     _shape,
 )
 
@@ -183,7 +184,10 @@ def trace(module: nn.Module, input_shape: Shape, *, output: str | int | None = N
 
 def known_layer(module: nn.Module) -> bool:
     """Whether a module has a rule, so that it is written down whole."""
-    return _registered(module) is not object and not isinstance(module, tuple(CONTAINERS))
+    if isinstance(module, tuple(CONTAINERS)):
+        return False
+    kinds = set(type(module).__mro__) - {object}
+    return any(kinds & registry.registry.keys() for registry in LEAVES)
 
 
 class _Trace:
@@ -215,6 +219,12 @@ class _Trace:
             try:
                 with mode, _slow_attention():
                     outputs = self.module(sample)
+            except TypeError as error:
+                if "required positional argument" not in str(error):
+                    raise
+                raise TypeError(
+                    "has several inputs, and so no Lipschitz rule: wrap it in a module with one"
+                ) from error
             except (RuntimeError, IndexError) as error:
                 raise ValueError(
                     f"does not run on inputs of shape {self.shape}: {error}"
@@ -230,7 +240,8 @@ class _Trace:
             )
         if id(result) in self.behind:
             raise ValueError(_BATCH_BEHIND)
-        graph = _pruned(self.nodes, self.found[id(result)])
+        output = self.found[id(result)]
+        graph = Graph(tuple(self.nodes), output).until(output)
         if result.dim() == 0 or len(result) != 2:
             raise ValueError(
                 f"must keep samples apart, but made shape {tuple(result.shape)} of a batch of 2"
@@ -547,28 +558,11 @@ def opened(module: nn.Module) -> nn.Module:
 
 def _place() -> tuple[str, str]:
     """File, line and text of the innermost line that is the reader's."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _Trace.graph.__code__:
         name = frame.f_code.co_filename
-        if not name.startswith(_FOREIGN) and "contextlib" not in name and "functools" not in name:
+        if not name.startswith(_FOREIGN) and Path(name).stem not in ("contextlib", "functools"):
             code = linecache.getline(name, frame.f_lineno).strip()
-            inside_forward = frame.f_code.co_name not in ("<module>",)
-            if inside_forward:
-                return f"{Path(name).name}:{frame.f_lineno}", code
-        frame = frame.f_back  # type: ignore[assignment]
+            return f"{Path(name).name}:{frame.f_lineno}", code
+        frame = frame.f_back
     return "", ""
-
-
-def _pruned(nodes: list[Node], output: int) -> Graph:
-    """Keep what the output needs, in order."""
-    needed = {0, output}
-    for k in range(output, 0, -1):
-        if k in needed:
-            needed.update(nodes[k].inputs)
-    order = sorted(needed)
-    new = {old: k for k, old in enumerate(order)}
-    kept = [
-        Node(n.layer, tuple(new[i] for i in n.inputs), n.shape, n.path, n.place, n.code)
-        for n in (nodes[old] for old in order)
-    ]
-    return Graph(tuple(kept), new[output])

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipbook.attacks import attacked_accuracy
+from lipbook.attacks import Bounds, attacked_accuracy
 from lipbook.robustness import Certificate, certify
 
 __all__ = ["certificate", "certified_score", "summary"]
@@ -66,6 +66,7 @@ def summary(
     epsilons: Sequence[float],
     p: float = 2,
     attack: int = 1000,
+    bounds: Bounds | None = None,
 ) -> dict[str, Any]:
     """Collect what a record keeps of a network.
 
@@ -77,14 +78,17 @@ def summary(
         Radii.
     attack : int
         How many of the first images are attacked, one at least.
+    bounds : (low, high), optional
+        Box of the points that the attack may visit, two numbers; the whole space without it.
 
     Returns
     -------
     dict
         ``count``; ``clean`` accuracy; ``certified``, sound in floating point, for each of
         ``epsilons``; ``attacked`` and ``certified_of_attacked`` for each on the first images;
-        ``mean_radius`` of the right predictions.
+        ``mean_radius`` of the right predictions; ``bounds`` if they were given.
     """
+    box = {} if bounds is None else {"bounds": [float(side) for side in bounds]}
     attack = min(attack, len(images))
     batches = _batches(images[:attack], labels[:attack])
     found = certificate(model, images, labels, p)
@@ -96,7 +100,10 @@ def summary(
         "epsilons": list(epsilons),
         "certified": [found.certified_accuracy(e).value for e in epsilons],
         "attack_count": attack,
-        "attacked": [attacked_accuracy(model, batches, e, p).value for e in epsilons],
+        "attacked": [
+            attacked_accuracy(model, batches, e, p, bounds=bounds).value for e in epsilons
+        ],
         "certified_of_attacked": [first.certified_accuracy(e).value for e in epsilons],
         "mean_radius": found.radius[found.correct].mean().item(),
+        **box,
     }

@@ -299,7 +299,12 @@ def _checked(model: torch.nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         raise ValueError("model: expected a module with parameters, got one without")
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+            advice = ""
+            if isinstance(value, np.ndarray):
+                advice = ": call torch.from_numpy"
+            elif isinstance(value, Iterable):
+                advice = ": join the batches of a loader, images, labels = map(torch.cat, zip(*it))"
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}{advice}")
         if value.ndim == 0 or len(value) == 0:
             raise ValueError(f"{name}: expected at least one row, got {tuple(value.shape)}")
     if len(images) != len(labels):
@@ -318,7 +323,7 @@ def _check_count(name: str, value: int) -> None:
 
 def _check_classes(labels: Tensor) -> None:
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected int64 classes, got {labels.dtype}")
+        raise TypeError(f"labels: expected int64 classes, got {labels.dtype}: call .long()")
     if labels.ndim != 1:
         raise ValueError(f"labels: expected shape (n,), got {tuple(labels.shape)}")
     if labels.min() < 0:

@@ -18,6 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipbook.errors import (
+    Analysis,
+    _closed_form,
+    _error_rule_of,
+    _relative,
+    clipped_error,
+    moved_error,
+)
 from lipbook.rules import (
     Bound,
     Range,
@@ -25,23 +33,24 @@ from lipbook.rules import (
     _float64,
     _registered,
     _rule_of,
+    lipschitz_rule,
     local_lipschitz_rule,
     outward,
     range_rule,
     slope_rule,
 )
 
-__all__ = ["AbsoluteValue", "Exp", "Log", "Power", "Reciprocal", "Sine"]
+__all__ = ["Absolute", "Exp", "Log", "Power", "Reciprocal", "Sine", "register_like"]
 
 
-class AbsoluteValue(nn.Module):
+class Absolute(nn.Module):
     r"""Absolute value of every entry: the activation of slope ±1 that keeps a gradient's norm.
 
     .. math:: x \mapsto |x|, \qquad \operatorname{Lip}_p = 1
 
     Examples
     --------
-    >>> AbsoluteValue()(torch.tensor([-2.0, 3.0]))
+    >>> Absolute()(torch.tensor([-2.0, 3.0]))
     tensor([2., 3.])
     """
 
@@ -206,7 +215,7 @@ _MISH = 1.0884981612517279  # at 1.4906
 # sup and inf of phi', on paper, or to double precision where the extreme solves a transcendental
 # equation. The slopes of GELU and SiLU mirror each other at 1/2.
 _CURVES: dict[type[nn.Module], _Curve] = {
-    AbsoluteValue: _pieces(lambda m: -1.0),
+    Absolute: _pieces(lambda m: -1.0),
     nn.ReLU: _pieces(lambda m: 0.0),
     nn.LeakyReLU: _pieces(lambda m: m.negative_slope),
     nn.PReLU: _pieces(lambda m: _float64(m.weight)),
@@ -288,6 +297,15 @@ def _curve(module: nn.Module) -> _Curve:
 
 _ELEMENTWISE = (*_CURVES, Power)
 
+
+def register_like(cls: type[nn.Module], known: type[nn.Module]) -> None:
+    """Give a class the answers of one that computes the same function."""
+    _CURVES[cls] = _CURVES[known]
+    rules: tuple[Any, ...] = (lipschitz_rule, slope_rule, range_rule)
+    for rule in rules:
+        rule.register(cls, rule.dispatch(known))
+
+
 # Largest modulus of the slopes, for each class: what the global bound needs.
 _SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {}
 
@@ -323,8 +341,10 @@ def _(module: nn.Module, input_shape: Shape, p: float) -> Bound:
 
 
 @_rule_of(*_ELEMENTWISE, dispatch=slope_rule)
-def _(module: nn.Module, values: Range | None) -> Slopes:
+def _(module: nn.Module, values: Range | None) -> Slopes | None:
     _check_random(module)
+    if isinstance(module, nn.GLU):
+        return None  # which is not elementwise
     curve = _curve(module)
     extent = curve.extent(module)
     if values is None or curve.local is None:
@@ -409,3 +429,19 @@ def _glu_range(module: nn.GLU, values: Range) -> Range:
     gates = b_low.sigmoid(), b_high.sigmoid()
     ends = torch.stack([a * gate for a in (a_low, a_high) for gate in gates])
     return Range(*outward(ends.amin(0), ends.amax(0)))
+
+
+# ------------------------------------------------------------------- errors of programs
+
+_error_rule_of(nn.ReLU, nn.ReLU6, Absolute)(moved_error)
+
+
+@_error_rule_of(nn.Hardtanh)
+def _(module: nn.Hardtanh, example: Tensor, p: float) -> Analysis:
+    return clipped_error(module, example, p, (module.min_val, module.max_val))
+
+
+@_error_rule_of(nn.LeakyReLU, nn.PReLU)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+    return lambda x: _relative(module, x, p, lipschitz, 3)  # the slope and the product

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lipbook.errors import ForwardError, _stacked, _sum
 from lipbook.rules import Range, outward
 
 __all__ = [
@@ -71,6 +72,12 @@ class Join(nn.Module):
         """Center and radius of the rows of a Jacobian before the join, for each input."""
         return None
 
+    def errors(self, parts: Sequence[ForwardError], outputs: Tensor, p: float) -> ForwardError:
+        """Error of the program, given those of its inputs."""
+        raise ValueError(
+            f"the rounding errors of {type(self).__name__} are not bounded: use sound=False"
+        )
+
 
 def _ball(ranges: Sequence[Range]) -> bool:
     return all(r.center is not None and r.radius is not None for r in ranges)
@@ -99,6 +106,10 @@ class Add(Join):
     def factors(self, ranges: Sequence[Range] | None, p: float) -> list[Tensor]:
         """Moduli of the weights."""
         return [torch.tensor(abs(float(weight)), dtype=torch.float64) for weight in self.weights]
+
+    def errors(self, parts: Sequence[ForwardError], outputs: Tensor, p: float) -> ForwardError:
+        """Add the errors, and round the sum."""
+        return _sum(parts, outputs, p, self.weights)
 
     def range(self, ranges: Sequence[Range]) -> Range:
         """Sum of the intervals and of the balls."""
@@ -174,6 +185,10 @@ class Concatenate(Join):
         """Factor 1 for any number of parts."""
         return [torch.ones((), dtype=torch.float64)]
 
+    def errors(self, parts: Sequence[ForwardError], outputs: Tensor, p: float) -> ForwardError:
+        """Join the errors by the p-norm; nothing is rounded."""
+        return _stacked(parts, outputs, p)
+
     def range(self, ranges: Sequence[Range]) -> Range:
         """Concatenate the intervals; the radii join by the Euclidean norm."""
         batch = max(len(r.low) for r in ranges)
@@ -221,6 +236,10 @@ class Maximum(Join):
     def factors(self, ranges: Sequence[Range] | None, p: float) -> list[Tensor]:
         """Factor 1 for both parts."""
         return [torch.ones((), dtype=torch.float64)]
+
+    def errors(self, parts: Sequence[ForwardError], outputs: Tensor, p: float) -> ForwardError:
+        """Join the errors by the p-norm; nothing is rounded."""
+        return _stacked(parts, outputs, p)
 
     def range(self, ranges: Sequence[Range]) -> Range:
         """Take the maximum of the ends."""

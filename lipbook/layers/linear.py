@@ -8,8 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lipbook.norms import convolution_norm_bound, convolution_norm_is_exact, operator_norm
+from lipbook.errors import (
+    Analysis,
+    _absolute_norm,
+    _Affine,
+    _after_cast,
+    _bias_norm,
+    _check_direct,
+    _computing_dtype,
+    _error_rule_of,
+    _exactly,
+    _norms,
+    forward_error_rule,
+)
+from lipbook.norms import (
+    convolution_norm_bound,
+    convolution_norm_is_exact,
+    dual_exponent,
+    operator_norm,
+)
+from lipbook.norms.rigorous import _UP, _gamma, rigorous_convolution_norm, rigorous_matrix_norm
 from lipbook.rules import (
     Affine,
     Bound,
@@ -107,3 +127,84 @@ def _(module: Any, input_shape: Shape) -> Affine:
         module(zero)[0].detach(),
         8,
     )
+
+
+# ------------------------------------------------------------------- errors of programs
+
+
+@forward_error_rule.register
+def _(module: nn.Linear, example: Tensor, p: float) -> Analysis:
+    dtype = _computing_dtype(example, module.weight)
+    weight = module.weight.detach().to(dtype)
+    absolute = weight.abs().to(torch.promote_types(dtype, torch.float32))
+    positions = example[0, ..., 0].numel()
+    gamma = _gamma(module.in_features + 2, absolute.dtype)
+
+    def magnitude(x: Tensor) -> Tensor:
+        inside = _exactly(functional.linear, x.abs().to(absolute.dtype), absolute)
+        return _norms(inside, p) * (1 + 2 * gamma)
+
+    affine = _Affine(
+        layer=module,
+        norm=rigorous_matrix_norm(weight, p),
+        absolute_norm=_absolute_norm(lambda q: rigorous_matrix_norm(weight, q), p),
+        bias_norm=_bias_norm(module.bias, dtype, positions, p),
+        largest=weight.abs().max().item(),
+        terms=module.in_features,
+        magnitude=magnitude,
+    )
+    return _after_cast(affine, dtype, p)
+
+
+def convolution_error(module: Any, example: Tensor, p: float) -> Analysis:
+    """Bound the error of a convolution, plain, constrained or transposed."""
+    _check_direct(module.weight)
+    dtype = _computing_dtype(example, module.weight)
+    weight = module.weight.detach().to(dtype)
+    size: list[int] = list(example.shape[2:])
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    geometry: dict[str, Any] = {name: getattr(module, name) for name in names}
+    adjoint = module.transposed and module.padding_mode == "circular"
+    if adjoint:  # of a convolution of the larger image, as in lipbook.convolutions
+        size = [n * s for n, s in zip(size, module.stride, strict=True)]
+    elif module.transposed:
+        geometry |= {"transposed": True, "output_padding": module.output_padding}
+
+    def norm(q: float) -> float:
+        exponent = dual_exponent(q) if adjoint else q
+        return rigorous_convolution_norm(weight, size, p=exponent, **geometry)
+
+    # An output sums over the channels and taps of a group. Folding a circle adds the same products.
+    channels = weight.shape[0] // module.groups if module.transposed else weight.shape[1]
+    outputs = module(example)
+    affine = _Affine(
+        layer=module,
+        norm=norm(p),
+        absolute_norm=_absolute_norm(norm, p),
+        bias_norm=_bias_norm(module.bias, dtype, outputs[0, 0].numel(), p),
+        largest=weight.abs().max().item(),
+        terms=channels * weight[0, 0].numel(),
+        sums_in_half=module.transposed,  # torch adds up overlapping windows in the output's dtype
+    )
+    return _after_cast(affine, dtype, p)
+
+
+_error_rule_of(
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)(convolution_error)
+
+
+@_error_rule_of(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    norm = lipschitz_rule(module, tuple(example.shape[1:]), p).value * _UP
+    variance, mean = module.running_var.double(), module.running_mean.double()
+    scale = (variance + module.eps).rsqrt()
+    shift = mean * scale
+    if module.affine:
+        scale, shift = scale * module.weight.detach(), shift * module.weight.detach()
+        shift = shift.abs() + module.bias.detach().abs()
+    positions = example[0, 0].numel()
+    bias_norm = _bias_norm(shift, torch.float64, positions, p)
+    affine = _Affine(module, norm, norm, bias_norm, scale.abs().max().item() * _UP, 10)
+    return lambda x: affine(x, p)

@@ -6,6 +6,7 @@ no modules. In a graph each becomes one of the layers here, with its answers bes
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipbook.errors import (
+    Analysis,
+    ForwardError,
+    _absolute_norm,
+    _Affine,
+    _after_cast,
+    _cast,
+    _closed_form,
+    _computing_dtype,
+    _entries,
+    _error_rule_of,
+    _relative,
+    clipped_error,
+    moved_error,
+)
 from lipbook.norms import operator_norm
+from lipbook.norms.rigorous import rigorous_matrix_norm
 from lipbook.rules import (
     Affine,
     Bound,
@@ -420,3 +437,66 @@ def sum_norms(terms: int, factor: float) -> Callable[[float], float]:
         return abs(factor) * float(dual[p])
 
     return norms
+
+
+# ------------------------------------------------------------------- errors of programs
+
+_error_rule_of(Rearrangement)(moved_error)
+
+
+@_error_rule_of(Clamp)
+def _(module: Clamp, example: Tensor, p: float) -> Analysis:
+    ends = [end for end in (module.low, module.high) if end is not None]
+    limits = [value for end in ends for value in end.double().flatten().tolist()]
+    return clipped_error(module, example, p, limits)
+
+
+@_error_rule_of(Cast)
+def _(module: Cast, example: Tensor, p: float) -> Analysis:
+    return lambda x: _cast(x, module.dtype, p)
+
+
+@_error_rule_of(Diagonal)
+def _(module: Diagonal, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+    return lambda x: _relative(module, x, p, lipschitz, 2)
+
+
+@_error_rule_of(Shift)
+def _(module: Shift, example: Tensor, p: float) -> Analysis:
+    shift = module.constant.double().abs().max().item()
+
+    def analysis(x: Tensor) -> ForwardError:
+        result = _relative(module, x, p, 1.0, 1, shift)
+        if module.constant.dtype == result.outputs.dtype:
+            return result
+        unit = torch.finfo(result.outputs.dtype).eps  # a number is rounded before it is added
+        lost = unit * shift * _entries(result.outputs, p)
+        return dataclasses.replace(result, error=result.error + lost)
+
+    return analysis
+
+
+@_error_rule_of(MatrixProduct)
+def _(module: MatrixProduct, example: Tensor, p: float) -> Analysis:
+    dtype = _computing_dtype(example, module.matrix)
+    matrix = module.matrix.to(dtype)
+    blocks = matrix if module.left else matrix.mT
+    affine = _Affine(
+        layer=module,
+        norm=rigorous_matrix_norm(blocks, p),
+        absolute_norm=_absolute_norm(lambda q: rigorous_matrix_norm(blocks, q), p),
+        bias_norm=0.0,
+        largest=matrix.abs().max().item(),
+        terms=blocks.shape[1],
+    )
+    return _after_cast(affine, dtype, p)
+
+
+@_error_rule_of(LinearMap)
+def _(module: LinearMap, example: Tensor, p: float) -> Analysis:
+    if module.norms is None:
+        raise ValueError(f"the rounding errors of {module.name} are not known: use sound=False")
+    norm = module.norms(p) * (1 + 2.0**-30)
+    affine = _Affine(module, norm, norm * module.terms, 0.0, 1.0, module.terms + 2)
+    return lambda x: affine(x, p)

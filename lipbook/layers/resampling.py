@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lipbook.errors import (
+    Analysis,
+    _Affine,
+    _closed_form,
+    _error_rule_of,
+    _moved,
+    moved_error,
+)
 from lipbook.norms import operator_norm
 from lipbook.rules import (
     Affine,
@@ -21,6 +30,7 @@ from lipbook.rules import (
     _rule_of,
     affine_rule,
     lipschitz_rule,
+    pullback_rule,
     range_rule,
 )
 
@@ -119,7 +129,18 @@ def _(module: Any, input_shape: Shape, p: float) -> Bound:
     return _separable(matrices, p)
 
 
+def check_padding(mode: str, padding: Sequence[int]) -> None:
+    """Refuse circular padding that torch computes from memory it has not written."""
+    pairs = zip(padding[::2], padding[1::2], strict=True)
+    if mode == "circular" and any(min(pair) < 0 < max(pair) for pair in pairs):
+        raise ValueError(
+            "padding must not crop one side of an axis and pad the other in a circular layer, "
+            f"where torch returns uninitialised memory, got {tuple(padding)}"
+        )
+
+
 def _padding(mode: str, module: Any, input_shape: Shape, p: float) -> Bound:
+    check_padding(mode, module.padding)
     axes = enumerate(reversed(_axes(module, input_shape)))  # torch pads the last axis first
     pads = [
         functional.pad(_eye(n), module.padding[2 * i : 2 * i + 2], mode)[:, 0] for i, (n,) in axes
@@ -191,3 +212,86 @@ def _(module: Any, values: Range) -> Range:
         return Range(low, high)
     stretch = lipschitz_rule(module, values.shape, 2.0).value * (1 + 2.0**-40)
     return Range(low, high, module(values.center), values.radius * stretch)
+
+
+# Note [undecided windows]
+# A window whose largest lower end no other upper end reaches has one winner. Else the entry of a
+# candidate, whose upper end does reach it, lies between 0 and the cotangent, and the others are 0.
+
+
+@_rule_of(nn.MaxPool1d, nn.MaxPool2d, dispatch=pullback_rule)
+def _(module: Any, cotangent: tuple[Tensor, Tensor], values: Range) -> tuple[Tensor, Tensor] | None:
+    if module.ceil_mode:
+        return None
+    one = isinstance(module, nn.MaxPool1d)
+    names = ("kernel_size", "stride", "padding", "dilation")
+    axes = _axes(module, values.shape, *names)
+    options = [tuple(axis[k] for axis in axes) for k in range(1, 5)]
+    if one:
+        options = [(k, *option) for k, option in zip((1, 1, 0, 1), options, strict=True)]
+    kernel, stride, padding, dilation = options
+    window: dict[str, Any] = {
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": 0,
+        "dilation": dilation,
+    }
+    edge = (padding[1], padding[1], padding[0], padding[0])
+
+    def windows(image: Tensor) -> Tensor:  # (batch, c, taps, windows)
+        image = functional.pad(image.unsqueeze(2) if one else image, edge, value=-math.inf)
+        return functional.unfold(image, **window).unflatten(1, (values.shape[0], -1))
+
+    low, high = windows(values.low), windows(values.high)
+    candidates = (high >= low.amax(2, keepdim=True)).double()
+    least = torch.where(candidates.sum(2, keepdim=True) == 1, candidates, 0.0)
+    shape = tuple(values.shape[1:])
+    sizes = (1, *shape) if one else shape
+    padded = tuple(n + 2 * k for n, k in zip(sizes, padding, strict=True))
+    result = []
+    center, radius = (part.flatten(3)[:, :, :, None] for part in cotangent)  # one tap axis
+    middle, half = ((candidates + least) / 2)[:, None], ((candidates - least) / 2)[:, None]
+    for part in (center * middle, radius * (middle + half) + center.abs() * half):
+        batch, rows = part.shape[:2]
+        image = functional.fold(part.flatten(0, 1).flatten(1, 2), padded, **window)
+        image = functional.pad(image, tuple(-k for k in edge))
+        image = image.squeeze(2) if one else image
+        result.append(image.unflatten(0, (batch, rows)))
+    return result[0], result[1] * (1 + 2.0**-40) + result[0].abs() * 2.0**-45
+
+
+# ------------------------------------------------------------------- errors of programs
+
+_SELECTING = (
+    *(nn.Identity, nn.Flatten, nn.Unflatten),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    *_MAXIMA,
+)
+_error_rule_of(*_SELECTING)(moved_error)
+
+
+@_error_rule_of(nn.Upsample)
+def _(module: nn.Upsample, example: Tensor, p: float) -> Analysis:
+    if module.mode != "nearest":
+        raise ValueError(
+            f"mode must be 'nearest' for its rounding to be known, got {module.mode!r}"
+        )
+    return _moved(module, _closed_form(module, example, p), p)
+
+
+@_error_rule_of(*_MEANS)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    if hasattr(module, "kernel_size"):
+        axes = _axes(module, tuple(example.shape[1:]), "kernel_size")
+        window = math.prod(kernel for _, kernel in axes)
+    else:
+        sizes = zip(example.shape[2:], module(example).shape[2:], strict=True)
+        window = math.prod(-(-n // size) + 1 for n, size in sizes)
+    norm = _closed_form(module, example, p)
+    affine = _Affine(module, norm, norm * window, 0.0, 1.0, window + 2)  # the sum comes undivided
+    return lambda x: affine(x, p)

@@ -132,6 +132,12 @@ class _Block(NamedTuple):
     def turns(self, index: int) -> float:
         return 0.0 if self.frequencies is None else float(self.frequencies[index])
 
+    def at(self, index: int) -> _Block:
+        """Return the block at one of its frequencies."""
+        if self.frequencies is None:
+            return self
+        return self._replace(frequencies=self.frequencies[index : index + 1])
+
     def matrix(self) -> Tensor:  # (taps, rows, columns, frequencies)
         if self.frequencies is None:
             return self.axis.incidence()[..., None]

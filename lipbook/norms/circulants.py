@@ -133,7 +133,7 @@ def circular_convolution_norm(
     The same kernel as torch's ``spectral_norm`` sees it, a 1 × 9 matrix, has norm 3.
     """
     kernel, blocks = _circular_blocks(weight, input_size, stride, dilation, groups, transposed)
-    return _completed_norm(kernel, _half(blocks))[0]
+    return _completed_norm(kernel, _half(blocks))
 
 
 def circular_convolution_gram_iteration(

@@ -13,8 +13,8 @@ from lipbook.norms.arguments import Size, _convolution_exponent
 from lipbook.norms.axes import _Axis, _Block, _count, _half
 from lipbook.norms.geometry import _geometry
 from lipbook.norms.matrices import dual_exponent
-from lipbook.norms.precision import _margin, _root
-from lipbook.norms.responses import _block_shape, _completed_norm, _contract
+from lipbook.norms.precision import _margin, _root, _scale
+from lipbook.norms.responses import _block_shape, _contract, _gram_polynomial, _norm_at, _peak
 
 __all__ = ["convolution_norm_bound", "convolution_norm_is_exact"]
 
@@ -256,30 +256,34 @@ def _least_completion(kernel: Tensor, axes: Sequence[_Axis]) -> Tensor:
     The norm near the peak of the first completion is a floor for each of the others. They are
     tried from the lowest floor upwards until the floor has passed the least norm found.
     """
-    taps = kernel[0, 0, 0].numel()
+    scale = _scale(kernel.flatten(0, -2))
+    kernel = kernel / scale
+    values, taps = kernel.detach(), kernel[0, 0, 0].numel()
 
-    def bound(blocks: Sequence[_Block]) -> tuple[Tensor, list[float]]:
+    def factor(blocks: list[_Block]) -> float:
         rows, columns = _block_shape(kernel, blocks)
         rank = max(min(rows, columns), math.sqrt(taps * min(rows, columns)))
-        factor = math.prod(block.factor for block in blocks) * _margin(rows + columns + taps, rank)
-        norm, peak = _completed_norm(kernel, blocks)
-        return norm * factor, peak
+        return math.prod(block.factor for block in blocks) * _margin(rows + columns + taps, rank)
 
     first, *others = _completions(kernel, axes)
-    least, peak = bound(_half(first))
+    polynomial = _gram_polynomial(values, _half(first))
+    peak = _peak(values, _half(first), polynomial)
+    least = _norm_at(kernel, peak) * factor(first)
     floors: list[tuple[float, list[_Block]]] = []
     budget = max(_WORK, _work(kernel, _half(first)))
     for blocks in others:
-        near = [block.around(turns) for block, turns in zip(blocks, peak, strict=True)]
+        near = [b.around(at.turns(0)) for b, at in zip(blocks, peak.blocks, strict=True)]
         budget -= _work(kernel, near)
         if budget < 0:
             break
-        with torch.no_grad():
-            floors.append((bound(near)[0].item(), blocks))
+        floors.append((_peak(values, near, polynomial).norm * factor(blocks), blocks))
     budget = _WORK
     for floor, blocks in sorted(floors, key=lambda pair: pair[0]):
         if floor >= least or budget < 0:
             break
-        least = torch.minimum(least, bound(_half(blocks))[0])
+        enough = least.item() / factor(blocks)
+        peak = _peak(values, _half(blocks), polynomial, enough)
+        if peak.norm <= enough:
+            least = torch.minimum(least, _norm_at(kernel, peak) * factor(blocks))
         budget -= _work(kernel, _half(blocks))
-    return least
+    return least * scale

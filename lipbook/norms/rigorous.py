@@ -14,7 +14,7 @@ from lipbook.norms.convolutions import _completions, convolution_norm_bound
 from lipbook.norms.geometry import _geometry
 from lipbook.norms.matrices import operator_norm
 from lipbook.norms.precision import _scale
-from lipbook.norms.responses import _parts, _symbol
+from lipbook.norms.responses import _largest_eigenvalue, _parts, _symbol
 
 __all__ = ["rigorous_matrix_norm", "rigorous_convolution_norm"]
 
@@ -120,18 +120,32 @@ def _spectral_bounds(blocks: Tensor) -> Tensor:
     return torch.where(bound > 0, bound.nextafter(bound.new_tensor(math.inf)), bound)  # denormal
 
 
+# Note [the spectral norm without eigenvectors]
+# For any factor R and level c, A* A = c I - R* R + E with E = A* A + R* R - c I, so that
+# ‖A‖² ≤ c + ‖E‖. With c just above the largest eigenvalue and R from Cholesky, E is all rounding.
+
+
 def _largest_spectral_bound(blocks: Tensor) -> float:
-    """Upper bound of the spectral norms of many blocks, refined where it matters."""
+    """Upper bound of the spectral norms of many blocks."""
     A = _tall(blocks)
-    gamma = _gamma(4 * sum(A.shape[-2:]) + 16, torch.float64)
-    cheap = _gram_bound(A, gamma).sqrt() * (1 + 4 * gamma) * _UP
-    cheap, order = cheap.sort(descending=True)
-    best = 0.0
-    for start in range(0, len(order), 64):
-        if cheap[start] <= best * (1 + 2.0**-22):
-            return max(best, cheap[start].item())
-        best = max(best, _spectral_bounds(A[order[start : start + 64]]).max().item())
-    return best
+    m, n = A.shape[-2:]
+    gamma = _gamma(4 * (m + n) + 16, torch.float64)
+    slack = (1 + 4 * gamma) * _UP
+    columns, grams = torch.linalg.vector_norm(A, dim=-2), A.mH @ A
+    hidden = gamma * columns.amax(-1) * columns.sum(-1)  # by the rounding of the Gram matrices
+    cheap = (grams.abs().sum(-1).amax(-1) + hidden).sqrt() * slack
+    level = _largest_eigenvalue(grams)[0] * (1 + 2.0**-40)
+    largest = math.sqrt(level) * _UP
+    for some in (cheap > largest).nonzero()[:, 0].split(64):
+        rest = level * torch.eye(n, dtype=A.dtype) - grams[some]
+        factor, info = torch.linalg.cholesky_ex(rest, upper=True)
+        bounds = (level + _gram_bound(factor, gamma, rest) + hidden[some]).sqrt() * slack
+        bounds = torch.where((info == 0) & bounds.isfinite(), bounds, math.inf)
+        failed = bounds > largest * (1 + 2.0**-22)
+        if failed.any():
+            bounds[failed] = torch.minimum(_spectral_bounds(A[some[failed]]), bounds[failed])
+        largest = max([largest, *bounds.tolist()])
+    return largest
 
 
 def rigorous_convolution_norm(
@@ -149,8 +163,14 @@ def rigorous_convolution_norm(
     r"""Upper bound of the norm of a convolution that rounding cannot push below it.
 
     The theorem of :func:`~lipbook.norms.convolution_norm_bound` (the convolution is part of a
-    circulant, whose norm is the largest of its frequency responses :math:`\hat K(\theta)`), each
-    response bounded as in :func:`rigorous_matrix_norm`, and
+    circulant, whose norm is the largest of its frequency responses :math:`B = \hat K(\theta)`) and
+
+    .. math::
+        \lVert B\rVert_2^2 \le c + \lVert B^*B + R^*R - cI\rVert_\infty
+
+    for any number :math:`c` and matrix :math:`R`. It is an equality up to rounding with :math:`c`
+    just above the largest eigenvalue and :math:`R` the Cholesky factor of :math:`cI - B^*B`;
+    nothing is assumed about how well LAPACK computed them. The sums :math:`B` are rounded, too:
 
     .. math::
         \lVert \hat K(\theta)\rVert_2 \le \lVert \hat K_{\mathrm{fl}}(\theta)\rVert_2

@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lipbook.orthogonal.orthonormality import check_small, map_tall, negligible, working_dtype
+from lipbook.orthogonal.orthonormality import (
+    admitted,
+    check_matrix,
+    map_tall,
+    negligible,
+    raw_of,
+    working_dtype,
+)
 
 __all__ = [
     "clip_spectral_norm",
@@ -60,7 +67,8 @@ def clip_spectral_norm(matrix: Tensor) -> Tensor:
         # The result does not depend on this scale: it keeps the Gram matrix in range.
         scale = matrix.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1)
         scaled = matrix / scale
-        square = torch.linalg.eigvalsh(scaled.mT @ scaled)[..., -1, None, None]
+        # Not eigvalsh, which rounds otherwise where no gradient is asked for.
+        square = torch.linalg.eigh(scaled.mT @ scaled).eigenvalues[..., -1, None, None]
         return scaled / square.clamp(min=scale**-2).sqrt()
 
     return map_tall(clip, matrix)
@@ -185,11 +193,13 @@ class SpectralNorm(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Take a ``weight`` of spectral norm at most 1 as the raw parameter."""
-        exact = weight.double()
-        finite = bool(exact.isfinite().all())  # LAPACK refuses others in words of its own
+        exact = check_matrix(weight)
+        # LAPACK refuses what is not finite in words of its own.
+        finite = exact.is_meta or bool(exact.isfinite().all())
         norm = torch.linalg.matrix_norm(exact, 2) if finite else exact.abs().amax()
-        check_small("weight must have spectral norm at most 1", norm, norm - 1, weight)
-        return weight
+        expected, way = "weight must have spectral norm at most 1", "clip_spectral_norm"
+        exact = admitted(weight, exact, norm, norm - 1, expected, way, clip_spectral_norm)
+        return raw_of(exact, weight)
 
 
 class InfinityNorm(nn.Module):
@@ -201,9 +211,11 @@ class InfinityNorm(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Take a ``weight`` with absolute row sums of at most 1 as the raw parameter."""
-        norm = torch.linalg.matrix_norm(weight.double(), math.inf)
-        check_small("weight must have absolute row sums of at most 1", norm, norm - 1, weight)
-        return weight
+        exact = check_matrix(weight)
+        norm = torch.linalg.matrix_norm(exact, math.inf)
+        expected, way = "weight must have absolute row sums of at most 1", "project_l1_ball"
+        exact = admitted(weight, exact, norm, norm - 1, expected, way, project_l1_ball)
+        return raw_of(exact, weight)
 
 
 class UnitNorm(nn.Module):
@@ -215,7 +227,9 @@ class UnitNorm(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Take a ``weight`` with unit rows as the raw parameter."""
-        norms = torch.linalg.vector_norm(weight.double(), dim=-1)
-        worst = norms[(norms - 1).abs().argmax()]
-        check_small("weight must have rows of norm 1", worst, (worst - 1).abs(), weight)
-        return weight
+        exact = check_matrix(weight)
+        norms = torch.linalg.vector_norm(exact, dim=-1)
+        worst = norms.take((norms - 1).abs().argmax())
+        expected, way = "weight must have rows of norm 1", "unit_rows"
+        exact = admitted(weight, exact, worst, (worst - 1).abs(), expected, way, unit_rows)
+        return raw_of(exact, weight)

@@ -11,9 +11,14 @@ from torch import Tensor
 from lipbook.orthogonal.orthonormality import (
     Orthonormal,
     add_to_diagonal,
+    apply,
     map_tall,
     negligible,
     polish,
+    power_of_two,
+    save,
+    two_modes,
+    without_autocast,
 )
 
 __all__ = [
@@ -64,9 +69,10 @@ def qr(matrix: Tensor) -> Tensor:
     >>> bool((torch.linalg.svdvals(qr(rank_one)) - 1).abs().max() < 1e-6)
     True
     """
-    return map_tall(lambda tall: _QR.apply(tall)[0], matrix)
+    return map_tall(lambda tall: apply(_QR, tall)[0], matrix)
 
 
+@two_modes
 class _QR(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -79,27 +85,40 @@ class _QR(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output)
+        save(ctx, *output)
+
+    @staticmethod
+    def regular(triangle: Tensor, rows: int) -> Tensor:
+        # Where R is singular there is no derivative: a least diagonal keeps this one finite.
+        diagonal = triangle.diagonal(dim1=-2, dim2=-1)
+        least = diagonal.amax(-1, keepdim=True) * (rows * torch.finfo(triangle.dtype).eps)
+        diagonal = diagonal.maximum(least.clamp(min=negligible(triangle.dtype)))
+        return triangle.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+
+    @staticmethod
+    def tangent(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        # dQ = dA R⁻¹ - Q U and dR = U R, with U = triu(S) + tril(S, -1)ᵀ and S = Qᵀ dA R⁻¹
+        factor, triangle = ctx.saved_tensors
+        with without_autocast(factor):
+            regular = _QR.regular(triangle, factor.shape[-2])
+            quotient = torch.linalg.solve_triangular(regular, tangent, upper=True, left=False)
+            inner = factor.mT @ quotient
+            upper = inner.triu() + inner.tril(-1).mT
+            return quotient - factor @ upper, upper @ triangle
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, triangle_gradient: Tensor | None) -> Tensor:
         # dA = (dQ + Q sym(tril(R dRᵀ - dQᵀ Q))) R⁻ᵀ. dR is None but for second derivatives.
         factor, triangle = ctx.saved_tensors
         gradient = torch.zeros_like(factor) if gradient is None else gradient
-        with torch.autocast(factor.device.type, enabled=False):
+        with without_autocast(factor):
             inner = gradient.mT @ factor
             if triangle_gradient is not None:
                 inner = inner - triangle @ triangle_gradient.mT
             lower = inner.tril()
             inner = add_to_diagonal(lower + lower.mT, -lower.diagonal(dim1=-2, dim2=-1))
             gradient = gradient - factor @ inner
-            # Where R is singular there is no derivative: a least diagonal keeps this one finite.
-            diagonal = triangle.diagonal(dim1=-2, dim2=-1)
-            least = diagonal.amax(-1, keepdim=True) * (
-                factor.shape[-2] * torch.finfo(factor.dtype).eps
-            )
-            diagonal = diagonal.maximum(least.clamp(min=negligible(factor.dtype)))
-            triangle = triangle.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+            triangle = _QR.regular(triangle, factor.shape[-2])
             return torch.linalg.solve_triangular(triangle.mT, gradient, upper=False, left=False)
 
 
@@ -113,7 +132,8 @@ def cholesky_qr(matrix: Tensor) -> Tensor:
     The factor that :func:`qr` finds, from matrix products, Cholesky factorisations and triangular
     solves instead of reflections. It is no faster on a processor whose LAPACK is good, and meant
     for hardware that favours products. The shift :math:`s = 2 \sqrt n\,\varepsilon` keeps the
-    factorisations from breaking down, and a polishing step undoes its effect.
+    factorisations from breaking down, and a polishing step undoes its effect. A matrix out of the
+    ordinary range is first divided by a power of two.
 
     **Guaranteed**: finite, with all singular values at most 1 up to rounding, for any matrix.
     They are equal to 1, to 1e-6 in float32 up to n = 1024 (1e-13 in float64), for condition
@@ -147,9 +167,10 @@ def cholesky_qr(matrix: Tensor) -> Tensor:
     >>> torch.allclose(cholesky_qr(A), qr(A))
     True
     """
-    return map_tall(lambda tall: _CholeskyQR.apply(tall)[0], matrix)
+    return map_tall(lambda tall: apply(_CholeskyQR, tall / power_of_two(tall, (-2, -1)))[0], matrix)
 
 
+@two_modes
 class _CholeskyQR(_QR):
     @staticmethod
     def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lipbook.orthogonal.orthonormality import (
     Orthonormal,
+    apply,
     gram_defect,
     map_tall,
     negligible,
     polish,
+    save,
     scaled_from_above,
+    two_modes,
+    without_autocast,
 )
 
 __all__ = [
@@ -168,7 +172,7 @@ def polar(matrix: Tensor, condition: float = 1e4) -> Tensor:
     """
     if not 1 <= condition < math.inf:
         raise ValueError(f"condition must be a finite number >= 1, got {condition}")
-    return map_tall(lambda tall: _Polar.apply(tall, condition), matrix)
+    return map_tall(lambda tall: apply(_Polar, tall, condition), matrix)
 
 
 def _stretches(condition: float, accuracy: float) -> Iterator[float]:
@@ -181,6 +185,7 @@ def _stretches(condition: float, accuracy: float) -> Iterator[float]:
         least = min(stretch * (3 - square * end**2) * end / 2 for end in (least, 1.0))
 
 
+@two_modes
 class _Polar(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -194,24 +199,34 @@ class _Polar(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], output)
+        save(ctx, inputs[0], output)
+
+    @staticmethod
+    def derivative(ctx: Any, tangent: Tensor) -> Tensor:
+        # dQ = Q Ω + (I - QQᵀ) dA H⁻¹ with the skew solution of Ω H + H Ω = Qᵀ dA - dAᵀ Q, a map of
+        # dA that is its own adjoint.
+        matrix, factor = ctx.saved_tensors
+        m, n = matrix.shape[-2:]
+        with without_autocast(matrix):
+            stretch = factor.mT @ matrix
+            stretch = (stretch + stretch.mT) / 2
+            inner = factor.mT @ tangent
+            result = factor @ apply(_SymmetricSolve, stretch, inner - inner.mT, True)
+            if m > n:
+                outside = tangent - factor @ inner
+                result = result + apply(_SymmetricSolve, stretch, outside, False)
+            return cast(Tensor, result)
+
+    @staticmethod
+    def tangent(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _Polar.derivative(ctx, tangent)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # dQ = Q Ω + (I - QQᵀ) dA H⁻¹ with the skew solution of Ω H + H Ω = Qᵀ dA - dAᵀ Q
-        matrix, factor = ctx.saved_tensors
-        m, n = matrix.shape[-2:]
-        with torch.autocast(matrix.device.type, enabled=False):
-            stretch = factor.mT @ matrix
-            stretch = (stretch + stretch.mT) / 2
-            inner = factor.mT @ gradient
-            result = factor @ _SymmetricSolve.apply(stretch, inner - inner.mT, True)
-            if m > n:
-                outside = gradient - factor @ inner
-                result = result + _SymmetricSolve.apply(stretch, outside, False)
-            return result, None
+        return _Polar.derivative(ctx, gradient), None
 
 
+@two_modes
 class _SymmetricSolve(torch.autograd.Function):
     """Solution Y of YH = K, or of YH + HY = K (a Sylvester equation), for H = Hᵀ ≥ 0."""
 
@@ -230,13 +245,21 @@ class _SymmetricSolve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], output)
+        save(ctx, inputs[0], output)
         ctx.sylvester = inputs[2]
+
+    @staticmethod
+    def tangent(ctx: Any, matrix_tangent: Tensor, right_tangent: Tensor, _: None) -> Tensor:
+        matrix, solution = ctx.saved_tensors
+        right = right_tangent - solution @ matrix_tangent
+        if ctx.sylvester:
+            right = right - matrix_tangent @ solution
+        return cast(Tensor, apply(_SymmetricSolve, matrix, right, ctx.sylvester))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         matrix, solution = ctx.saved_tensors
-        adjoint = _SymmetricSolve.apply(matrix, gradient, ctx.sylvester)
+        adjoint = apply(_SymmetricSolve, matrix, gradient, ctx.sylvester)
         product = solution.mT @ adjoint
         if ctx.sylvester:
             product = product + adjoint @ solution.mT

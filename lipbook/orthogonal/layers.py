@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipbook.composition import Bound, lipschitz_rule
+from lipbook.errors import Analysis, _closed_form, _error_rule_of, _relative
+from lipbook.freezing import register_plain
 from lipbook.orthogonal.bounded import (
     InfinityNorm,
     SpectralNorm,
@@ -18,6 +21,7 @@ from lipbook.orthogonal.bounded import (
     project_l1_ball,
     unit_rows,
 )
+from lipbook.orthogonal.constrained import Constrained, raw_parameters
 from lipbook.orthogonal.factorisations import QR, CholeskyQR, qr
 from lipbook.orthogonal.iterations import Bjorck, Polar
 from lipbook.orthogonal.orthonormality import working_dtype
@@ -46,7 +50,7 @@ _METHODS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class _ConstrainedLinear(nn.Linear):
+class _ConstrainedLinear(Constrained, nn.Linear):
     """Linear layer whose weight is the image of a raw parameter."""
 
     def __init__(
@@ -57,12 +61,14 @@ class _ConstrainedLinear(nn.Linear):
         bias: bool,
         **factory: Any,
     ) -> None:
-        super().__init__(in_features, out_features, bias, **factory)
+        features = (operator.index(in_features), operator.index(out_features))
+        super().__init__(*features, bias, **factory)
         parametrize.register_parametrization(self, "weight", constraint)
 
     def reset_parameters(self) -> None:
         """Draw weight and bias anew."""
-        weight = self._draw(torch.empty_like(self.weight, requires_grad=False))
+        raw = raw_parameters(self)[0]
+        weight = self._draw(torch.empty_like(raw, requires_grad=False))
         if parametrize.is_parametrized(self):
             self.weight = weight
         else:
@@ -129,6 +135,14 @@ class OrthogonalLinear(_ConstrainedLinear):
     ValueError
         If ``method`` is unknown; if a weight is assigned that is not orthonormal.
 
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read, so that what is written into it in place, as
+    by ``torch.nn.init.uniform_(layer.weight)``, is lost without an error. Call
+    ``reset_parameters()`` to draw anew, assign an orthonormal weight,
+    ``layer.weight = polar(weight)``, or write into the raw parameter,
+    ``layer.parametrizations.weight.original``.
+
     Examples
     --------
     >>> layer = OrthogonalLinear(5, 3)
@@ -186,6 +200,11 @@ class SpectralNormLinear(_ConstrainedLinear):
     ValueError
         If a weight is assigned whose spectral norm exceeds 1.
 
+    Notes
+    -----
+    What is written into ``layer.weight`` in place is lost, as in :class:`OrthogonalLinear`: assign
+    ``layer.weight = clip_spectral_norm(weight)``.
+
     Examples
     --------
     >>> layer = SpectralNormLinear(5, 3)
@@ -233,6 +252,11 @@ class InfinityNormLinear(_ConstrainedLinear):
     ValueError
         If a weight is assigned whose absolute row sums exceed 1.
 
+    Notes
+    -----
+    What is written into ``layer.weight`` in place is lost, as in :class:`OrthogonalLinear`: assign
+    ``layer.weight = project_l1_ball(weight)``.
+
     Examples
     --------
     >>> layer = InfinityNormLinear(5, 3)
@@ -279,6 +303,11 @@ class UnitNormLinear(_ConstrainedLinear):
     ------
     ValueError
         If a weight is assigned whose rows do not have norm 1.
+
+    Notes
+    -----
+    What is written into ``layer.weight`` in place is lost, as in :class:`OrthogonalLinear`: assign
+    ``layer.weight = unit_rows(weight)``.
 
     Examples
     --------
@@ -347,3 +376,13 @@ class Scale(nn.Module):
 @lipschitz_rule.register
 def _(module: Scale, input_shape: tuple[int, ...], p: float) -> Bound:
     return Bound(abs(module.constant), "exact", p)
+
+
+@_error_rule_of(Scale)
+def _(module: Scale, example: Tensor, p: float) -> Analysis:
+    lipschitz = _closed_form(module, example, p)
+    return lambda x: _relative(module, x, p, lipschitz, 3)  # the constant and the product
+
+
+for _layer in (OrthogonalLinear, SpectralNormLinear, InfinityNormLinear, UnitNormLinear):
+    register_plain(_layer, nn.Linear)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "without_autocast",
+    "power_of_two",
+    "two_modes",
+    "apply",
+    "save",
     "map_tall",
     "working_dtype",
     "eye_like",
@@ -19,8 +26,10 @@ __all__ = [
     "scaled_from_above",
     "Orthonormal",
     "Signed",
+    "check_matrix",
     "check_orthonormal",
-    "check_small",
+    "admitted",
+    "raw_of",
 ]
 
 # Note [polishing]
@@ -32,6 +41,51 @@ __all__ = [
 # gradients below leave it out.
 
 
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Context in which constraints are computed, in the dtype of their parameters."""
+    if tensor.is_meta:  # a device that autocast does not know
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def power_of_two(matrix: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Power of two to divide by so that no product over- or underflows; 1 if none would.
+
+    Of the largest entry over all axes or some, which are kept. Division by it rounds nothing, and
+    no gradient flows through it.
+    """
+    size = matrix.detach().abs()
+    size = size.amax() if dim is None else size.amax(dim, keepdim=True)
+    info = torch.finfo(size.dtype)
+    exponent = size.clamp(min=info.tiny).where(size > 0, 1).log2().round()
+    near = math.log2(info.max) / 8  # of which eighth powers are in range
+    return (exponent - exponent.clamp(-near, near).round()).exp2()
+
+
+# Note [two modes]
+# Forward-mode differentiation demands a jvp of an autograd.Function, and torch.compile refuses to
+# trace one that has it. So the jvp is in a subclass, which is taken where nothing is compiled.
+
+
+def two_modes(function: Any) -> Any:
+    """Decorate an autograd.Function whose ``tangent`` is its jvp, see Note [two modes]."""
+    jvp = {"jvp": staticmethod(function.tangent)}
+    function.both = type(function.__name__, (function,), jvp)
+    return function
+
+
+def apply(function: Any, *arguments: Any) -> Any:
+    """Apply such a function."""
+    return (function if torch.compiler.is_compiling() else function.both).apply(*arguments)
+
+
+def save(ctx: Any, *tensors: Tensor) -> None:
+    """Save tensors for derivatives in both modes."""
+    ctx.save_for_backward(*tensors)
+    if not torch.compiler.is_compiling():
+        ctx.save_for_forward(*tensors)
+
+
 def map_tall(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
     """Apply a map of tall matrices to a tall or wide one, in float32 at least."""
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
@@ -40,7 +94,7 @@ def map_tall(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
     if matrix.dim() < 2 or 0 in matrix.shape:
         raise ValueError(f"matrix must have shape (..., m, n), got {tuple(matrix.shape)}")
     wide = matrix.shape[-2] < matrix.shape[-1]
-    with torch.autocast(matrix.device.type, enabled=False):
+    with without_autocast(matrix):
         tall = (matrix.mT if wide else matrix).to(working_dtype(matrix.dtype))
         result = function(tall)
     return (result.mT if wide else result).to(matrix.dtype)
@@ -97,8 +151,11 @@ def scaled_from_above(matrix: Tensor) -> Tensor:
 
 
 # Note [what assigning a weight does]
-# ``layer.weight = Q`` calls right_inverse, which finds a raw parameter whose image is Q. A Q that
-# is no image is refused: to take the nearest one instead would change a network in silence.
+# torch calls right_inverse with the nn.Parameter of the layer when a parametrization is registered,
+# and with a plain tensor when a weight is assigned, ``layer.weight = Q``. What is registered starts
+# from the nearest weight that meets the constraint, once: here a layer becomes another, by demand.
+# Of what is assigned right_inverse finds a raw parameter whose image it is. A weight that is no
+# image is refused: to take the nearest one instead would change a network in silence.
 
 
 class Orthonormal(nn.Module):
@@ -106,8 +163,7 @@ class Orthonormal(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Take an orthonormal ``weight`` itself as the raw parameter."""
-        check_orthonormal(weight)
-        return weight
+        return raw_of(check_orthonormal(weight), weight)
 
 
 class Signed(nn.Module):
@@ -129,25 +185,61 @@ class Signed(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Find signs and a raw parameter for an orthonormal ``weight``."""
         tall = check_orthonormal(weight)
-        raw, signs = self._invert(tall)
+        raw, signs = (tall, tall[0]) if tall.is_meta else self._invert(tall)
         self.signs = signs.to(weight.dtype)
-        return (raw if weight.shape[0] >= weight.shape[1] else raw.mT).to(weight.dtype)
+        return raw_of(raw, weight)
 
     def _invert(self, tall: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
+def check_matrix(weight: Tensor) -> Tensor:
+    """Refuse what is no matrix, such as the kernel of a convolution; return it in float64."""
+    if weight.dim() != 2:
+        raise ValueError(
+            "weight must be a matrix (for kernels of convolutions see lipbook.convolutions), "
+            f"got shape {tuple(weight.shape)}"
+        )
+    return weight.detach().double()
+
+
 def check_orthonormal(weight: Tensor) -> Tensor:
-    """Refuse a weight that is not orthonormal; return it tall and in float64."""
-    tall = (weight if weight.shape[0] >= weight.shape[1] else weight.mT).detach().double()
+    """Return an orthonormal weight tall and in float64, see Note [what assigning a weight does]."""
+    tall = check_matrix(weight)
+    tall = tall if tall.shape[0] >= tall.shape[1] else tall.mT
     which = "columns" if tall.shape == weight.shape else "rows"
     defect = gram_defect(tall).abs().max()
-    check_small(f"weight must have orthonormal {which}", defect, defect, weight)
-    return tall
+    expected = f"weight must have orthonormal {which}"
+    return admitted(weight, tall, defect, defect, expected, "polar", _nearest)
 
 
-def check_small(expected: str, value: Tensor, excess: Tensor, weight: Tensor) -> None:
-    """Refuse a weight whose excess is more than rounding."""
+def _nearest(tall: Tensor) -> Tensor:
+    """Orthonormal matrix nearest to one of any rank."""
+    left, _, right = torch.linalg.svd(tall, full_matrices=False)
+    return left @ right
+
+
+def admitted(
+    weight: Tensor,
+    exact: Tensor,
+    value: Tensor,
+    excess: Tensor,
+    expected: str,
+    way: str,
+    nearest: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Admit a weight in float64, refuse or replace it, see Note [what assigning a weight does]."""
     tolerance = math.sqrt(torch.finfo(weight.dtype).eps)
-    if not excess <= tolerance:
-        raise ValueError(f"{expected} (to {tolerance:.1e}), got {value.item():.6g}")
+    if exact.is_meta or excess <= tolerance:
+        return exact
+    if isinstance(weight, nn.Parameter) and excess < math.inf:
+        return nearest(exact)
+    raise ValueError(
+        f"{expected} (to {tolerance:.1e}), got {value.item():.6g}: assign {way}(weight) instead"
+    )
+
+
+def raw_of(matrix: Tensor, weight: Tensor) -> Tensor:
+    """Raw parameter for a weight, from a matrix that may be tall where the weight is wide."""
+    matrix = matrix if matrix.shape == weight.shape else matrix.mT
+    return matrix.to(weight.dtype, copy=True).contiguous()

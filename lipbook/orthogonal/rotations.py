@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from lipbook.orthogonal.orthonormality import (
     Signed,
     add_to_diagonal,
+    apply,
     check_orthonormal,
     eye_like,
     map_tall,
     polish,
+    save,
+    two_modes,
+    without_autocast,
 )
 
 __all__ = [
@@ -88,7 +92,7 @@ def cayley(matrix: Tensor) -> Tensor:
         limit = max(torch.finfo(matrix.dtype).eps ** -0.5, 4 * n)
         skew = square - square.mT
         skew, below = _limited(skew, limit), _limited(below, math.sqrt(limit))
-        return _Cayley.apply(skew, below)
+        return apply(_Cayley, skew, below)
 
     return map_tall(transform, matrix)
 
@@ -121,6 +125,7 @@ def _inverse(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+@two_modes
 class _Cayley(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -147,7 +152,18 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1], output)
+        save(ctx, inputs[1], output)
+
+    @staticmethod
+    def tangent(ctx: Any, skew_tangent: Tensor, below_tangent: Tensor) -> Tensor:
+        below, factor = ctx.saved_tensors
+        n = factor.shape[-1]
+        with without_autocast(factor):
+            inverse = add_to_diagonal(factor[..., :n, :] / 2, 0.5)  # (I + A)⁻¹
+            inner = below.mT @ below_tangent
+            half = -inverse @ (skew_tangent + inner + inner.mT) @ inverse
+            bottom = -2 * (below_tangent @ inverse + below @ half)
+            return torch.cat((2 * half, bottom), -2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +171,7 @@ class _Cayley(torch.autograd.Function):
         below, factor = ctx.saved_tensors
         n = factor.shape[-1]
         top, bottom = gradient[..., :n, :], gradient[..., n:, :]
-        with torch.autocast(factor.device.type, enabled=False):
+        with without_autocast(factor):
             root = math.sqrt(0.5)
             inverse = add_to_diagonal(root * factor[..., :n, :].mT, root)  # √2 (I + A)⁻ᵀ
             if not below.shape[-2]:
@@ -272,4 +288,4 @@ class MatrixExp(nn.Module):
         tall = check_orthonormal(weight)
         completion = torch.linalg.qr(tall, mode="complete").Q[:, tall.shape[1] :]
         self.base = torch.cat((tall, completion), 1).to(weight.dtype)
-        return torch.zeros_like(weight)
+        return torch.zeros_like(weight, memory_format=torch.contiguous_format)

@@ -209,8 +209,8 @@ def wasserstein1_bracket(
         raise ValueError('critic must be given for method="critic", got None')
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be in (0, 1), got {tolerance}")
-    check_count("sweeps", sweeps, 0)
-    rng = np.random.default_rng(seed)
+    sweeps = check_count("sweeps", sweeps, 0)
+    rng = np.random.default_rng(check_count("seed", seed, 0))
     size = len(pair.x.mass) * len(pair.y.mass)
     if method == "auto":
         line = pair.x.points.shape[1] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ __all__ = [
     "Pair",
     "check_clouds",
     "checked_pair",
+    "check_tensor",
+    "check_finite",
     "check_points",
     "check_weights",
     "check_count",
@@ -110,13 +113,27 @@ def checked_pair(x: Tensor, y: Tensor, x_weights: Tensor | None, y_weights: Tens
 def check_points(name: str, points: Tensor) -> None:
     """Refuse what is no cloud of finite points."""
     _check_kind(name, points)
-    if not points.isfinite().all():
-        raise ValueError(f"{name} must be finite, got NaN or infinite entries")
+    check_finite(name, points)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor. ``name`` may end with the verb: "critic must return"."""
+    if not isinstance(value, Tensor):
+        demand = name if " must " in name else f"{name} must be"
+        hint = ": torch.from_numpy makes a tensor of it" if isinstance(value, np.ndarray) else ""
+        raise TypeError(f"{demand} a tensor, got {type(value).__name__}{hint}")
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Refuse NaN and infinite entries, and name the first."""
+    wrong = ~values.isfinite()
+    if wrong.any():
+        index = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name} must be finite, got {values[tuple(index)].item():g} at {index}")
 
 
 def _check_kind(name: str, points: Tensor) -> None:
-    if not isinstance(points, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(points).__name__}")
+    check_tensor(name, points)
     if points.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {points.dtype}")
     if points.dim() < 2 or 0 in points.shape:
@@ -130,8 +147,7 @@ def check_weights(name: str, weights: Tensor | None, points: Tensor) -> None:
     """Refuse what are no masses of the points with sum 1."""
     if weights is None:
         return
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(weights).__name__}")
+    check_tensor(name, weights)
     if weights.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {weights.dtype}")
     if weights.shape != points.shape[:1]:
@@ -139,21 +155,22 @@ def check_weights(name: str, weights: Tensor | None, points: Tensor) -> None:
             f"{name} must have shape ({len(points)},), one for each point, "
             f"got {tuple(weights.shape)}"
         )
-    if not weights.isfinite().all():
-        raise ValueError(f"{name} must be finite, got NaN or infinite entries")
+    check_finite(name, weights)
     if (weights < 0).any():
         raise ValueError(f"{name} must be >= 0, got {weights.min().item():g}")
     total = math.fsum(weights.detach().cpu().double().tolist())
     if abs(total - 1) > 16 * math.sqrt(len(weights)) * torch.finfo(weights.dtype).eps:
-        raise ValueError(f"{name} must sum to 1, got {total:.9g}: divide by the sum")
+        hint = "divide by the sum" if total else "all of them are 0"
+        raise ValueError(f"{name} must sum to 1, got {total:.9g}: {hint}")
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Refuse what is no integer, or too small."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """Give an integer, Python's or NumPy's, as Python's; refuse others and what is too small."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
+    return int(value)
 
 
 def common_exponent(*points: Tensor) -> int:

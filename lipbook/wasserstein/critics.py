@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lipbook.composition import lipschitz_bound
-from lipbook.wasserstein.clouds import check_clouds
+from lipbook.wasserstein.clouds import check_clouds, check_tensor
 
 __all__ = [
     "kantorovich_dual",
@@ -87,10 +88,18 @@ def kantorovich_dual(
                 f"critic must be a torch.nn.Module, got {type(critic).__name__}: "
                 "pass lipschitz= for a function whose Lipschitz bound you know"
             )
-        lipschitz = lipschitz_bound(critic, x.shape[1:]).value
+        lipschitz = _bound(critic, x.shape[1:])
     if not 0 <= lipschitz < math.inf:
         raise ValueError(f"lipschitz must be finite and >= 0, got {lipschitz}")
     return _difference(critic, x, y, x_weights, y_weights) / max(1.0, lipschitz)
+
+
+def _bound(critic: nn.Module, shape: torch.Size) -> float:
+    """Bound of a critic, under torch.inference_mode and of tensors made under it as well."""
+    with torch.inference_mode(False):
+        if any(tensor.is_inference() for tensor in (*critic.parameters(), *critic.buffers())):
+            critic = copy.deepcopy(critic)  # of which bounds can be computed
+        return lipschitz_bound(critic, shape).value
 
 
 def critic_difference(
@@ -165,8 +174,7 @@ def _difference(
 def evaluate(critic: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     """Values (n,) of the critic; refuse any other shape."""
     values = critic(points)
-    if not isinstance(values, Tensor):
-        raise TypeError(f"critic must return a tensor, got {type(values).__name__}")
+    check_tensor("critic must return", values)
     if values.shape not in ((len(points),), (len(points), 1)):
         raise ValueError(
             f"critic must return one value for each of {len(points)} points, "

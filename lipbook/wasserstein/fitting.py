@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple, cast
@@ -15,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lipbook.wasserstein.clouds import check_count, check_points, check_weights
+from lipbook.wasserstein.clouds import (
+    check_count,
+    check_finite,
+    check_points,
+    check_tensor,
+    check_weights,
+)
 from lipbook.wasserstein.critics import evaluate, evaluate_in_chunks, first_parameter
 
 __all__ = [
@@ -69,6 +76,7 @@ class CriticHistory:
     held_out: list[HeldOut]
 
 
+@torch.inference_mode(False)
 def fit_critic(
     critic: nn.Module,
     x: Tensor | Sampler,
@@ -106,6 +114,10 @@ def fit_critic(
     clouds, which overestimates that between the distributions they came from; in the second, no
     point is seen twice and the ascent is on the population. Either way, held-out points
     give an honest interval.
+
+    Gradients are computed whatever the caller's mode, ``torch.no_grad`` and
+    ``torch.inference_mode`` included; but parameters that were made under the latter cannot be
+    fitted.
 
     With the same seed, the same critic ends with the same parameters bit for bit (same machine,
     same number of threads). With ``checkpoint``, so does a run that was killed at any time and is
@@ -185,8 +197,10 @@ def fit_critic(
         raise TypeError(f"critic must be a torch.nn.Module with parameters, got {critic!r}")
     if not callable(optimizer):
         raise TypeError(f"optimizer must be callable, got {optimizer!r}")
-    check_count("seed", seed, 0)
-    _check_fit(steps, lr, schedule, confidence, checkpoint_every, held_out_every)
+    _check_parameters(critic)
+    _check_fit(steps, lr, batch_size, schedule, confidence, checkpoint_every, held_out_every, seed)
+    steps, lr, seed = int(steps), float(lr), int(seed)
+    batch_size = None if batch_size is None else int(batch_size)
     sides = [_Side("x", x, x_weights, batch_size), _Side("y", y, y_weights, batch_size)]
     judge = _held_out(held_out, sides, seed)
     if held_out_every is not None and judge is None:
@@ -228,21 +242,41 @@ def fit_critic(
 def _check_fit(
     steps: int,
     lr: float,
+    batch_size: int | None,
     schedule: str,
     confidence: float,
     checkpoint_every: int,
     held_out_every: int | None,
+    seed: int,
 ) -> None:
     check_count("steps", steps)
     check_count("checkpoint_every", checkpoint_every)
-    if held_out_every is not None:
-        check_count("held_out_every", held_out_every)
+    check_count("seed", seed, 0)
+    for name, value in (("batch_size", batch_size), ("held_out_every", held_out_every)):
+        if value is not None:
+            check_count(name, value)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be finite and > 0, got {lr}")
     if schedule not in ("constant", "cosine"):
         raise ValueError(f'schedule must be "constant" or "cosine", got {schedule!r}')
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+
+
+def _check_parameters(critic: nn.Module) -> None:
+    parameters = list(critic.parameters())
+    if any(parameter.is_inference() for parameter in parameters):
+        raise ValueError(
+            "critic must have parameters that can be trained, got some that were made under "
+            "torch.inference_mode: make the critic outside of it"
+        )
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError("critic must have a parameter that requires a gradient, got none")
+
+
+def _plain(values: Tensor) -> Tensor:
+    """Copy a tensor that was made under torch.inference_mode, of which gradients are refused."""
+    return values.clone() if values.is_inference() else values
 
 
 def _ascend(run: _Run, batches: list[Tensor], sides: list[_Side], penalty: Penalty | None) -> None:
@@ -281,11 +315,11 @@ class _Side:
     batch_size: int | None
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
-        if isinstance(self.source, Tensor):
+        if isinstance(self.source, (Tensor, np.ndarray)):
             check_points(self.name, self.source)
             check_weights(f"{self.name}_weights", self.weights, self.source)
+            self.source = _plain(self.source)
+            self.weights = None if self.weights is None else _plain(self.weights)
         elif not callable(self.source):
             raise TypeError(
                 f"{self.name} must be a tensor or a sampler(n, generator), "
@@ -304,14 +338,14 @@ class _Side:
     def draw(self, number: int, generator: torch.Generator) -> Tensor:
         """Ask the sampler for points."""
         points = cast(Sampler, self.source)(number, generator)
-        if not isinstance(points, Tensor):
-            raise TypeError(f"{self.name} must return a tensor, got {type(points).__name__}")
+        check_tensor(f"{self.name} must return", points)
         if points.dim() < 2 or len(points) != number:
             raise ValueError(
                 f"{self.name} must return {number} points, of shape ({number}, ...), "
                 f"got {tuple(points.shape)}"
             )
-        return points
+        check_finite(f"points of the sampler {self.name}", points)
+        return _plain(points)
 
     def batch(self, generator: torch.Generator) -> Tensor:
         if not isinstance(self.source, Tensor):
@@ -331,8 +365,8 @@ def _held_out(
 ) -> list[Tensor] | None:
     if held_out is None:
         return None
-    if isinstance(held_out, int):
-        check_count("held_out", held_out, 2)
+    if isinstance(held_out, Integral):
+        held_out = check_count("held_out", cast(int, held_out), 2)
         if any(isinstance(side.source, Tensor) for side in sides):
             raise ValueError(
                 f"held_out must be a pair of tensors unless x and y are samplers, got {held_out}"

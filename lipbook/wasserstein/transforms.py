@@ -13,7 +13,9 @@ from lipbook.wasserstein.clouds import (
     TINY,
     UNIT,
     Cloud,
+    check_finite,
     check_points,
+    check_tensor,
     common_exponent,
     distances,
     down,
@@ -87,15 +89,13 @@ def c_transform(potential: Tensor, points: Tensor, at: Tensor) -> Tensor:
             f"at must be points like those of points, {tuple(points.shape[1:])} {points.dtype}, "
             f"got {tuple(at.shape[1:])} {at.dtype}"
         )
-    if not isinstance(potential, Tensor):
-        raise TypeError(f"potential must be a tensor, got {type(potential).__name__}")
+    check_tensor("potential", potential)
     if potential.shape != points.shape[:1]:
         raise ValueError(
             f"potential must have shape ({len(points)},), one number for each point, "
             f"got {tuple(potential.shape)}"
         )
-    if not potential.isfinite().all():
-        raise ValueError("potential must be finite, got NaN or infinite entries")
+    check_finite("potential", potential)
     ends = [z.detach().double().flatten(1) for z in (points, at)]
     scale = 2.0 ** -common_exponent(*ends)
     values = transform_from_below(

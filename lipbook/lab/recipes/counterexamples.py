@@ -299,11 +299,9 @@ def cost(name: str, epochs: int, count: int = 2000, seed: int = 0) -> Outcome:
     real, sound = (certify(net, batches, shape, sound=sound) for sound in (False, True))
     x = batches[0][0]
     with torch.no_grad(), parametrize.cached():
-        body, head = robustness._split(net)
         runs: list[Callable[[Tensor], object]] = [
             net,
-            robustness._radius_in_real_arithmetic(body, head, shape, 2.0),
-            robustness._radius_of_program(body, head, x, 2.0),
+            *(robustness._Reader(net, shape, 2.0, sound=sound) for sound in (False, True)),
         ]
         times = [seconds(partial(run, x)) for run in runs]
     lost = {"float32": sound.facts["lost_to_rounding"]}

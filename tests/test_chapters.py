@@ -1,0 +1,74 @@
+"""How the text of a chapter is set: cells as wide as the column, one box for a prediction."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+BOOK = Path(__file__).resolve().parent.parent / "book"
+CHAPTERS = [
+    "index",
+    "jacobians",
+    "optimisation",
+    "composition",
+    "activations",
+    "orthogonal",
+    "convolutions",
+]
+FOLDED = {"hide-input", "hide-cell", "remove-cell"}
+COLUMN = 80
+
+
+def cells(chapter: str, kind: str) -> list[nbformat.NotebookNode]:
+    notebook = nbformat.read(BOOK / f"{chapter}.ipynb", as_version=4)
+    return [cell for cell in notebook.cells if cell.cell_type == kind]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_code_that_is_shown_fits_the_column(chapter: str) -> None:
+    shown = [
+        cell for cell in cells(chapter, "code") if not FOLDED & set(cell.metadata.get("tags", []))
+    ]
+    wide = [
+        f"{cell.id}: {line}"
+        for cell in shown
+        for line in cell.source.split("\n")
+        if len(line) > COLUMN
+    ]
+    assert not wide, "\n  ".join(["", *wide])
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_prediction_is_asked_for_in_its_own_box(chapter: str) -> None:
+    text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
+    boxes = re.findall(r"^:::\{admonition\} Predict.*\n:class: (\S+)$", text, re.MULTILINE)
+    assert boxes == ["predict"] * text.count("{admonition} Predict")
+    assert "**Predict" not in text
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_words_in_formulas_are_upright(chapter: str) -> None:
+    text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
+    assert not re.findall(r".*[_^]\{(?:in|out|inputs|outputs|min|max)\}.*", text)
+
+
+def test_times_in_the_text_are_those_of_the_benchmark() -> None:
+    """Chapter 5: polar takes three to five times as long as QR, Björck six to ten."""
+    (said,) = [cell.source for cell in cells("orthogonal", "markdown") if cell.id == "cost-after"]
+    assert "at 128 and 512 units the polar factor takes three to five times as long as QR" in said
+    assert "fifteen steps of Björck six to ten times" in said
+    record = (BOOK.parent / "benchmarks/results.md").read_text("utf-8")
+    ratios: dict[str, list[int]] = {"polar": [], "bjorck": []}
+    for size in (128, 512):
+        table = record.split(f"## Orthogonal square weight and its gradient: {size} × {size}")[1]
+        rows = re.findall(
+            r"^\| lipbook (\w+) \| ([\d.]+) \|", table.split("\n## ")[0], re.MULTILINE
+        )
+        times = {name: float(time) for name, time in rows}
+        assert {"qr", "cayley"} == set(sorted(times, key=lambda name: times[name])[:2])
+        for name, found in ratios.items():
+            found.append(round(times[name] / times["qr"]))
+    assert ratios == {"polar": [3, 5], "bjorck": [6, 10]}
