@@ -198,6 +198,11 @@ _COMPUTATION = ("forward", "__call__", "_call_impl", "_conv_forward", "__iter__"
 
 def _check(module: nn.Module) -> None:
     """Refuse a module that may not compute what the rule of its class is about."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        raise TypeError(
+            "takes indices, which are no points of a normed space, so that no Lipschitz constant "
+            "is defined: bound what comes behind it"
+        )
     cls, registered = type(module), _registered(module)
     for name in _COMPUTATION if registered is not object else ():
         if name == "forward" and registered in CONTAINERS:

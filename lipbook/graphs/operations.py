@@ -17,6 +17,7 @@ from torch.nn import functional
 from lipbook.layers.attention import ScaledDotProduct
 from lipbook.layers.elementwise import Absolute, Exp, Log, Power, Reciprocal, Sine
 from lipbook.layers.joins import Add, Concatenate, MatMul, Maximum, Multiply, Subtract
+from lipbook.layers.normalization import UnitNormalize
 from lipbook.layers.rearrangements import (
     Cast,
     Clamp,
@@ -528,6 +529,15 @@ def _(
 ) -> Step:
     layer = nn.GroupNorm(num_groups, x.shape[1], eps, weight is not None)
     return layer if weight is None else _with_weights(layer, weight, bias), (x,)
+
+
+@_handles("normalize")
+def _(
+    call: Call, x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None
+) -> Step:
+    if p != 2:
+        raise TypeError(f"divides by another norm than the Euclidean one, got p={p}")
+    return UnitNormalize(dim, eps), (x,)
 
 
 @_handles("scaled_dot_product_attention")

@@ -203,6 +203,7 @@ class _Trace:
         self.nodes = [Node(None, (), shape)]
         self.found: dict[int, int] = {}
         self.opaque: dict[int, str] = {}
+        self.behind: set[int] = set()
         self.kept: list[Any] = []
         self.scope: list[str] = []
         self.inside = 0
@@ -237,6 +238,8 @@ class _Trace:
                     "that could be followed",
                 )
             )
+        if id(result) in self.behind:
+            raise ValueError(_BATCH_BEHIND)
         output = self.found[id(result)]
         graph = Graph(tuple(self.nodes), output).until(output)
         if result.dim() == 0 or len(result) != 2:
@@ -306,6 +309,10 @@ class _Trace:
         except (TypeError, ValueError) as error:
             raise _located(error, path, original) from error
         special = next((c for c in type(module).__mro__ if c in CALLS), None)
+        if special is not None and (
+            type(module).forward is not special.forward or "forward" in vars(original)
+        ):
+            special = None
         if not known_layer(module) and special is None:
             self.scope.append(path)
             try:
@@ -335,13 +342,16 @@ class _Trace:
         outputs: Any,
     ) -> None:
         """Write down a layer that was called whole."""
+        if not self.depends((*args, *kwargs.values())):
+            return
         if special is not None:
-            for tensor, layer, inputs in CALLS[special](module, args, kwargs, outputs):
+            self.hide(outputs, f"is an output of {special.__name__} that is not followed")
+            for tensor, layer, inputs in CALLS[special](
+                module, args, kwargs, outputs, self.tracked
+            ):
                 self._write(tensor, layer, inputs, path)
             return
         tracked = [part for part in (*args, *kwargs.values()) if self.tracked(part)]
-        if not tracked:
-            return
         if not isinstance(outputs, Tensor):
             raise ValueError(f"must return one tensor, got {type(outputs).__name__}")
         if len(tracked) > 1:
@@ -360,6 +370,8 @@ class _Trace:
 
     def _node(self, part: Any, path: str) -> int:
         if isinstance(part, Tensor):
+            if id(part) in self.behind:
+                raise ValueError(_BATCH_BEHIND)
             if id(part) in self.found:
                 return self.found[id(part)]
             if id(part) in self.opaque:
@@ -385,6 +397,9 @@ class _Trace:
             sources = tuple(self._node(part, path) for part in inputs)
             place, code = _place()
             shape = tuple(tensor.shape[1:])
+            if getattr(layer, "batch_behind", False):
+                shape = (tensor.shape[0], *tensor.shape[2:])
+                self.behind.add(id(tensor))
             if tensor.dim() == 0:
                 raise ValueError("must keep samples apart, but made a number of a batch")
             self.nodes.append(Node(layer, sources, shape, path, place, code))
@@ -453,6 +468,11 @@ class _Trace:
                 moved = function(v, *args[1:], **_others(kwargs))
                 return moved if place is None else moved[place]
 
+            if id(x) in self.behind:
+                function, moved_again = _batch_behind(function), x.transpose(0, 1)
+                self.found[id(moved_again)] = self.found[id(x)]
+                self.kept.append(moved_again)
+                x = moved_again
             if isinstance(outputs, (list, tuple)):
                 for k, part in enumerate(outputs):
                     self._write(part, moving(name, functools.partial(again, k), x), (x,), path)
@@ -480,6 +500,17 @@ class _Trace:
         where = f" ({place}: {code})" if place else ""
         error = kind(f"{name}{where}: {reason}")
         return error
+
+
+_BATCH_BEHIND = (
+    "has its batch in dimension 1, as torch's recurrent layers return their last states: take "
+    "one of them, h[-1], or h.transpose(0, 1)"
+)
+
+
+def _batch_behind(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Apply a function to last states whose batch was moved to the front."""
+    return lambda v, *args, **kwargs: function(v.transpose(0, 1), *args, **kwargs)
 
 
 def _others(kwargs: dict[str, Any]) -> dict[str, Any]:

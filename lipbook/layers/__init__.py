@@ -5,6 +5,7 @@ One file a kind. Importing the package registers the answers with :mod:`lipbook.
 
 from lipbook.layers import (
     attention,
+    bilinear,
     elementwise,
     joins,
     linear,
@@ -13,10 +14,12 @@ from lipbook.layers import (
     recurrence,
     resampling,
     softmax,
+    unfolding,
 )
 
 __all__ = [
     "attention",
+    "bilinear",
     "elementwise",
     "joins",
     "linear",
@@ -25,4 +28,5 @@ __all__ = [
     "recurrence",
     "resampling",
     "softmax",
+    "unfolding",
 ]

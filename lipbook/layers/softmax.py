@@ -32,7 +32,7 @@ def _(module: Any, input_shape: Shape, p: float) -> Bound:
     return Bound(log_softmax if isinstance(module, nn.LogSoftmax) else 0.5, "exact", p)
 
 
-def _sum_of_others(terms: Tensor, dim: int) -> Tensor:
+def sum_of_others(terms: Tensor, dim: int) -> Tensor:
     """Sum of all entries but one's own, without a difference."""
     before = terms.cumsum(dim).roll(1, dim)
     behind = terms.flip(dim).cumsum(dim).flip(dim).roll(-1, dim)
@@ -51,7 +51,7 @@ def _(module: Any, values: Range) -> Range:
     def chance(own: Tensor, others: Tensor) -> Tensor:
         shift = torch.maximum(own, others).amax(dim, keepdim=True)
         return (own - shift).exp() / (
-            (own - shift).exp() + _sum_of_others((others - shift).exp(), dim)
+            (own - shift).exp() + sum_of_others((others - shift).exp(), dim)
         )
 
     least, most = outward(chance(low, high), chance(high, low), 2.0**-40)
