@@ -9,15 +9,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
-from lipbook.composition import Box, lipschitz_bound, lipschitz_lower_bound
+from lipbook.composition import Ball, Box, lipschitz_bound, lipschitz_lower_bound
+from lipbook.composition.local import ranges_of
 from lipbook.graphs import trace
 
 NORMS = (1, 2, math.inf)
@@ -355,3 +360,326 @@ def test_graph_computes_what_the_network_computes(name: str) -> None:
     assert torch.equal(graph.run(x.clone()), function(net, options)(x))
     assert torch.allclose(graph.double().run(x.double()), graph.run(x).double(), atol=1e-4)
     assert "input" in str(graph)
+
+
+# --------------------------------------------------------------------- joins, on paper
+
+
+class Forward(nn.Module):
+    """A forward that is one function, with a layer of norm 3 at hand."""
+
+    def __init__(self, function: Callable[[Tensor, nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.function, self.three = function, nn.Linear(2, 2, bias=False)
+        self.three.weight.data = 3 * torch.eye(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.three)
+
+
+def norm(matrix: list[list[float]], p: float) -> float:
+    return torch.linalg.matrix_norm(torch.tensor(matrix, dtype=torch.float64), p).item()
+
+
+PAPER: dict[str, tuple[Callable[[Tensor, nn.Module], Tensor], Callable[[float], float]]] = {
+    "skip": (lambda x, f: x[:, :2] + f(x[:, :2]), lambda p: 4),
+    "difference": (lambda x, f: f(x[:, :2]) - 2 * x[:, :2], lambda p: 5),
+    "concatenation": (
+        lambda x, f: torch.cat([x[:, :2], f(x[:, :2])], 1),
+        lambda p: norm([[1.0], [3.0]], p),
+    ),
+    "disjoint slices": (lambda x, f: torch.cat([x[:, :2], f(x[:, 2:])], 1), lambda p: 3),
+    "overlapping slices": (
+        lambda x, f: torch.cat([f(x[:, :2]), f(x[:, 1:3])], 1),
+        lambda p: norm([[3.0], [3.0]], p),
+    ),
+    "sum of disjoint slices": (
+        lambda x, f: x[:, :2] + f(x[:, 2:]),
+        lambda p: norm([[1.0, 3.0]], p),
+    ),
+    "coupling": (
+        lambda x, f: torch.cat([x[:, :2], x[:, 2:] + f(x[:, :2])], 1),
+        lambda p: norm([[1.0, 0.0], [3.0, 1.0]], p),
+    ),
+    "slices of slices": (
+        lambda x, f: torch.cat([f(x[:, :2])[:, :1], x[:, :2][:, 1:]], 1),
+        lambda p: norm([[3.0], [1.0]], p),
+    ),
+    "maximum": (
+        lambda x, f: torch.maximum(x[:, :2], f(x[:, :2])),
+        lambda p: norm([[1.0], [3.0]], p),
+    ),
+    "copies": (lambda x, f: x.repeat(1, 3), lambda p: 3 ** (1 / p)),
+    "one entry, many times": (lambda x, f: x[:, :1].expand(-1, 4), lambda p: 4 ** (1 / p)),
+    "a constant beside": (
+        lambda x, f: torch.cat([torch.ones(len(x), 3), x], 1),
+        lambda p: 1,
+    ),
+    "a constant branch": (lambda x, f: x + torch.ones(4).cumsum(0), lambda p: 1),
+    "mean": (lambda x, f: x.mean(1, keepdim=True), lambda p: norm([[0.25] * 4], p)),
+    "sum": (lambda x, f: x.sum(-1, keepdim=True), lambda p: norm([[1.0] * 4], p)),
+    "stack": (lambda x, f: torch.stack([x, -x], 2), lambda p: 2 ** (1 / p)),
+    "from the left": (
+        lambda x, f: torch.ones(1, 2) @ x.view(-1, 2, 2),
+        lambda p: norm([[1.0, 1.0]], p),
+    ),
+    "padding": (lambda x, f: functional.pad(x, (1, 1), value=7.0), lambda p: 1),
+    "repeated in place": (lambda x, f: x.clone().mul_(2).add_(1).neg_(), lambda p: 2),
+}
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("name", PAPER)
+def test_joins_on_paper(name: str, p: float) -> None:
+    function_, truth = PAPER[name]
+    bound = lipschitz_bound(Forward(function_), (4,), p)
+    assert bound.value == pytest.approx(truth(p), rel=1e-12)
+
+
+def test_products_are_bounded_by_both_factors() -> None:
+    """(x1, x2) -> x1 x2 on [0, 3] × [0, 1]: slopes up to 1 in x1 and 3 in x2."""
+    net = Forward(lambda x, f: x[:, :1] * x[:, 1:])
+    domain = Box(torch.zeros(2), torch.tensor([3.0, 1.0]))
+    for p in NORMS:
+        truth = norm([[1.0, 3.0]], p)
+        bound = lipschitz_bound(net, (2,), p, domain=domain).value
+        assert truth <= bound <= truth * (1 + 1e-9)
+
+
+def test_zero_ends_what_has_overflowed_and_nothing_vanishes() -> None:
+    def powers(*constants: float) -> nn.Module:
+        layers = []
+        for constant in constants:
+            layers.append(nn.Linear(1, 1, bias=False).double())
+            layers[-1].weight.data.fill_(constant)
+        return Wrapper(nn.Sequential(*layers))
+
+    assert lipschitz_bound(powers(*[1e100] * 4, 0.0), (1,)).value == 0
+    assert lipschitz_bound(powers(*[1e100] * 4), (1,)).value == math.inf
+    bound = lipschitz_bound(powers(1e-200, 1e-200, 1e200, 1e200), (1,)).value
+    assert bound >= 1
+
+
+def test_graph_and_bound_print_what_the_code_says() -> None:
+    net = Forward(lambda x, f: x[:, :2] + f(x[:, 2:]))
+    graph = str(trace(net, (4,)))
+    assert "three Linear" in graph
+    assert graph.splitlines()[0].split() == ["node", "reads", "layer", "shape", "code"]
+    table = lipschitz_bound(net, (4,)).table().splitlines()
+    assert table[0].split() == ["node", "shape", "constant", "so", "far", "code"]
+    assert [line.split()[0] for line in table[1:]] == [
+        "Rearrangement",
+        "Rearrangement",
+        "three",
+        "Add",
+    ]
+    assert "x[:, :2] + f(x[:, 2:])" in table[-1]
+
+
+# --------------------------------------------------------------------------- random graphs
+
+
+class RandomGraph(nn.Module):
+    """A random directed graph of layers, joins and slices on vectors of six entries."""
+
+    def __init__(self, choices: list[tuple[int, int, int]], products: bool) -> None:
+        super().__init__()
+        self.choices, self.products = choices, products
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.narrow = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+    def step(self, kind: int, a: Tensor, b: Tensor) -> Tensor:
+        first, second = a.chunk(2, 1)
+        steps = [
+            lambda: self.layers[0](a),
+            lambda: functional.relu(self.layers[1](a)),
+            lambda: torch.tanh(a) + b,
+            lambda: a - 0.5 * b,
+            lambda: torch.maximum(a, b),
+            lambda: torch.cat([self.narrow[0](first), second], 1),
+            lambda: torch.cat([first, second + self.narrow[1](first).abs()], 1),
+            lambda: torch.cat([a[:, 1:4], b[:, 2:5]], 1),
+            lambda: functional.gelu(self.layers[2](a)) - a,
+            lambda: torch.cat([a[:, :2], b[:, 3:5], a[:, 4:]], 1),
+            lambda: 1.5 - a.flip(1).view(-1, 2, 3).transpose(1, 2).flatten(1),
+            lambda: functional.softplus(a) + b.mean(1, keepdim=True),
+            lambda: a * torch.sigmoid(b) if self.products else a + b,
+            lambda: a * b if self.products else b,
+        ]
+        return steps[kind % len(steps)]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for kind, i, j in self.choices:
+            values.append(self.step(kind, values[i % len(values)], values[j % len(values)]))
+        return values[-1] + values[len(values) // 2][:, :1]
+
+
+steps_of_graphs = st.lists(
+    st.tuples(st.integers(0, 13), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6
+)
+
+
+def jacobians_at(net: nn.Module, points: Tensor) -> Tensor:
+    return torch.stack(
+        [torch.autograd.functional.jacobian(lambda v: net(v[None])[0], x) for x in points]
+    )
+
+
+@settings(max_examples=300)
+@given(steps_of_graphs, st.integers(0, 2**31))
+def test_random_graphs_are_bounded(choices: list[tuple[int, int, int]], seed: int) -> None:
+    torch.manual_seed(seed)
+    net = RandomGraph(choices, products=False).double().eval()
+    points = torch.cat([0.1 * torch.randn(3, 6), 3 * torch.randn(3, 6)]).double()
+    found = jacobians_at(net, points)
+    for p in NORMS:
+        truth = torch.linalg.matrix_norm(found, p).max().item()
+        assert truth <= lipschitz_bound(net, (6,), p).value * (1 + 1e-12) + 1e-300
+
+
+@settings(max_examples=200)
+@given(steps_of_graphs, st.integers(0, 2**31), st.floats(1e-3, 2.0), st.booleans())
+def test_random_graphs_are_bounded_on_domains(
+    choices: list[tuple[int, int, int]], seed: int, width: float, ball: bool
+) -> None:
+    torch.manual_seed(seed)
+    net = RandomGraph(choices, products=True).double().eval()
+    center = torch.randn(6, dtype=torch.float64)
+    domain = Ball(center, width) if ball else Box(center - width, center + width)
+    step = 2 * torch.rand(6, 6, dtype=torch.float64) - 1
+    if ball:
+        step = functional.normalize(step) * torch.rand(6, 1, dtype=torch.float64)
+    points = center + width * step
+    graph = trace(net, (6,)).double()
+    ranges = ranges_of(graph, domain.range((6,)))
+    for values, found in zip(graph.values(points), ranges, strict=True):
+        assert found.holds(values)
+    found = jacobians_at(net, points)
+    for p in NORMS:
+        truth = torch.linalg.matrix_norm(found, p).max().item()
+        assert truth <= lipschitz_bound(net, (6,), p, domain=domain).value * (1 + 1e-12)
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+class Bad(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+def overwritten_view(x: Tensor) -> Tensor:
+    y = x.clone()
+    part = y[:, :2]
+    part.mul_(3)
+    return y
+
+
+def written(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, 0] = 0
+    return y
+
+
+def decided(x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else -x
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
+    "decision": (decided, ValueError, r"bool \(test_graphs.py:\d+: return x if x.sum\(\) > 0"),
+    "item": (lambda x: x * x.max().item(), ValueError, "item .*looks at the values"),
+    "mask": (lambda x: x[x > 0], TypeError, "getitem .*moves entries to places that depend"),
+    "nonzero": (lambda x: x[:, x[0].nonzero()[:, 0]], ValueError, "nonzero .*looks at the values"),
+    "unknown": (torch.special.bessel_j0, TypeError, "bessel_j0 .*has no Lipschitz"),
+    "integers": (lambda x: x.long(), TypeError, "long .*|casts to"),
+    "complex": (torch.fft.fft, TypeError, "fft .*has no Lipschitz rule"),
+    "tuple": (
+        lambda x: (x, x),
+        ValueError,
+        "must return one tensor, got tuple: name it by output=",
+    ),
+    "dict": (lambda x: {"a": x}, ValueError, r"got dict with \['a'\]: name it by output="),
+    "number": (lambda x: 3.0, ValueError, "must return one tensor, got float"),
+    "constant": (lambda x: torch.ones(2, 3), ValueError, "does not depend on its input"),
+    "written": (written, TypeError, "setitem .*writes into a part"),
+    "view": (overwritten_view, ValueError, "not what its graph computes"),
+    "mixed rows": (lambda x: x.view(-1, 2), ValueError, "view .*must keep samples apart"),
+    "mixed sums": (lambda x: x - x.mean(0), ValueError, "mean .*mixes samples"),
+    "all summed": (lambda x: x.sum(), ValueError, "sum .*mixes samples"),
+    "rolled batch": (lambda x: x.roll(1, 0), ValueError, "roll .*one sample to another"),
+    "batch in cat": (lambda x: torch.cat([x, x]), ValueError, "cat .*along the batch"),
+    "dropout": (functional.dropout, ValueError, r"dropout .*call \.eval\(\)"),
+    "chance": (lambda x: x + torch.rand(4), ValueError, "not what its graph computes"),
+    "size of the batch": (lambda x: x * len(x), ValueError, "not what its graph computes"),
+    "rounding": (lambda x: x.round(), TypeError, "round .*has no Lipschitz rule"),
+    "product": (lambda x: x * x, ValueError, "not Lipschitz on all of space: give a domain"),
+    "power": (lambda x: x**3, ValueError, "not Lipschitz on all of space"),
+    "division": (lambda x: 1 / x, ValueError, "not Lipschitz on all of space"),
+    "by zero": (lambda x: x / 0.0, ValueError, "divides by 0"),
+    "NaN": (lambda x: x * math.nan, ValueError, "NaN"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_is_refused(name: str) -> None:
+    function_, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        lipschitz_bound(Bad(function_), (4,))
+    nested = Wrapper(nn.Sequential(nn.Linear(4, 4), Bad(function_)))
+    with pytest.raises(error, match=message) as caught:
+        lipschitz_bound(nested, (4,))
+    whole = ("tuple", "dict", "number", "constant", "view", "chance", "size of the batch")
+    if name not in whole:
+        assert str(caught.value).startswith("'body.1'")
+
+
+@pytest.mark.parametrize(
+    ("function_", "domain", "message"),
+    [
+        (torch.log, Box(-1, 1), "needs values above 0, but on the domain they reach -1"),
+        (torch.sqrt, Box(0, 1), "needs values above 0"),
+        (lambda x: 1 / (x - 0.5), Box(0, 1), "needs values above 0"),
+    ],
+)
+def test_domains_on_which_a_function_is_steep(
+    function_: Callable[[Tensor], Tensor], domain: Box, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        lipschitz_bound(Bad(function_), (4,), domain=domain)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_every_gradient_mode(mode: Any) -> None:
+    net = made("coupling")
+    expected = lipschitz_bound(net, (6,)).value
+    with mode():
+        assert lipschitz_bound(net, (6,)).value == expected
+        assert lipschitz_bound(net, (6,), domain=Box(0, 1)).value <= expected * (1 + 1e-9)
+        assert lipschitz_lower_bound(net, torch.zeros(2, 6), steps=3).value <= expected
+        inside = Coupling()  # its parameters are made here
+        assert lipschitz_bound(inside, (6,)).value > 0
+
+
+def test_training_mode_where_it_changes_nothing() -> None:
+    net = Coupling()
+    assert net.training
+    assert lipschitz_bound(net, (6,)).value == lipschitz_bound(net.eval(), (6,)).value
+
+
+def test_two_processes_of_one(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        net = nn.parallel.DistributedDataParallel(Coupling())
+        expected = lipschitz_bound(net.module, (6,)).value
+        assert lipschitz_bound(net, (6,)).value == expected
+        assert lipschitz_bound(Wrapper(net), (6,)).value == expected
+    finally:
+        torch.distributed.destroy_process_group()

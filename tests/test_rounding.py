@@ -28,7 +28,7 @@ from lipbook.convolutions import (
     SkewOrthogonalConv2d,
 )
 from lipbook.errors import moved_error
-from lipbook.layers.rearrangements import Cast, Clamp, Diagonal, LinearMap, MatrixProduct, Shift
+from lipbook.layers.rearrangements import Cast, Clamp, Constant, Diagonal, LinearMap, MatrixProduct, Shift
 from lipbook.norms import convolution_norm_bound, operator_norm
 from lipbook.norms.rigorous import _largest_spectral_bound
 from lipbook.orthogonal import OrthogonalLinear, Scale
@@ -923,7 +923,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     tested = {type(module) for name in SMALL for module in small(name, 0)[0].modules()}
     tested = {c for kind in tested for c in kind.__mro__}
     by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU}
-    by_functions = {Clamp, Diagonal, Shift, MatrixProduct, LinearMap, Cast}
+    by_functions = {Clamp, Constant, Diagonal, Shift, MatrixProduct, LinearMap, Cast}
     kin = {"1d", "3d"}  # of layers whose two-dimensional version is tested
     moved = {cls for cls, rule in forward_error_rule.registry.items() if rule is moved_error}
     for cls in forward_error_rule.registry.keys() - {object}:

@@ -51,7 +51,7 @@ FAULTS = (
     ),
     Fault(
         "composition/reading",
-        "if not sources & seen:",
+        "if sources in slices or not any(sources & other for other in slices):",
         "if True:",
         "slices that overlap count as disjoint",
         tests="graphs",

@@ -81,33 +81,34 @@ def compose(graph: Graph, answers: Sequence[Sequence[Tensor]], p: float) -> list
 
 
 def _row(
-    rows: list[dict[int, Row]], slices: dict[int, set[int]], source: int, base: int, reader: int
+    rows: list[dict[int, Row]],
+    slices: dict[int, dict[int, int]],
+    source: int,
+    base: int,
+    reader: int,
 ) -> Row:
     """How what a reader gets from a source depends on a base."""
     if source == base and base in slices:
-        key = reader if reader in slices[base] else _WHOLE
+        key = slices[base].get(reader, _WHOLE)
         return {key: torch.ones((), dtype=torch.float64)}
     return rows[source][base]
 
 
-def _disjoint_slices(graph: Graph) -> dict[int, set[int]]:
-    """Nodes of which several readers take slices that do not meet."""
-    found: dict[int, set[int]] = {}
+def _disjoint_slices(graph: Graph) -> dict[int, dict[int, int]]:
+    """Nodes of which several readers take slices that do not meet, and the slice of each."""
+    found: dict[int, dict[int, int]] = {}
     for k, readers in enumerate(graph.readers()):
-        takers = [
-            r for r in dict.fromkeys(readers) if isinstance(graph.nodes[r].layer, Rearrangement)
-        ]
-        seen: set[int] = set()
-        apart: set[int] = set()
-        for r in takers if len(takers) > 1 else ():
+        slices: dict[frozenset[int], int] = {}
+        place: dict[int, int] = {}
+        for r in dict.fromkeys(readers):
             layer = graph.nodes[r].layer
-            assert isinstance(layer, Rearrangement)
-            sources = layer.sources()
-            if not sources & seen:
-                apart.add(r)
-                seen |= sources
-        if len(apart) > 1:
-            found[k] = apart
+            if not isinstance(layer, Rearrangement):
+                continue
+            sources = frozenset(layer.sources())
+            if sources in slices or not any(sources & other for other in slices):
+                place[r] = slices.setdefault(sources, len(slices))
+        if len(slices) > 1:
+            found[k] = place
     return found
 
 

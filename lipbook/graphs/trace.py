@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from lipbook.graphs.graph import Graph, Node
 from lipbook.graphs.operations import MOVING, Call, handler_of, moving
 from lipbook.layers.calls import CALLS
+from lipbook.layers.rearrangements import Constant
 from lipbook.rules import (
     CONTAINERS,
     LEAVES,
@@ -194,7 +195,7 @@ class _Trace:
     """One run of a copy of a network, watched."""
 
     def __init__(self, module: nn.Module, shape: Shape, output: str | int | None) -> None:
-        self.original = dict(module.named_modules(remove_duplicate=False))
+        self.original = dict(_paths(module, ""))
         self.module, self.shape, self.output_key = opened(_plain_copy(module)), shape, output
         self.copies = dict(self.module.named_modules(remove_duplicate=True))
         tensors = itertools.chain(self.module.parameters(), self.module.buffers())
@@ -202,7 +203,7 @@ class _Trace:
         self.dtype, self.device = like.dtype, like.device
         self.nodes = [Node(None, (), shape)]
         self.found: dict[int, int] = {}
-        self.opaque: dict[int, str] = {}
+        self.opaque: dict[int, Exception] = {}  # what cannot be followed, and why
         self.behind: set[int] = set()
         self.kept: list[Any] = []
         self.scope: list[str] = []
@@ -230,13 +231,12 @@ class _Trace:
                     f"does not run on inputs of shape {self.shape}: {error}"
                 ) from error
         result = self._chosen(outputs)
+        if id(result) in self.opaque:
+            raise self.opaque[id(result)]
         if id(result) not in self.found:
             raise ValueError(
-                self.opaque.get(
-                    id(result),
-                    "returns a tensor that does not depend on its input, or not in a way "
-                    "that could be followed",
-                )
+                "returns a tensor that does not depend on its input, or not in a way that could "
+                "be followed"
             )
         if id(result) in self.behind:
             raise ValueError(_BATCH_BEHIND)
@@ -329,7 +329,7 @@ class _Trace:
         try:
             self._write_call(path, module, special, args, kwargs, outputs)
         except (TypeError, ValueError) as error:
-            raise _located(error, path, original) from error
+            raise _inside(error, path, original) from error
         return outputs
 
     def _write_call(
@@ -345,7 +345,8 @@ class _Trace:
         if not self.depends((*args, *kwargs.values())):
             return
         if special is not None:
-            self.hide(outputs, f"is an output of {special.__name__} that is not followed")
+            reason = f"is an output of {special.__name__} that is not followed"
+            self.hide(outputs, _located(TypeError(reason), path, module))
             for tensor, layer, inputs in CALLS[special](
                 module, args, kwargs, outputs, self.tracked
             ):
@@ -375,10 +376,19 @@ class _Trace:
             if id(part) in self.found:
                 return self.found[id(part)]
             if id(part) in self.opaque:
-                raise TypeError(self.opaque[id(part)])
-            raise ValueError("joins the input with a constant")
+                raise self.opaque[id(part)]
+            return self._constant(part, path)
         layer, inputs = part
         return self._append(layer, tuple(self._node(p, path) for p in inputs), path)
+
+    def _constant(self, value: Tensor, path: str) -> int:
+        if len(value) > 1 and not bool((value == value[:1]).all()):
+            raise ValueError("a constant has other values for each sample of the batch")
+        place, code = _place()
+        self.nodes.append(
+            Node(Constant(value[0].detach()), (0,), tuple(value.shape[1:]), path, place, code)
+        )
+        return len(self.nodes) - 1
 
     def _append(self, layer: nn.Module, inputs: tuple[int, ...], path: str) -> int:
         with torch.no_grad():
@@ -409,9 +419,10 @@ class _Trace:
         self.opaque.pop(id(tensor), None)
         self.kept.append(tensor)
 
-    def hide(self, value: Any, reason: str) -> None:
+    def hide(self, value: Any, reason: Exception) -> None:
         """Remember tensors that cannot be followed, and why."""
         if isinstance(value, Tensor):
+            self.found.pop(id(value), None)
             self.opaque[id(value)] = reason
             self.kept.append(value)
         elif isinstance(value, (list, tuple)):
@@ -441,10 +452,10 @@ class _Trace:
         try:
             self._record(name, handler, function, args, kwargs, outputs)
         except (TypeError, ValueError, RuntimeError) as error:
-            if hasattr(error, "refused"):
-                raise
+            # What is not used does no harm, and what decides is told apart when it does.
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise self._error(kind, name, str(error)) from error
+            known = error if hasattr(error, "refused") else self._error(kind, name, str(error))
+            self.hide(outputs, known)
         finally:
             self.inside -= 1
         return outputs
@@ -485,8 +496,7 @@ class _Trace:
                 "@lipschitz_rule.register, which makes that module a layer of the graph"
             )
         if not isinstance(outputs, Tensor):
-            self.hide(outputs, f"is one of several outputs of {name}, which have no rule")
-            return
+            raise TypeError("has several outputs, which have no rule")
         call = Call(function, args, kwargs, self.tracked)
         renamed = dict(kwargs)
         if "input" in renamed and not args:
@@ -498,8 +508,8 @@ class _Trace:
     def _error(self, kind: type[Exception], name: str, reason: str) -> Exception:
         place, code = _place()
         where = f" ({place}: {code})" if place else ""
-        error = kind(f"{name}{where}: {reason}")
-        return error
+        path = self.scope[-1] if self.scope else ""
+        return _located(kind(f"{name}{where}: {reason}"), path, self.original[path])
 
 
 _BATCH_BEHIND = (
@@ -554,6 +564,14 @@ def opened(module: nn.Module) -> nn.Module:
             if inner is not None and unwrapped(inner) is not inner:
                 child._modules[name] = unwrapped(inner)
     return module
+
+
+def _paths(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Name every module by its path without the wrappers."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _paths(unwrapped(child), f"{path}.{name}".strip("."))
 
 
 def _place() -> tuple[str, str]:

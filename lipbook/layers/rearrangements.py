@@ -26,6 +26,7 @@ from lipbook.errors import (
     _entries,
     _error_rule_of,
     _relative,
+    _unrounded,
     clipped_error,
     moved_error,
 )
@@ -41,7 +42,16 @@ from lipbook.rules import (
     range_rule,
 )
 
-__all__ = ["Cast", "Clamp", "Diagonal", "LinearMap", "MatrixProduct", "Rearrangement", "Shift"]
+__all__ = [
+    "Cast",
+    "Clamp",
+    "Constant",
+    "Diagonal",
+    "LinearMap",
+    "MatrixProduct",
+    "Rearrangement",
+    "Shift",
+]
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -122,6 +132,47 @@ def _(module: Rearrangement, values: Range) -> Range:
         return Range(low, high)
     stretch = lipschitz_rule(module, values.shape, 2.0).value
     return Range(low, high, module(values.center), values.radius * stretch)
+
+
+class Constant(nn.Module):
+    r"""A constant beside the input, :math:`x \mapsto c`, with Lipschitz constant 0.
+
+    Parameters
+    ----------
+    value : torch.Tensor
+        :math:`c`, a sample.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def extra_repr(self) -> str:
+        """Shape of the constant."""
+        return f"{tuple(self.value.shape)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Repeat the constant for each sample of a batch."""
+        return self.value.expand(len(x), *self.value.shape)
+
+
+@lipschitz_rule.register
+def _(module: Constant, input_shape: Shape, p: float) -> Bound:
+    if not module.value.isfinite().all():
+        raise ValueError("is a constant with NaN or infinite entries")
+    return Bound(0, "exact", p)
+
+
+@affine_rule.register
+def _(module: Constant, input_shape: Shape) -> Affine:
+    def nothing(x: Tensor) -> Tensor:
+        return 0 * x.flatten(1).sum(1).view(-1, *[1] * module.value.dim()) + torch.zeros_like(
+            module.value
+        )
+
+    return Affine(nothing, nothing, nothing, module.value.double(), 1)
 
 
 class Cast(nn.Module):
@@ -442,6 +493,11 @@ def sum_norms(terms: int, factor: float) -> Callable[[float], float]:
 # ------------------------------------------------------------------- errors of programs
 
 _error_rule_of(Rearrangement)(moved_error)
+
+
+@_error_rule_of(Constant)
+def _(module: Constant, example: Tensor, p: float) -> Analysis:
+    return lambda x: _unrounded(x, module(x), 0.0)
 
 
 @_error_rule_of(Clamp)
