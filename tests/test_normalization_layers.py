@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from lipbook.composition import Ball, Bound, Box, lipschitz_bound, lipschitz_lower_bound
 from lipbook.graphs import trace
-from lipbook.layers.normalization import UnitNormalize, _least_spread, centered_norm
+from lipbook.layers.normalization import UnitNormalize, _least_spread, _row_sums, centered_norm
 from lipbook.rules import Range, local_lipschitz_rule, pullback_rule, range_rule
 
 NORMS = (1, 2, math.inf)
@@ -168,6 +168,22 @@ def test_rows_of_a_wide_layer_norm_nearly_attain_the_bound() -> None:
     assert bound.value * 0.97 < best <= bound.value
 
 
+@pytest.mark.parametrize("n", [3, 8, 30, 70, 300])
+@pytest.mark.parametrize("t", [1.0, 0.5, 0.1, 1e-3])
+def test_row_sums_are_those_of_the_extreme_rows(n: int, t: float) -> None:
+    """Cauchy-Schwarz for the entries beside the diagonal, over all t and u_i."""
+    share = torch.linspace(1e-4, 1, 1001, dtype=torch.float64)[:, None] * t
+    b = torch.linspace(0, 1 - 1 / n, 1001, dtype=torch.float64)
+    diagonal = 1 - 1 / n - (1 - share) * b
+    squares = 1 - 1 / n - (1 - share**2) * b - diagonal**2
+    sums = diagonal + ((n - 1) * squares.clamp(min=0)).sqrt()
+    best = ((share / t).sqrt() * sums).max().item()
+    found = _row_sums(n, torch.tensor([t]).double()).item()
+    assert best <= found * (1 + 1e-9)
+    if n > 70:
+        assert found <= best * 1.002
+
+
 @given(st.integers(2, 12), st.integers(0, 10**6), st.booleans())
 def test_norm_of_weights_times_centering(n: int, seed: int, twice: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -289,7 +305,7 @@ REFUSED = {
     "instance without channels": (nn.InstanceNorm1d(2), (4,), "channels and 1 sizes"),
     "response of k = 0": (nn.LocalResponseNorm(2, k=0.0), (3, 2), "for k > 0"),
     "batch to unit length": (UnitNormalize(0), (4,), "mixes samples"),
-    "unfold": (nn.Unfold(2), (4, 4), "channels and 2 sizes"),
+    "unfold": (nn.Unfold(2), (4, 4), "must keep samples apart"),
 }
 
 

@@ -227,6 +227,19 @@ def test_values_alone_attain_their_factor() -> None:
     assert v.item() == pytest.approx(1.0)
 
 
+def test_keys_alone_attain_their_factor() -> None:
+    """Equal queries between two opposite values: half of each, c = queries / 2."""
+    query = torch.tensor([[3.0, 4.0]]).expand(6, 2).double()
+    key = torch.zeros(2, 2, dtype=torch.float64)
+    value = torch.tensor([[2.0], [-2.0]]).double()
+    layer = ScaledDotProduct(scale=0.7)
+    points = [Box(part, part).range(part.shape) for part in (query, key, value)]
+    factor = layer.factors(points, 2)[1].item()
+    J = jacobian(lambda k: layer(query[None], k, value[None]), key)
+    assert factor == pytest.approx(0.7 * math.sqrt(3) * 5 * 2)
+    assert torch.linalg.matrix_norm(J, 2).item() == pytest.approx(factor)
+
+
 def test_sums_of_columns() -> None:
     torch.manual_seed(0)
     for mask in (None, BIAS.double(), torch.zeros(4, 4).masked_fill(CAUSAL, -math.inf).double()):
@@ -359,6 +372,24 @@ def test_recurrence(name: str, options: dict[str, bool], part: str, start: float
     if part == "outputs" and start is None and name != "relu":
         assert (found.low >= -1).all()
         assert (found.high <= 1).all()
+
+
+@pytest.mark.parametrize(("name", "gates"), [("lstm", 4), ("gru", 3)])
+def test_each_gate_alone(name: str, gates: int) -> None:
+    """Only one gate reads the sequence, and no gate the state but that of the reset."""
+    for gate in range(gates):
+        net = made(lambda: Part(RECURRENT[name](), "outputs"))
+        recurrent = net.recurrent
+        with torch.no_grad():
+            nn.init.zeros_(recurrent.weight_hh_l0)
+            for k, rows in enumerate(recurrent.weight_ih_l0.chunk(gates)):
+                rows.mul_(k == gate)
+        domain = Ball(torch.zeros(3, 2), 1e-3)
+        J = jacobian(net, torch.zeros(3, 2).double())
+        for p in NORMS:
+            steep = torch.linalg.matrix_norm(J, p).item()
+            bound = lipschitz_bound(net, (3, 2), p, domain=domain).value
+            assert 1e-3 < steep <= bound < 8 * steep
 
 
 @pytest.mark.parametrize("name", RECURRENT)
