@@ -28,7 +28,15 @@ from lipbook.convolutions import (
     SkewOrthogonalConv2d,
 )
 from lipbook.errors import moved_error
-from lipbook.layers.rearrangements import Cast, Clamp, Constant, Diagonal, LinearMap, MatrixProduct, Shift
+from lipbook.layers.rearrangements import (
+    Cast,
+    Clamp,
+    Constant,
+    Diagonal,
+    LinearMap,
+    MatrixProduct,
+    Shift,
+)
 from lipbook.norms import convolution_norm_bound, operator_norm
 from lipbook.norms.rigorous import _largest_spectral_bound
 from lipbook.orthogonal import OrthogonalLinear, Scale

@@ -342,11 +342,13 @@ class _Trace:
         outputs: Any,
     ) -> None:
         """Write down a layer that was called whole."""
-        if not self.depends((*args, *kwargs.values())):
+        arguments = (*args, *kwargs.values())
+        if not self.depends(arguments):
             return
+        self._check_followed(arguments)
         if special is not None:
             reason = f"is an output of {special.__name__} that is not followed"
-            self.hide(outputs, _located(TypeError(reason), path, module))
+            self.hide(outputs, _located(ValueError(reason), path, module))
             for tensor, layer, inputs in CALLS[special](
                 module, args, kwargs, outputs, self.tracked
             ):
@@ -418,6 +420,14 @@ class _Trace:
         self.found[id(tensor)] = len(self.nodes) - 1
         self.opaque.pop(id(tensor), None)
         self.kept.append(tensor)
+
+    def _check_followed(self, value: Any) -> None:
+        """Raise the reason why one of the arguments of a layer cannot be followed."""
+        if isinstance(value, (list, tuple)):
+            for part in value:
+                self._check_followed(part)
+        elif isinstance(value, Tensor) and id(value) in self.opaque:
+            raise self.opaque[id(value)]
 
     def hide(self, value: Any, reason: Exception) -> None:
         """Remember tensors that cannot be followed, and why."""
