@@ -17,6 +17,7 @@ CHAPTERS = [
     "activations",
     "orthogonal",
     "convolutions",
+    "networks",
 ]
 FOLDED = {"hide-input", "hide-cell", "remove-cell"}
 COLUMN = 80

@@ -287,6 +287,7 @@ ROOMS_WITH_A_CHAPTER = (
     "tightness",
     "interpretability",
     "generalization",
+    "graphs",
 )
 
 

@@ -50,11 +50,9 @@ class Node:
         except (TypeError, ValueError) as error:
             if hasattr(error, "refused"):
                 raise _located(error, self.path, nn.Identity()) from error.__cause__ or error
-            kind = "input" if self.layer is None else type(self.layer).__name__
-            where = f" ({self.place}: {self.code})" if self.place else ""
-            found = (TypeError if isinstance(error, TypeError) else ValueError)(
-                f"{kind}{where}: {error}" if where else str(error)
-            )
+            where = f"({self.place}: {self.code}): " if self.place else ""
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            found = kind(f"{where}{error}")
             raise _located(found, self.path, self.layer or nn.Identity()) from error
 
     @property

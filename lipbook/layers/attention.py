@@ -195,7 +195,7 @@ def averages(value: Range, queries: int, mask: Tensor | None) -> Range:
     if lonely:
         return Range(low.expand(shape), high.expand(shape))
     radii = _distances(value, mean_token(value)).square() * queries
-    radius = radii.flatten(1).sum(1).sqrt() * _UP
+    radius = radii.view(len(radii), -1).sum(1).sqrt() * _UP
     return Range(low.expand(shape), high.expand(shape), mean_token(value).expand(shape), radius)
 
 
