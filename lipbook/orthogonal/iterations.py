@@ -296,7 +296,12 @@ class Polar(Orthonormal):
 
     def __init__(self, condition: float = 1e4) -> None:
         super().__init__()
-        self.condition = condition
+        self._condition = repr(float(condition))  # torch.compile takes a number for a symbol to expand
+
+    @property
+    def condition(self) -> float:
+        """The ratio, as it was given."""
+        return float(self._condition)
 
     def forward(self, matrix: Tensor) -> Tensor:
         """Map the raw parameter to the weight."""
