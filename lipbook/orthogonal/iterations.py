@@ -296,7 +296,8 @@ class Polar(Orthonormal):
 
     def __init__(self, condition: float = 1e4) -> None:
         super().__init__()
-        self._condition = repr(float(condition))  # torch.compile takes a number for a symbol to expand
+        # As text: torch.compile may take a number for a symbol, and the steps depend on it.
+        self._condition = repr(float(condition))
 
     @property
     def condition(self) -> float:
