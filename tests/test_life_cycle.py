@@ -699,7 +699,9 @@ def test_one_compilation_serves_all_batches(name: str) -> None:
 
     torch.compiler.reset()
     compiled = torch.compile(layer, backend=backend, dynamic=True, fullgraph=True)
-    for batch in (11, 13, 17):  # sizes that are equal are taken for the same: no axis has these
+    # Equal sizes are taken for the same, and no axis has these; from 16 on torch's own convolution
+    # is another.
+    for batch in (11, 13, 14):
         x = torch.randn(batch, *shape)
         torch.testing.assert_close(compiled(x), layer(x))
     assert len(graphs) == 1

@@ -296,7 +296,13 @@ class Polar(Orthonormal):
 
     def __init__(self, condition: float = 1e4) -> None:
         super().__init__()
-        self.condition = condition
+        # As text: torch.compile may take a number for a symbol, and the steps depend on it.
+        self._condition = repr(float(condition))
+
+    @property
+    def condition(self) -> float:
+        """The ratio, as it was given."""
+        return float(self._condition)
 
     def forward(self, matrix: Tensor) -> Tensor:
         """Map the raw parameter to the weight."""
