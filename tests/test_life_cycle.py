@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lipbook import activations, convolutions, orthogonal, pooling, residual
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
-from lipbook.composition import lipschitz_bound
+from lipbook.composition import check_layer, lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
     NonexpansiveConv1d,
@@ -319,6 +319,13 @@ def test_the_guarantee_holds_after_25_steps(name: str) -> None:
     assert all(moved)
     assert_guarantee(name, layer)
     assert_guarantee(name, layer.eval())
+
+
+@every_row
+def test_every_answer_of_the_layer_holds(name: str) -> None:
+    row = TABLE[name]
+    report = check_layer(row.make().eval(), row.shape, samples=6)
+    assert {"range", "frozen copy", "gradient"} <= {question for question, _, _ in report.rows}
 
 
 @every_row
