@@ -23,7 +23,7 @@ from torch.nn import functional
 from lipbook import attacks, robustness, rounding
 from lipbook.activations import Householder, MaxMin
 from lipbook.attacks import attacked_accuracy, fgsm, pgd
-from lipbook.composition import Residual, lipschitz_bound
+from lipbook.composition import Box, Residual, lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
     OrthogonalConv2d,
@@ -775,3 +775,147 @@ def test_bad_input(case: str) -> None:
 def test_public_names() -> None:
     for module in (attacks, robustness, rounding):
         assert sorted(module.__all__) == module.__all__
+
+
+# ------------------------------------------------- networks as they are, domains, local bounds
+
+
+class Skip(nn.Module):
+    """Functions, a skip and a head in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.second(torch.relu(self.first(x))))
+
+
+class Named(Skip):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": super().forward(x)}
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x * torch.sigmoid(self.gate(x)))
+
+
+def points(net: nn.Module, n: int = 30, output: str | None = None) -> tuple[Tensor, Tensor]:
+    x = torch.rand(n, 6)
+    with torch.no_grad():
+        y = net(x) if output is None else net(x)[output]
+    return x, y.argmax(1)
+
+
+NETS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "skip": (Skip, {}),
+    "dictionary": (Named, {"output": "logits"}),
+    "parallel": (lambda: nn.DataParallel(Skip()), {}),
+    "compiled": (lambda: torch.compile(Skip(), backend="eager"), {}),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_networks_are_certified_as_they_are(name: str, p: float) -> None:
+    torch.manual_seed(0)
+    make, options = NETS[name]
+    net = make().eval()
+    plain = Skip().eval()
+    plain.load_state_dict(getattr(net, "_orig_mod", getattr(net, "module", net)).state_dict())
+    x, y = points(plain)
+    real = certify(net, [(x, y)], (6,), p, sound=False, **options)
+    sound = certify(net, [(x, y)], (6,), p, **options)
+    assert (sound.radius <= real.radius).all()
+    assert (sound.radius > 0.99 * real.radius).all()
+    # The rows of the head are found in a forward, too: the bound of what is before it, times each.
+    body = nn.Sequential(Residual(nn.Sequential(plain.first, nn.ReLU(), plain.second)))
+    constant = lipschitz_bound(body, (6,), p).value
+    with torch.no_grad():
+        expected = certified_radius(plain(x), y, constant, p, head=plain.head.weight)
+    assert torch.allclose(real.radius, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_local_radii_lie_between_the_products_and_the_nearest_lies(p: float) -> None:
+    torch.manual_seed(1)
+    net = Skip().eval()
+    x, y = points(net)
+    product = certify(net, [(x, y)], (6,), p)
+    local = certify(net, [(x, y)], (6,), p, method="local")
+    assert (local.radius >= product.radius).all()
+    assert (local.radius > 1.02 * product.radius).any()
+    for scale in (0.3, 0.7, 0.999):  # no neighbour within the radius has another class
+        for _ in range(50):
+            step = torch.randn(x.shape, dtype=torch.float64)
+            step = step / torch.linalg.vector_norm(step, p, dim=1, keepdim=True)
+            with torch.no_grad():
+                moved = net((x + scale * local.radius[:, None] * step).float())
+            assert torch.equal(moved.argmax(1), y)
+    again = certify(net, list(zip(x.split(7), y.split(7), strict=True)), (6,), p, method="local")
+    assert torch.allclose(again.radius, local.radius, rtol=1e-5)  # logits of float32
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_local_radii_of_a_linear_classifier_are_exact(p: float) -> None:
+    torch.manual_seed(2)
+    net = nn.Linear(6, 3).double().eval()
+    x = torch.randn(20, 6).double()
+    y = net(x).argmax(1)
+    local = certify(net, [(x, y)], (6,), p, method="local", sound=False)
+    exact = certified_radius(net(x).detach(), y, 1.0, p, head=net.weight)
+    assert torch.allclose(local.radius, exact, rtol=1e-6)
+
+
+def test_a_domain_certifies_what_is_not_lipschitz_everywhere() -> None:
+    torch.manual_seed(3)
+    net = Gated().eval()
+    x, y = points(net)
+    with pytest.raises(ValueError, match="not Lipschitz on all of space: give a domain"):
+        certify(net, [(x, y)], (6,), sound=False)
+    box = certify(net, [(x, y)], (6,), sound=False, domain=Box(0, 1))
+    assert (box.radius > 0).all()
+    assert box.facts["domain"] == "Box(low=0, high=1)"
+    for scale in (0.5, 0.99):  # neighbours outside the box count
+        for _ in range(100):
+            step = nn.functional.normalize(torch.randn(x.shape, dtype=torch.float64))
+            with torch.no_grad():
+                moved = net((x + scale * box.radius[:, None] * step).float())
+            assert torch.equal(moved.argmax(1), y)
+    with pytest.raises(ValueError, match=r"inputs must lie in the domain Box\(low=0, high=1\)"):
+        certify(net, [(x + 1, y)], (6,), sound=False, domain=Box(0, 1))
+    local = certify(net, [(x, y)], (6,), sound=False, domain=Box(0, 1), method="local")
+    assert (local.radius > 0).all()
+
+
+def test_a_bound_can_be_vouched_for() -> None:
+    torch.manual_seed(4)
+    net = Gated().eval()
+    x, y = points(net)
+    vouched = certify(net, [(x, y)], (6,), sound=False, lipschitz=2.0)
+    with torch.no_grad():
+        assert torch.allclose(vouched.radius, certified_radius(net(x), y, 2.0))
+    assert vouched.facts["method"] == "vouched for by the caller"
+    with pytest.raises(ValueError, match="needs sound=False"):
+        certify(net, [(x, y)], (6,), lipschitz=2.0)
+    with pytest.raises(ValueError, match="lipschitz must be a finite number"):
+        certify(net, [(x, y)], (6,), sound=False, lipschitz=-1.0)
+    with pytest.raises(ValueError, match="method must be 'product' or 'local'"):
+        certify(net, [(x, y)], (6,), method="global")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_certify_in_every_gradient_mode(mode: Any) -> None:
+    torch.manual_seed(5)
+    net = Skip().eval()
+    x, y = points(net)
+    for method in ("product", "local"):
+        expected = certify(net, [(x, y)], (6,), method=method)  # type: ignore[arg-type]
+        with mode():
+            inside = certify(net, [(x.clone(), y)], (6,), method=method)  # type: ignore[arg-type]
+        assert torch.equal(inside.radius, expected.radius)
