@@ -181,8 +181,7 @@ def lipschitz_rule(module: nn.Module, input_shape: Shape, p: float) -> Bound:
     kind = type(module)
     raise TypeError(
         f"{kind.__module__}.{kind.__qualname__} has no Lipschitz rule: register one with "
-        f"@lipschitz_rule.register for {kind.__qualname__}, or build the network from "
-        "torch.nn.Sequential, Residual and Sum"
+        f"@lipschitz_rule.register for {kind.__qualname__}"
     )
 
 

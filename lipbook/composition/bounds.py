@@ -157,8 +157,19 @@ def lipschitz_bound(
     A single layer is mostly ``"exact"``; a product of exact constants is an upper bound, since
     nothing makes the directions that two layers stretch most meet.
 
-    Layers are looked up with :func:`lipschitz_rule`, and a network whose bound cannot be vouched
-    for is refused.
+    Layers are looked up with :func:`lipschitz_rule`. A module without a rule is read as a graph
+    (:func:`~lipbook.graphs.trace`): its constants multiply along edges, add in sums, and join by
+    the p-norm in concatenations; branches that read disjoint slices of one node join by the norm of
+    a small matrix (Note [blocks] in :mod:`lipbook.composition.reading`). A network whose bound
+    cannot be vouched for is refused.
+
+    With a ``domain`` the result is a constant on that set only,
+
+    .. math:: \lVert f(x) - f(y)\rVert_p \le L\, \lVert x - y\rVert_p \quad\text{for } x, y \in D,
+
+    the smaller of two: the product of what each layer may stretch on the values that it sees, and,
+    for up to 64 outputs, the norm of the interval that holds all Jacobians on D. Ranges are
+    float64, rounded outwards.
 
     Parameters
     ----------
@@ -173,6 +184,10 @@ def lipschitz_bound(
         ``"averaged"``, ``"eclipse"``, ``"seqlip"``, ``"lipsdp-layer"``, ``"lipsdp"`` or
         ``"exact"``. They cost more, are for dense networks only, and live in
         :mod:`lipbook.tightness`. Their bounds have no parts.
+    domain : Box or Ball, optional
+        Convex set on which the bound has to hold; all of space if not given.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
     name : str
         Name of the module in its parent, for the table and for errors. Rules of containers
         pass it when they bound a child by this function.
@@ -182,13 +197,15 @@ def lipschitz_bound(
     Returns
     -------
     Bound
-        With kind ``"exact"`` or ``"upper bound"`` and one part for each child.
+        With kind ``"exact"`` or ``"upper bound"`` and one part for each child, or for each node of
+        a graph; :meth:`Bound.table` then shows the product so far and the line of code.
 
     Raises
     ------
     TypeError
-        If a module has no rule (the message says what to register), redefines the computation
-        of the class that the rule is for, or has complex weights; if the method has no such option.
+        If an operation is not known (the message says where it stands and what to register), a
+        module redefines the computation of the class that its rule is for, or has complex weights;
+        if the method has no such option.
     ValueError
         If ``method`` is none of the above, or refuses the network.
         If a module has forward hooks, NaN or infinite weights, a weight that changes when it is
