@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+METHOD_ROOMS = ("tightness",)  # whose bounds lipschitz_bound(..., method=...) names
+
 
 def __getattr__(name: str) -> Any:
     """Import a module of the package when it is first asked for."""

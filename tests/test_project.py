@@ -62,6 +62,14 @@ def floor(dotted: str) -> int:
     return FLOORS[parts[1]] if len(parts) > 1 else FLOORS["__init__"]
 
 
+def texts(node: ast.expr) -> list[str]:
+    """Strings in an expression, of an f-string what stands before its first hole."""
+    return [
+        str(part.value) for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]  # fmt: skip
+
+
 def lipbook_imports(source: str) -> set[str]:
     """Every ``lipbook...`` module that a source text imports, at any depth of the code."""
     found: set[str] = set()
@@ -72,6 +80,11 @@ def lipbook_imports(source: str) -> set[str]:
             assert node.level == 0, "relative imports hide the floor"
             module = node.module or ""
             found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+        elif isinstance(node, ast.Call):  # importlib.import_module("lipbook.norms")
+            called = ast.unparse(node.func).rpartition(".")[2]
+            if called in ("import_module", "__import__", "find_spec", "resolve_name"):
+                arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+                found |= {name for part in arguments for name in texts(part)}
     rooms = {".".join(name.split(".")[:2]) for name in found if name.split(".")[0] == "lipbook"}
     return {name for name in rooms if name == "lipbook" or name.split(".")[1] in FLOORS}
 
@@ -95,6 +108,13 @@ def test_the_floor_check_sees_an_arrow_that_goes_up() -> None:
     found = lipbook_imports("def f():\n    from lipbook import composition\n")
     assert found == {"lipbook", "lipbook.composition"}
     assert floor("lipbook.composition") > FLOORS["norms"]
+    for hidden in (
+        "import importlib\nimportlib.import_module('lipbook.tightness')",
+        "import_module(name='x', package=f'lipbook.tightness.{y}')",
+        "__import__('lipbook.tightness.exact')",
+        "room = importlib.import_module(f'lipbook.tightness.{name}')",
+    ):
+        assert lipbook_imports(hidden) - {"lipbook"} == {"lipbook.tightness"}, hidden
 
 
 def test_every_floor_has_its_module() -> None:

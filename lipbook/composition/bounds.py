@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lipbook.layers  # noqa: F401 - which registers the answers of torch's layers
+import lipbook.layers  # which registers the answers of torch's layers
 from lipbook.composition.local import matrix_norms, ranges_of, row_bounds, stretches
 from lipbook.composition.reading import compose, times
 from lipbook.graphs import Graph, Node, trace
@@ -399,8 +398,9 @@ def _bound_on(
 
 # Note [methods]
 # The bounds of whole networks stand on this module, so it cannot import theirs: imports go down
-# only. They register themselves here, and the first call that names one loads their module, so
-# that a user meets one function and not an order of imports.
+# only. They register themselves here. The package itself, which stands above all rooms, says which
+# rooms have such bounds (``lipbook.METHOD_ROOMS``) and imports one when it is asked for it. A user
+# meets one function and not an order of imports.
 
 Method = Callable[..., Bound]
 _METHODS: dict[str, Method] = {}
@@ -418,7 +418,8 @@ def bound_method(name: str) -> Callable[[Method], Method]:
 
 def _method(name: str) -> Method:
     if name not in _METHODS:
-        importlib.import_module("lipbook.tightness")  # see Note [methods]
+        for room in lipbook.METHOD_ROOMS:  # see Note [methods]
+            getattr(lipbook, room)
     if name not in _METHODS:
         known = ", ".join(map(repr, ("product", *sorted(_METHODS))))
         raise ValueError(f"method must be one of {known}, got {name!r}")

@@ -1,0 +1,181 @@
+"""Bounds around a point, from the slopes that units can have there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lipbook import composition
+from lipbook.composition import Bound, lipschitz_bound
+from lipbook.norms import dual_exponent, operator_norm
+from lipbook.tightness.eclipse import _chain, _eclipse
+from lipbook.tightness.reading import (
+    EPS,
+    _dense_layers,
+    _diagonal,
+    _euclidean,
+    _Net,
+    _Units,
+    _values,
+    _widen,
+)
+from lipbook.tightness.semidefinite import _lipsdp
+
+__all__ = ["local_lipschitz_bound"]
+
+
+def local_lipschitz_bound(
+    module: nn.Module,
+    center: Tensor,
+    radius: float,
+    p: float = 2,
+    method: Literal["interval", "lipsdp"] = "interval",
+) -> Bound:
+    r"""Upper bound of the Lipschitz constant on a ball, from the slopes that units can have there.
+
+    .. math::
+        \lVert f(x) - f(y)\rVert_p \le L\, \lVert x - y\rVert_p \qquad
+        \text{for all } x, y \text{ with } \lVert x - x_0\rVert_p,\,
+        \lVert y - x_0\rVert_p \le r
+
+    Intervals that hold the inputs of every unit are carried through the network. A ReLU whose
+    interval does not meet 0 is on or off throughout the ball, and is no ReLU there; the
+    slopes of tanh and sigmoid are bounded on the interval; other units keep
+    :math:`[\alpha, \beta]`. Three bounds then hold for slopes in these intervals, and the smallest
+    is returned: the product of norms, the norm of the interval
+    :math:`\lvert J - \bar J\rvert \le E` of Jacobians, carried through by
+    :math:`\bar J \leftarrow W C \bar J`, :math:`E \leftarrow \lvert W\rvert\,
+    ((\lvert C\rvert + R) E + R\, \lvert\bar J\rvert)`, and for p = 2 :func:`eclipse_bound`, or
+    :func:`lipsdp_bound` as well with ``method="lipsdp"``.
+
+    **Guaranteed**: an upper bound on the ball; the exact constant if no unit is
+    undecided (the kind says so).
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Sequence of linear layers and activations on single units or on pairs.
+    center : torch.Tensor
+        :math:`x_0`, one sample without the batch dimension.
+    radius : float
+        :math:`r \ge 0`, in the :math:`\ell_p` norm.
+    p : float
+        1, 2 or :data:`math.inf`.
+    method : str
+        ``"interval"``, or ``"lipsdp"`` for p = 2.
+
+    Returns
+    -------
+    Bound
+        Of kind ``"upper bound"`` or ``"exact"``.
+
+    Raises
+    ------
+    TypeError
+        If ``center`` is no floating-point tensor.
+    ValueError
+        If the network is no such sequence, ``radius`` is negative or not finite, or ``method`` is
+        unknown or not for this p.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    >>> net[0].weight.data = torch.tensor([[1.0], [-1.0]])
+    >>> net[2].weight.data = torch.tensor([[1.0, 2.0]])  # x for x > 0, -2x for x < 0
+    >>> [local_lipschitz_bound(net, torch.tensor([x]), 0.5).value for x in (1.0, -1.0)]
+    [1.0, 2.0]
+    """
+    p = composition._exponent(p)
+    if not isinstance(center, Tensor) or not center.is_floating_point():
+        got = center.dtype if isinstance(center, Tensor) else type(center).__name__
+        raise TypeError(f"center must be a floating-point tensor, got {got}")
+    if not center.isfinite().all():
+        raise ValueError("center must be finite, got NaN or infinite entries")
+    if not 0 <= radius < math.inf:
+        raise ValueError(f"radius must be finite and at least 0, got {radius}")
+    if method not in ("interval", "lipsdp"):
+        raise ValueError(f"method must be 'interval' or 'lipsdp', got {method!r}")
+    if method == "lipsdp":
+        _euclidean("lipsdp", p)
+    shape = tuple(center.shape)
+    whole = lipschitz_bound(module, shape, p)
+    net = _dense_layers(module, shape)
+    _diagonal("interval", net)
+    units = _restrict(net, _values(center).flatten(), radius, p)
+
+    masked = operator_norm(net.weights[0], p).item()
+    jacobian, error = net.weights[0], torch.zeros_like(net.weights[0])  # |J - jacobian| <= error
+    for weight, layer in zip(net.weights[1:], units, strict=True):
+        masked *= operator_norm(weight * layer.steepest, p).item()
+        spread = layer.steepest[:, None] * error + layer.radius[:, None] * jacobian.abs()
+        jacobian, error = weight @ (layer.center[:, None] * jacobian), weight.abs() @ spread
+    name = type(module).__name__
+    title: dict[str, Any] = {"name": name, "input_shape": shape, "output_shape": whole.output_shape}
+    if all(bool((layer.radius == 0).all()) for layer in units):
+        return Bound(operator_norm(jacobian, p).item(), "exact", p, **title)
+    values = [masked, operator_norm(jacobian.abs() + error, p).item()]
+    if p == 2:
+        values.append(operator_norm(jacobian).item() + operator_norm(error).item())
+        chain = _chain(net.weights, units)
+        values.append(_eclipse(chain))
+        if method == "lipsdp":
+            values.append(_lipsdp(chain, "neuron", "barrier"))
+    value = min(whole.value, _widen(min(values), net, p))
+    return Bound(value, "upper bound", p, **title)
+
+
+def _restrict(net: _Net, center: Tensor, radius: float, p: float) -> list[_Units]:
+    """Bound the slopes that units can have on the ball."""
+    units = []
+    middle, spread = center, torch.zeros_like(center)
+    for k, layer in enumerate(net.units):
+        weight, bias = net.weights[k], net.biases[k]
+        reach = weight.abs() @ spread
+        if k == 0:
+            reach = radius * torch.linalg.vector_norm(weight, dual_exponent(p), dim=1)
+        size = weight.abs() @ (middle.abs() + spread) + bias.abs() + reach
+        reach = reach + 4 * EPS * (weight.shape[1] + 4) * size  # rounding
+        low, high = weight @ middle + bias - reach, weight @ middle + bias + reach
+        units.append(_slopes_between(layer, low, high))
+        low, high = _images_between(layer, low, high)
+        middle, spread = (low + high) / 2, (high - low) / 2
+        spread = spread + 4 * EPS * (middle.abs() + spread)
+    return units
+
+
+def _slopes_between(layer: _Units, low: Tensor, high: Tensor) -> _Units:
+    least, largest = layer.low, layer.high
+    near = torch.maximum(low, -high).clamp(min=0.0)  # the smallest modulus in the interval
+    far = torch.maximum(low.abs(), high.abs())
+    if layer.pieces is not None:
+        left, right = layer.pieces
+        least = torch.where(low > 0, right, torch.where(high < 0, left, least))
+        largest = torch.where(low > 0, right, torch.where(high < 0, left, largest))
+    elif isinstance(layer.module, (nn.Tanh, nn.Sigmoid)):
+        half = 0.5 if isinstance(layer.module, nn.Sigmoid) else 1.0
+        slopes = [half**2 / torch.cosh(half * end).square() for end in (far, near)]
+        least = (slopes[0] * (1 - 64 * EPS)).clamp(min=0.0)
+        largest = torch.minimum(slopes[1] * (1 + 64 * EPS), layer.high)
+    return dataclasses.replace(layer, low=least, high=largest)
+
+
+def _images_between(layer: _Units, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    if layer.pieces is not None:
+        left, right = layer.pieces
+        ends = [torch.where(end < 0, left, right) * end for end in (low, high)]
+        ends.append(torch.zeros_like(low).where((low < 0) & (high > 0), ends[0]))
+        stacked = torch.stack(ends)
+        return stacked.amin(0), stacked.amax(0)
+    middle, spread = (low + high) / 2, (high - low) / 2
+    with torch.no_grad():
+        image, first, last = layer.module(torch.stack((middle, low, high)))
+    reach = layer.steepest * spread
+    slack = 64 * EPS * (1 + image.abs() + reach + layer.steepest * middle.abs())
+    first, last = torch.minimum(first, image), torch.maximum(last, image)
+    monotone = layer.low >= 0
+    lower = torch.where(monotone, first, image - reach)
+    return lower - slack, torch.where(monotone, last, image + reach) + slack

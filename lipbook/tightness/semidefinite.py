@@ -1,0 +1,224 @@
+"""LipSDP: the best multipliers, and what they prove."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lipbook.composition import Bound, bound_method
+from lipbook.tightness.eclipse import _certify, _Chain, _chain, _step
+from lipbook.tightness.reading import _dense_layers, _euclidean, _widen
+from lipbook.tightness.solvers import _barrier, _cvxpy, _Program
+
+__all__ = ["lipsdp_bound", "lipsdp_layer_bound"]
+
+
+@bound_method("lipsdp")
+def lipsdp_bound(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    *,
+    solver: str = "barrier",
+    max_units: int = 300,
+) -> Bound:
+    r"""Upper bound of LipSDP-Neuron: the best diagonal multiplier, one entry a unit.
+
+    For one hidden layer with slopes in :math:`[\alpha, \beta]`,
+
+    .. math::
+        \operatorname{Lip}(f)^2 \le \min_{\rho,\, T \ge 0} \rho \quad\text{subject to}\quad
+        \begin{bmatrix} -2\alpha\beta\, W_0^\top T W_0 - \rho I & (\alpha+\beta) W_0^\top T \\
+        (\alpha+\beta)\, T W_0 & -2 T + W_1^\top W_1 \end{bmatrix} \preceq 0,
+        \quad T \text{ diagonal}
+
+    and likewise for any depth. **Guaranteed**: an upper bound. The value of a solver would not
+    be one, so only its multipliers are taken: the smallest :math:`\rho` that they prove is
+    computed by block elimination, with an allowance for rounding (Note [certificate] in the
+    source). Sorting and Householder activations get the quadratic constraints of
+    :cite:t:`pauli2024`.
+
+    *LipSDP-Network*, which couples pairs of units by further multipliers, is not offered: it
+    is not a bound for activations that are merely slope-restricted on each unit
+    (:cite:t:`pauli2022`).
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Sequence of linear layers and activations: slope-restricted, sorting or Householder.
+    input_shape : sequence of int
+        Shape of one sample.
+    p : float
+        2.
+    solver : str
+        ``"barrier"``, an interior-point method for this program alone, or the name of a solver of
+        cvxpy, such as ``"CLARABEL"`` (some dozens of units) or ``"SCS"``.
+    max_units : int
+        Most hidden units. The cost grows with their third power (the sixth for CLARABEL).
+
+    Returns
+    -------
+    Bound
+        Of kind ``"upper bound"``.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If ``solver`` asks for cvxpy, which is not installed.
+    ValueError
+        If the network is no such sequence or has too many units, p is not 2, ``solver`` is
+        unknown, or it fails.
+
+    Examples
+    --------
+    One hidden layer of two units that computes the absolute value:
+
+    >>> from lipbook.composition import lipschitz_bound
+    >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    >>> net[0].weight.data = torch.tensor([[1.0], [-1.0]])
+    >>> net[2].weight.data = torch.ones(1, 2)
+    >>> round(lipsdp_bound(net, (1,)).value, 6), round(lipschitz_bound(net, (1,)).value, 6)
+    (1.0, 2.0)
+
+    References
+    ----------
+    :cite:t:`fazlyab2019`, Theorem 2.
+    """
+    return _lipsdp_bound("neuron", module, input_shape, p, solver, max_units)
+
+
+@bound_method("lipsdp-layer")
+def lipsdp_layer_bound(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    *,
+    solver: str = "barrier",
+    max_units: int = 300,
+) -> Bound:
+    r"""Upper bound of LipSDP-Layer: the best multipliers, one scalar a layer.
+
+    The program of :func:`lipsdp_bound` with :math:`T_l = t_l I` (in general
+    :math:`t_l\, R_l(R_l + \lvert C_l\rvert)`, which is the same where all units of a layer have the
+    same slopes). **Guaranteed**: an upper bound, between those of :func:`lipsdp_bound` and
+    :func:`eclipse_bound` up to the accuracy of the solver, if slopes are the same within a layer.
+
+    Parameters
+    ----------
+    module, input_shape, p, solver, max_units
+        As for :func:`lipsdp_bound`.
+
+    Returns
+    -------
+    Bound
+        Of kind ``"upper bound"``.
+
+    Raises
+    ------
+    ModuleNotFoundError, ValueError
+        As :func:`lipsdp_bound`.
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> net = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU())
+    >>> methods = ("lipsdp", "lipsdp-layer", "eclipse", "product")
+    >>> values = [lipschitz_bound(net, (5,), method=method).value for method in methods]
+    >>> values == sorted(values)
+    True
+
+    References
+    ----------
+    :cite:t:`fazlyab2019`, Section 3.
+    """
+    return _lipsdp_bound("layer", module, input_shape, p, solver, max_units)
+
+
+def _lipsdp_bound(
+    multipliers: Literal["neuron", "layer"],
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float,
+    solver: str,
+    max_units: int,
+) -> Bound:
+    method = "lipsdp" if multipliers == "neuron" else "lipsdp-layer"
+    _euclidean(method, p)
+    net = _dense_layers(module, input_shape)
+    if net.hidden() > max_units:
+        raise ValueError(
+            f"method {method!r} is for at most max_units={max_units} hidden units, got "
+            f"{net.hidden()}: use method='eclipse', or raise max_units"
+        )
+    value = _lipsdp(_chain(net.weights, net.units), multipliers, solver)
+    return Bound(_widen(value, net), "upper bound", p, output_shape=net.output_shape)
+
+
+def _lipsdp(chain: _Chain, multipliers: str, solver: str) -> float:
+    sizes = [len(on) for on in chain.active]
+    start, _, rho = _feasible(chain)
+    if chain.scale == 0 or rho == 0:
+        return 0.0
+    if not sum(sizes):
+        return _certify(chain, start)[0]
+    program = _program(chain, multipliers, start, rho)
+    theta = _barrier(program) if solver == "barrier" else _cvxpy(program, solver)
+    parts = (program.share @ theta[1:]).split(sizes)
+    best = math.inf
+    # At an optimum T - RMR is often singular, where the allowance is large: a step inside is tried.
+    for room in (0.0, 1e-8, 1e-7, 1e-6):
+        solved = []
+        for k, (part, on) in enumerate(zip(parts, chain.active, strict=True)):
+            solved.append(torch.zeros_like(chain.radius[k]))
+            solved[-1][on] = part * (1 + room) ** (len(sizes) - k)
+        best = min(best, _certify(chain, solved)[0])
+    return best
+
+
+def _feasible(chain: _Chain) -> tuple[list[Tensor], Tensor, float]:
+    """Multipliers well inside the feasible set: those of eclipse, half as large again."""
+    form = torch.eye(len(chain.weights[-1]), dtype=torch.float64)
+    found = []
+    for k in range(len(chain.center) - 1, -1, -1):
+        gram = chain.weights[k + 1].mT @ form @ chain.weights[k + 1]
+        top = torch.linalg.eigvalsh((gram + gram.mT) / 2)[-1].clamp(min=0.0)
+        t = 1.5 * chain.shape(k) * top
+        if top == 0:
+            return [torch.zeros_like(r) for r in chain.radius], form, 0.0
+        form = _step(gram, chain.center[k], chain.radius[k], t)
+        found.append(t)
+    gram = chain.weights[0].mT @ form @ chain.weights[0]
+    return found[::-1], form, torch.linalg.eigvalsh((gram + gram.mT) / 2)[-1].item()
+
+
+def _program(chain: _Chain, multipliers: str, start: list[Tensor], rho: float) -> _Program:
+    active = chain.active
+    first = chain.weights[0]
+    if first.shape[1] > first.shape[0]:  # only W W' matters: fewer inputs do
+        first = torch.linalg.qr(first.mT)[1].mT
+    inputs, total = first.shape[1], sum(len(on) for on in active)
+    signal = torch.zeros(inputs, inputs + total, dtype=torch.float64)
+    signal[:, :inputs] = torch.eye(inputs, dtype=torch.float64)
+    maps, shares, column = [], [], inputs
+    for k, weight in enumerate([first, *chain.weights[1:-1]]) if active else ():
+        signal = weight @ signal
+        on = active[k]
+        maps.append(signal[on])
+        signal = chain.center[k][:, None] * signal
+        signal[on, column + torch.arange(len(on))] += chain.radius[k][on]
+        column += len(on)
+        if multipliers == "layer":
+            shares.append(chain.shape(k)[on, None])
+        else:
+            groups = chain.group[k][on]
+            shares.append((groups[:, None] == groups.unique()).double())
+    signal = chain.weights[-1] @ signal
+    share = torch.block_diag(*[s for s in shares if len(s)])
+    t = torch.cat([t[on] for t, on in zip(start, active, strict=True)])
+    theta = torch.cat((torch.tensor([1.2 * rho], dtype=torch.float64), share.mT @ t))
+    theta[1:] /= (share**2).sum(0)  # least squares: exact, since t is of this form
+    return _Program(torch.cat(maps), signal.mT @ signal, inputs, share, theta)
