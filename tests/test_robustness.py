@@ -637,7 +637,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "preprocess must be a torch.nn.Module",
     ),
     "preprocess without rule": (
-        lambda: certify(NET, [(X, Y)], (6,), preprocess=nn.LPPool1d(2, 2).eval()),
+        lambda: certify(NET, [(X, Y)], (6,), preprocess=nn.LPPool1d(2, 1).eval()),
         TypeError,
         "LPPool1d has no Lipschitz rule|lp_pool1d",
     ),
@@ -805,7 +805,7 @@ class Gated(nn.Module):
         return self.head(x * torch.sigmoid(self.gate(x)))
 
 
-def points(net: nn.Module, n: int = 30, output: str | None = None) -> tuple[Tensor, Tensor]:
+def predicted(net: nn.Module, n: int = 30, output: str | None = None) -> tuple[Tensor, Tensor]:
     x = torch.rand(n, 6)
     with torch.no_grad():
         y = net(x) if output is None else net(x)[output]
@@ -828,7 +828,7 @@ def test_networks_are_certified_as_they_are(name: str, p: float) -> None:
     net = make().eval()
     plain = Skip().eval()
     plain.load_state_dict(getattr(net, "_orig_mod", getattr(net, "module", net)).state_dict())
-    x, y = points(plain)
+    x, y = predicted(plain)
     real = certify(net, [(x, y)], (6,), p, sound=False, **options)
     sound = certify(net, [(x, y)], (6,), p, **options)
     assert (sound.radius <= real.radius).all()
@@ -845,7 +845,7 @@ def test_networks_are_certified_as_they_are(name: str, p: float) -> None:
 def test_local_radii_lie_between_the_products_and_the_nearest_lies(p: float) -> None:
     torch.manual_seed(1)
     net = Skip().eval()
-    x, y = points(net)
+    x, y = predicted(net)
     product = certify(net, [(x, y)], (6,), p)
     local = certify(net, [(x, y)], (6,), p, method="local")
     assert (local.radius >= product.radius).all()
@@ -875,7 +875,7 @@ def test_local_radii_of_a_linear_classifier_are_exact(p: float) -> None:
 def test_a_domain_certifies_what_is_not_lipschitz_everywhere() -> None:
     torch.manual_seed(3)
     net = Gated().eval()
-    x, y = points(net)
+    x, y = predicted(net)
     with pytest.raises(ValueError, match="not Lipschitz on all of space: give a domain"):
         certify(net, [(x, y)], (6,), sound=False)
     box = certify(net, [(x, y)], (6,), sound=False, domain=Box(0, 1))
@@ -896,7 +896,7 @@ def test_a_domain_certifies_what_is_not_lipschitz_everywhere() -> None:
 def test_a_bound_can_be_vouched_for() -> None:
     torch.manual_seed(4)
     net = Gated().eval()
-    x, y = points(net)
+    x, y = predicted(net)
     vouched = certify(net, [(x, y)], (6,), sound=False, lipschitz=2.0)
     with torch.no_grad():
         assert torch.allclose(vouched.radius, certified_radius(net(x), y, 2.0))
@@ -913,7 +913,7 @@ def test_a_bound_can_be_vouched_for() -> None:
 def test_certify_in_every_gradient_mode(mode: Any) -> None:
     torch.manual_seed(5)
     net = Skip().eval()
-    x, y = points(net)
+    x, y = predicted(net)
     for method in ("product", "local"):
         expected = certify(net, [(x, y)], (6,), method=method)  # type: ignore[arg-type]
         with mode():
