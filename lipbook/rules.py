@@ -138,14 +138,15 @@ class Bound:
 
 @functools.singledispatch
 def lipschitz_rule(module: nn.Module, input_shape: Shape, p: float) -> Bound:
-    r"""Lipschitz rule of a module: what :func:`lipschitz_bound` asks of each class of layers.
+    r"""Lipschitz rule of a module: what is asked of each class of layers.
 
-    A :func:`functools.singledispatch` on the class of ``module``. A subclass inherits the rule of
+    A :func:`functools.singledispatch` on the class of ``module``, which
+    :func:`~lipbook.composition.lipschitz_bound` calls. A subclass inherits the rule of
     its parent as long as it does not redefine what is computed. A rule gets the shape of one sample
     and p in {1.0, 2.0, inf}, and returns a :class:`Bound` of kind ``"exact"`` or
     ``"upper bound"``. It may trust that the weights are real and finite and that the layer
-    runs on this shape. The rule of a container bounds its children by :func:`lipschitz_bound`
-    (with ``name=``) and hands them over as ``parts``.
+    runs on this shape. The rule of a container bounds its children by that
+    function (with ``name=``) and hands them over as ``parts``.
 
     Parameters
     ----------
@@ -464,15 +465,15 @@ def _broadcast(name: str, values: float | Tensor, shape: Shape) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Values that a layer works on, see Note [ranges].
+    r"""Values that a layer works on, see Note [ranges].
 
     Attributes
     ----------
     low, high : torch.Tensor
-        Least and largest value of each entry, (batch, *shape), float64.
-    center : torch.Tensor, optional
-        Of a Euclidean ball that holds the values, (batch, *shape).
-    radius : torch.Tensor, optional
+        Least and largest value of each entry, (batch, \*shape), float64.
+    center : torch.Tensor or None
+        Of a Euclidean ball that holds the values, (batch, \*shape).
+    radius : torch.Tensor or None
         Of that ball, (batch,).
     """
 
@@ -528,11 +529,12 @@ class Affine:
 
     Attributes
     ----------
-    apply, absolute, squares : callable
+    apply, absolute, squares
         :math:`v \mapsto A v`, and entrywise bounds of :math:`|A| v` and :math:`(A \circ A) v` for
-        nonnegative v, each from (batch, *shape) to (batch, *output shape). ``squares`` may be None.
+        nonnegative v, each from (batch, \*shape) to (batch, \*output shape). ``squares`` may be
+        None.
     bias : torch.Tensor
-        :math:`b`, (*output shape).
+        :math:`b`, (\*output shape).
     terms : int
         Most products in a sum.
     """

@@ -307,6 +307,7 @@ ROOMS_WITH_A_CHAPTER = (
     "tightness",
     "interpretability",
     "generalization",
+    "rules",
     "graphs",
 )
 

@@ -90,6 +90,13 @@ class Heads(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
+class OneHead(nn.Module):
+    """Tokens attend to each other, without heads and without weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x, x, x)
+
+
 def encoder(**options: object) -> nn.Module:
     layer = nn.TransformerEncoderLayer(
         4,
@@ -115,6 +122,7 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
     ),
     "cross": Cross,
     "function": Heads,
+    "one head": OneHead,
     "causal function": lambda: Heads(is_causal=True),
     "masked function": lambda: Heads(attn_mask=BIAS.double(), scale=0.3),
     "encoder layer": encoder,

@@ -159,7 +159,7 @@ def lipschitz_bound(
     Layers are looked up with :func:`lipschitz_rule`. A module without a rule is read as a graph
     (:func:`~lipbook.graphs.trace`): its constants multiply along edges, add in sums, and join by
     the p-norm in concatenations; branches that read disjoint slices of one node join by the norm of
-    a small matrix (Note [blocks] in :mod:`lipbook.composition.reading`). A network whose bound
+    a small matrix (Note [blocks] in ``lipbook.composition.reading``). A network whose bound
     cannot be vouched for is refused.
 
     With a ``domain`` the result is a constant on that set only,
