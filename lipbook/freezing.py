@@ -57,7 +57,7 @@ def freeze(model: nn.Module) -> nn.Module:
     convolutions, circular without a stride  :class:`torch.nn.Conv2d` and its kin
     convolutions with zero padding           likewise, but for ``"same"`` with an even kernel
     all other convolutions, SOC, Cayley      the same class, with a constant kernel
-    ``SLLLinear``, ``CPLConv2d``, ...        :class:`DenseStep`, :class:`ConvolutionStep`
+    ``SLLLinear``, ``CPLConv2d``, ...        ``DenseStep``, ``ConvolutionStep``
     other modules with parametrizations      the same class, with constant weights
     everything else                          a copy
     =======================================  ===================================================

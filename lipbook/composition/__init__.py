@@ -15,15 +15,23 @@ from lipbook.composition.lower import _steepest, lipschitz_lower_bound
 from lipbook.layers.elementwise import _SLOPES
 from lipbook.rules import (
     _COMPUTATION,
+    Affine,
     Ball,
     Bound,
     Box,
+    Range,
     _exponent,
     _located,
     _norm_name,
     _rule_of,
     _shape,
+    affine_rule,
     lipschitz_rule,
+    local_lipschitz_rule,
+    outward,
+    pullback_rule,
+    range_rule,
+    slope_rule,
 )
 
 __all__ = [
