@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipbook import composition, errors, orthogonal, robustness
+from lipbook import composition, errors, orthogonal
 from lipbook.robustness import Accuracy, Batches, wilson_interval
+from lipbook.robustness.arguments import check_mode, check_tensors, pairs
+from lipbook.robustness.certificate import check_logits, differences
 
 __all__ = ["attacked_accuracy", "decision_attack", "fgsm", "pgd"]
 
@@ -366,7 +368,7 @@ def attacked_accuracy(
     if bounds is not None:
         options["bounds"] = bounds
     kept = trials = 0
-    for inputs, labels in robustness._pairs(loader):
+    for inputs, labels in pairs(loader):
         moved = attack(model, inputs, labels, radius, p, **options)
         with torch.no_grad():
             truth = labels.long()
@@ -385,8 +387,8 @@ def _check_attack(
     """Refuse what cannot be attacked; return inputs and labels of their own, and the box."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    robustness._check_tensors(inputs, labels)
-    robustness._check_mode(model)
+    check_tensors(inputs, labels)
+    check_mode(model)
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError(
             "model must not have been made under torch.inference_mode, since its gradients are "
@@ -473,14 +475,14 @@ def _check_outputs(logits: Tensor, labels: Tensor) -> Tensor:
             f"model must return finite logits, got {what} for {int(bad.sum())} of {len(logits)} "
             f"inputs, the first of them input {int(bad.nonzero()[0])}"
         )
-    return robustness._check_logits(logits, labels)
+    return check_logits(logits, labels)
 
 
 def _margin_loss(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     """Largest other logit minus that of the label, (batch,) float64."""
     with torch.set_grad_enabled(x.requires_grad):
         logits = _check_outputs(model(x), labels)
-        margins = robustness._margins(logits, labels).scatter(1, labels[:, None], math.inf)
+        margins = differences(logits, labels).scatter(1, labels[:, None], math.inf)
         return -margins.amin(1)
 
 

@@ -17,8 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lipbook import jacobians, robustness
+from lipbook import jacobians
 from lipbook.robustness import certified_radius
+from lipbook.robustness.arguments import check_mode
+from lipbook.robustness.certificate import check_logits
 
 __all__ = [
     "Counterfactual",
@@ -384,7 +386,7 @@ def counterfactual(
 def _check_inputs(model: nn.Module, inputs: Tensor) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    robustness._check_mode(model)
+    check_mode(model)
     jacobians._check_module("model", model)
     _flat("inputs", inputs)
 
@@ -410,14 +412,14 @@ def _labels(model: nn.Module, inputs: Tensor, labels: Tensor | None) -> Tensor:
     outputs = _outputs(model, inputs.detach())
     if labels is None:
         labels = _decision(outputs)
-    robustness._check_logits(outputs, labels)
+    check_logits(outputs, labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must have dtype int64, got {labels.dtype}: call .long()")
     return labels
 
 
 def _margin(outputs: Tensor, labels: Tensor) -> Tensor:
-    logits = robustness._check_logits(outputs, labels)
+    logits = check_logits(outputs, labels)
     if logits.dim() == 1:
         return labels * logits
     own = logits.gather(1, labels[:, None])[:, 0]

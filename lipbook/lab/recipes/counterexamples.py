@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lipbook import attacks, robustness
+from lipbook import attacks
 from lipbook.activations import MaxMin
 from lipbook.convolutions import OrthogonalConv2d
 from lipbook.lab.data import mnist
@@ -32,6 +32,7 @@ from lipbook.lab.training import train
 from lipbook.losses import MultiMarginLoss, margin_for_radius
 from lipbook.orthogonal import InfinityNormLinear, OrthogonalLinear, UnitNormLinear
 from lipbook.robustness import certify
+from lipbook.robustness.lipschitz import Reader
 
 __all__ = ["CANDIDATES", "FAMILIES", "Family", "run", "contradictions", "candidates", "cost"]
 
@@ -301,7 +302,7 @@ def cost(name: str, epochs: int, count: int = 2000, seed: int = 0) -> Outcome:
     with torch.no_grad(), parametrize.cached():
         runs: list[Callable[[Tensor], object]] = [
             net,
-            *(robustness._Reader(net, shape, 2.0, sound=sound) for sound in (False, True)),
+            *(Reader(net, shape, 2.0, sound=sound) for sound in (False, True)),
         ]
         times = [seconds(partial(run, x)) for run in runs]
     lost = {"float32": sound.facts["lost_to_rounding"]}
