@@ -20,6 +20,7 @@ from lipbook.composition.local import (
     stretches,
 )
 from lipbook.graphs import trace
+from lipbook.layers.joins import Multiply
 from lipbook.norms import dual_exponent
 from lipbook.rules import Range
 
@@ -180,3 +181,10 @@ def test_enlarged_domains_hold_their_neighbours(p: float) -> None:
             assert wide.holds(moved)
             assert wide.center is not None
             assert ((moved - wide.center).norm(dim=1) <= wide.radius).all()
+
+
+def test_a_product_is_as_steep_in_one_factor_as_the_other_is_large() -> None:
+    first, second = Box(-3, 1).range((4,)), Box(0, 0.5).range((4,))
+    for p in NORMS:
+        in_first, in_second = Multiply().factors([first, second], p)
+        assert (in_first.item(), in_second.item()) == (0.5, 3.0)
