@@ -7,6 +7,8 @@ radius disproves the certificate.
 They attack the program that classifies: the model has to be in evaluation mode, and nothing of it
 changes, neither buffers nor gradients. ``bounds`` restricts them to a box, such as [0, 1] for
 images, which is what published attacks do; a certificate speaks of the points outside it, too.
+A model with one output z, (batch, 1), is a binary classifier with the logits 0 and z, as it is for
+:func:`~lipbook.robustness.certify`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch.nn import functional
 from lipbook import composition, errors, orthogonal
 from lipbook.robustness import Accuracy, Batches, wilson_interval
 from lipbook.robustness.arguments import check_mode, check_tensors, pairs
-from lipbook.robustness.certificate import check_logits, differences
+from lipbook.robustness.certificate import check_logits, class_logits, differences
 
 __all__ = ["attacked_accuracy", "decision_attack", "fgsm", "pgd"]
 
@@ -117,7 +119,7 @@ def pgd(
     Parameters
     ----------
     model : torch.nn.Module
-        Differentiable, in evaluation mode, to (batch, classes).
+        Differentiable, in evaluation mode, to (batch, classes), or (batch, 1) for two classes.
     inputs : torch.Tensor
         (batch, \*shape).
     labels : torch.Tensor
@@ -216,7 +218,7 @@ def decision_attack(
     Parameters
     ----------
     model : torch.nn.Module
-        In evaluation mode, to (batch, classes).
+        In evaluation mode, to (batch, classes), or (batch, 1) for two classes.
     inputs : torch.Tensor
         (batch, \*shape). They also serve each other as points to start from.
     labels : torch.Tensor
@@ -340,7 +342,7 @@ def attacked_accuracy(
     Parameters
     ----------
     model : torch.nn.Module
-        In evaluation mode, to (batch, classes).
+        In evaluation mode, to (batch, classes), or (batch, 1) for two classes.
     loader : iterable
         Yields ``(inputs, labels)``; labels of any integer dtype.
     radius : float
@@ -464,10 +466,8 @@ class _Box:
         return self.clip(self.low + share * (self.high - self.low))
 
 
-def _check_outputs(logits: Tensor, labels: Tensor) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"model must return (batch, classes), got {got}")
+def _check_outputs(outputs: Tensor, labels: Tensor) -> Tensor:
+    logits = class_logits(outputs)
     bad = ~logits.isfinite().all(1)
     if bad.any():
         what = "NaN" if logits.isnan().any() else "infinity"

@@ -480,7 +480,7 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
     if _is_half(dtype) or _computing_dtype(example, weight) != dtype:
         raise ValueError("half precision is not supported: use float32 or float64")
     dense = weight.dim() == 2
-    scale = (2 / module.scale()).to(dtype).double()
+    scale = 2 / module.scale().double()  # whose own rounding is one of those below
     geometry: dict[str, Any] = {}
     if not dense:
         padding = weight.shape[-1] // 2

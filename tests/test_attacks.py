@@ -421,7 +421,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"labels must be integers, got torch.float32: call .long\(\)",
     ),
     "no batch dimension": (lambda: fgsm(Broken(0), X[0], Y[0], 0.1), ValueError, r"\(batch, "),
-    "one output": (lambda: pgd(nn.Linear(4, 1), X, 0 * Y, 0.1), ValueError, "two classes at least"),
+    "no classes": (
+        lambda: pgd(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), X, 0 * Y, 0.1),
+        ValueError,
+        r"must return \(batch, classes\)",
+    ),
     "queries": (
         lambda: decision_attack(Broken(0), X, Y, queries=0),
         ValueError,

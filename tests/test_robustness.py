@@ -23,7 +23,7 @@ from torch.nn import functional
 from lipbook import attacks, robustness, rounding
 from lipbook.activations import Householder, MaxMin
 from lipbook.attacks import attacked_accuracy, fgsm, pgd
-from lipbook.composition import Box, Residual, lipschitz_bound
+from lipbook.composition import Ball, Box, Residual, lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
     OrthogonalConv2d,
@@ -41,6 +41,7 @@ from lipbook.robustness import (
     smoothed_radius,
     wilson_interval,
 )
+from lipbook.robustness.lipschitz import Reader
 from lipbook.rounding import (
     forward_error,
     rigorous_matrix_norm,
@@ -532,19 +533,76 @@ def test_the_least_number_of_samples_certifies_and_fewer_are_refused(alpha: floa
             certify_by_smoothing(net, loader, 0.5, samples=least - 1, alpha=alpha)
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_one_output_is_refused_by_all_certificates_alike(flat: bool) -> None:
-    """An argmax over one output would call every input the class 0, and certify it."""
-    net = nn.Sequential(nn.Linear(6, 1), *([nn.Flatten(0)] if flat else [])).eval()
+def test_outputs_without_classes_are_refused_by_all_certificates_alike() -> None:
+    net = nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)).eval()
     loader = [(X, 0 * Y)]
     for call in (
         lambda: certify(net, loader, (6,)),
+        lambda: certify(net, loader, (6,), sound=False),
         lambda: certify_by_smoothing(net, loader, 0.25, samples=20),
         lambda: pgd(net, X, 0 * Y, 0.1),
     ):
-        message = r"must return \(batch, classes\)|two classes at least, got 1"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"must return \(batch, classes\)"):
             call()
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("method", ["product", "local"])
+def test_one_output_decides_by_its_sign(p: float, method: Any) -> None:
+    """The distance to z = 0 is |z| / ‖w‖, of the dual norm; the class is 1 where z > 0."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(6, 1).double().eval(), torch.randn(40, 6).double()
+    with torch.no_grad():
+        z = net(x)[:, 0]
+    dual = {1.0: INF, 2.0: 2.0, INF: 1.0}[p]
+    distance = z.abs() / torch.linalg.vector_norm(net.weight.detach(), dual)
+    sign = (z > 0).long()
+    assert set(sign.tolist()) == {0, 1}
+    for sound in (True, False):
+        ours = certify(net, [(x, sign)], (6,), p, sound=sound, method=method)
+        assert torch.equal(ours.predictions, sign)
+        assert (ours.radius <= distance * (1 + 1e-12)).all()
+        torch.testing.assert_close(ours.radius, distance, rtol=1e-6, atol=1e-12)
+    for factor, kept in ((0.999, True), (1.001, False)):
+        for attack in (fgsm, pgd):
+            moved = attack(net, x, sign, factor * distance, p)
+            assert (((net(moved)[:, 0] > 0).long() == sign) == kept).all()
+
+
+def test_one_output_behind_other_layers_is_bounded_by_itself() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1), nn.LeakyReLU(0.5)).eval()
+    x = torch.randn(30, 6)
+    with torch.no_grad():
+        z = net(x)[:, 0].double()
+    bound = lipschitz_bound(net, (6,)).value  # not times √2, as for two logits that both move
+    for sound in (True, False):
+        ours = certify(net, [(x, (z > 0).long())], (6,), sound=sound)
+        torch.testing.assert_close(ours.radius, z.abs() / bound, rtol=1e-3, atol=1e-5)
+    zero = nn.Linear(6, 1).eval().requires_grad_(False)
+    zero.weight.zero_()
+    zero.bias.zero_()
+    loader = [(X, 0 * Y)]
+    for sound in (True, False):
+        undecided = certify(zero, loader, (6,), sound=sound)  # z = 0 is of the class 0
+        assert (undecided.predictions == 0).all()
+        assert (undecided.radius == 0).all()
+    with pytest.raises(ValueError, match="labels must be classes from 0 to 1"):
+        certify(zero, [(X, Y * 0 + 2)], (6,))
+
+
+def test_one_output_is_smoothed_and_attacked_as_two_logits() -> None:
+    linear, x = nn.Linear(4, 1).eval(), torch.randn(20, 4)
+    sign = (linear(x)[:, 0] > 0).long()
+    two = nn.Sequential(linear, nn.ZeroPad1d((1, 0))).eval()
+    ours, theirs = (
+        certify_by_smoothing(net, [(x, sign)], 0.25, samples=100) for net in (linear, two)
+    )
+    assert torch.equal(ours.predictions, theirs.predictions)
+    assert torch.equal(ours.radius, theirs.radius)
+    assert {0, 1} <= set(ours.predictions.tolist())
+    assert torch.equal(pgd(linear, x, sign, 0.1, steps=5), pgd(two, x, sign, 0.1, steps=5))
+    assert attacked_accuracy(linear, [(x, sign)], 0.0, steps=1).value == 1
 
 
 def test_two_logits_of_one_output_are_smoothed_as_its_sign() -> None:
@@ -640,11 +698,6 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: certify(NET, [(X, Y)], (6,), preprocess=nn.LPPool1d(2, 1).eval()),
         TypeError,
         "LPPool1d has no Lipschitz rule|lp_pool1d",
-    ),
-    "one output": (
-        lambda: certify(nn.Sequential(nn.Linear(6, 1)).eval(), [(X, Y * 0)], (6,)),
-        ValueError,
-        "two classes",
     ),
     "rows of classes": (
         lambda: certify(nn.Sequential(nn.Linear(3, 4)).eval(), [(X.view(4, 2, 3), Y)], (2, 3)),
@@ -812,12 +865,85 @@ def predicted(net: nn.Module, n: int = 30, output: str | None = None) -> tuple[T
     return x, y.argmax(1)
 
 
+class Concatenated(nn.Module):
+    """A small U-Net: what was seen before pooling is concatenated behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.middle = nn.Conv1d(1, 3, 3, padding=1), nn.Conv1d(3, 3, 3, padding=1)
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.relu(self.down(x[:, None]))
+        narrow = torch.relu(self.middle(functional.avg_pool1d(wide, 2)))
+        up = functional.interpolate(narrow, scale_factor=2)
+        return self.head(torch.cat((wide, up), 1).flatten(1))
+
+
+class Coupled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.head = nn.Linear(3, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        return self.head(torch.cat((a, b + torch.relu(self.shift(a))), 1))
+
+
+class Averaged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv1d(1, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(functional.relu(self.convolution(x.unsqueeze(1))).mean(2))
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Skip()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
 NETS: dict[str, tuple[Any, dict[str, Any]]] = {
     "skip": (Skip, {}),
+    "concatenation": (Concatenated, {}),
+    "coupling": (Coupled, {}),
+    "mean": (Averaged, {}),
+    "wrapper": (Wrapped, {}),
     "dictionary": (Named, {"output": "logits"}),
     "parallel": (lambda: nn.DataParallel(Skip()), {}),
     "compiled": (lambda: torch.compile(Skip(), backend="eager"), {}),
 }
+
+
+class Bare(nn.Module):
+    """The logits of a network, however it is wrapped."""
+
+    def __init__(self, net: Any, output: str | None = None) -> None:
+        super().__init__()
+        self.net = getattr(net, "_orig_mod", getattr(net, "module", net))
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Any = self.net(x)
+        return found if self.output is None else found[self.output]
+
+    @property
+    def head(self) -> Any:
+        return next(m for name, m in self.net.named_modules() if name.endswith("head"))
+
+
+def body_bound(net: nn.Module, p: float) -> float:
+    """Lipschitz bound of what is before the head, by other words: the head is taken out."""
+    net = copy.deepcopy(net)
+    for module in net.modules():
+        if hasattr(module, "head") and "head" in module._modules:
+            module.head = nn.Identity()
+    return lipschitz_bound(net, (6,), p).value
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -826,8 +952,36 @@ def test_networks_are_certified_as_they_are(name: str, p: float) -> None:
     torch.manual_seed(0)
     make, options = NETS[name]
     net = make().eval()
+    bare = Bare(net, options.get("output")).eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    x, y = predicted(bare)
+    real = certify(net, [(x, y)], (6,), p, sound=False, **options)
+    sound = certify(net, [(x, y)], (6,), p, **options)
+    assert (sound.radius <= real.radius).all()
+    assert (sound.radius > 0).all()
+    assert (sound.radius > 0.98 * real.radius).all()
+    if not options:  # the rows of the head are found, and what is before it has its own bound
+        with torch.no_grad():
+            expected = certified_radius(
+                bare(x), y, body_bound(bare.net, p), p, head=bare.head.weight
+            )
+        torch.testing.assert_close(real.radius, expected, rtol=1e-5, atol=0)
+    for certificate in (real, sound):
+        moved = pgd(bare, x, y, certificate.radius * (1 - 1e-6), p, steps=10)
+        with torch.no_grad():
+            assert torch.equal(bare(moved).argmax(1), y)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not net.training
+
+
+@pytest.mark.parametrize("name", ["skip", "wrapper", "dictionary", "parallel", "compiled"])
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_a_skip_in_every_wrapping_has_the_radii_of_its_layers(name: str, p: float) -> None:
+    torch.manual_seed(0)
+    make, options = NETS[name]
+    net = make().eval()
     plain = Skip().eval()
-    plain.load_state_dict(getattr(net, "_orig_mod", getattr(net, "module", net)).state_dict())
+    plain.load_state_dict(getattr(Bare(net).net, "net", Bare(net).net).state_dict())
     x, y = predicted(plain)
     real = certify(net, [(x, y)], (6,), p, sound=False, **options)
     sound = certify(net, [(x, y)], (6,), p, **options)
@@ -919,3 +1073,211 @@ def test_certify_in_every_gradient_mode(mode: Any) -> None:
         with mode():
             inside = certify(net, [(x.clone(), y)], (6,), method=method)  # type: ignore[arg-type]
         assert torch.equal(inside.radius, expected.radius)
+
+
+# ------------------------------------------------------------------ domains and balls, attacked
+
+
+class Squeezed(nn.Module):
+    """Squeeze and excitation: channels times a gate that depends on all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.gate = nn.Conv1d(1, 4, 3, padding=1), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.convolution(x[:, None]))
+        return self.head((h * torch.sigmoid(self.gate(h.mean(2)))[:, :, None]).mean(2))
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(2, 2) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 3, 2)
+        h = functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        return self.head(h.flatten(1))
+
+
+@pytest.mark.parametrize("method", ["product", "local"])
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize("make", [Gated, Squeezed, Attending])
+def test_radii_on_a_domain_hold_for_neighbours_outside_it(make: Any, p: float, method: Any) -> None:
+    torch.manual_seed(6)
+    net = make().eval()
+    x, y = predicted(net, 12)
+    x[0], x[1] = 0, 1  # corners of the box, most of whose neighbours lie outside
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    with pytest.raises(ValueError, match="give a domain"):
+        certify(net, [(x, y)], (6,), p, sound=False)
+    with pytest.raises((TypeError, ValueError), match="sound=False"):
+        certify(net, [(x, y)], (6,), p, domain=Box(0, 1), method=method)
+    ours = certify(net, [(x, y)], (6,), p, sound=False, domain=Box(0, 1), method=method)
+    assert (ours.radius > 0).all()
+    assert not ours.sound
+    assert str(ours).splitlines()[0].endswith("12 inputs in Box(low=0, high=1)")
+    moved = pgd(net, x, y, ours.radius * (1 - 1e-6), p, steps=20, restarts=2)
+    with torch.no_grad():
+        assert torch.equal(net(moved).argmax(1), y)
+    assert (moved.min() < 0) | (moved.max() > 1)
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x * x, 1.5 + 0 * x), 1)
+
+
+@pytest.mark.parametrize("method", ["product", "local"])
+def test_the_domain_is_enlarged_by_the_radius(method: Any) -> None:
+    """x² < 1.5 at 1 until √1.5: with the slope 2 of [0, 1] the radius would be 0.25 > 0.2247."""
+    net, x = Square().double().eval(), torch.tensor([[1.0], [0.5]]).double()
+    ours = certify(
+        net, [(x, torch.ones(2).long())], (1,), sound=False, domain=Box(0, 1), method=method
+    )
+    distance = math.sqrt(1.5) - x[:, 0]
+    assert (ours.radius <= distance).all()
+    margin = 1.5 - x[:, 0] ** 2
+    best = ((1 + 2 * margin).sqrt() - 1) / 2  # solves r = margin / (2 (1 + r))
+    assert (ours.radius > best / 2**0.25).all()  # the widths that are tried
+
+
+def test_inputs_of_a_ball_are_in_the_ball_and_not_only_in_its_box() -> None:
+    net, corner = nn.Linear(6, 3).eval(), torch.full((1, 6), 0.9)
+    loader = [(corner, torch.tensor([0]))]
+    for p, radius in ((1, 5.4), (2, 0.9 * math.sqrt(6)), (math.inf, 0.9)):
+        inside, outside = (Ball(torch.zeros(6), radius * share, p) for share in (1.001, 0.999))
+        certify(net, loader, (6,), domain=inside)
+        with pytest.raises(ValueError, match=r"inputs must lie in the domain Ball\("):
+            certify(net, loader, (6,), domain=outside)
+
+
+def test_a_domain_takes_nothing_from_what_holds_everywhere() -> None:
+    torch.manual_seed(7)
+    net = nn.Linear(6, 3).eval()
+    net.bias.data[0] = 50.0  # so that the radius is far beyond the box
+    x, y = predicted(net)
+    plain, boxed = (certify(net, [(x, y)], (6,), domain=domain) for domain in (None, Box(0, 1)))
+    assert torch.equal(plain.radius, boxed.radius)
+    assert plain.facts["lost_to_rounding"] == boxed.facts["lost_to_rounding"] > 0
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_local_radii_of_one_hidden_layer_are_exact_where_units_are_decided(p: float) -> None:
+    """No unit changes its sign up to the border of the class, and the net is affine there."""
+    torch.manual_seed(8)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double().eval()
+    net[0].bias.data = torch.tensor([9.0, 9.0, 9.0, -9.0, -9.0, 9.0]).double()
+    x = 0.1 * torch.randn(10, 4).double()
+    on = (net[0].bias.data > 0).double()
+    matrix = net[2].weight.data @ (on[:, None] * net[0].weight.data)
+    net[2].bias.data -= net(x).detach().mean(0)
+    logits = net(x).detach()
+    exact = certified_radius(logits, logits.argmax(1), p=p, head=matrix)
+    assert (exact < 5).all()
+    local = certify(net, [(x, logits.argmax(1))], (4,), p, sound=False, method="local")
+    torch.testing.assert_close(local.radius, exact, rtol=1e-6, atol=1e-9)
+    product = certify(net, [(x, logits.argmax(1))], (4,), p, sound=False)
+    assert (product.radius < 0.99 * local.radius).all()
+
+
+def small_networks() -> dict[str, nn.Module]:
+    torch.manual_seed(9)
+    return {
+        "convolutions": nn.Sequential(
+            nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(),
+            nn.Conv1d(4, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4),
+        ),
+        "residual": nn.Sequential(
+            Residual(nn.Sequential(nn.Linear(6, 6), nn.ReLU())), nn.Linear(6, 4)
+        ),
+        "maxmin": nn.Sequential(
+            nn.Linear(6, 8), MaxMin(), nn.Linear(8, 8), MaxMin(), nn.Linear(8, 4)
+        ),
+        "potential step": nn.Sequential(SLLLinear(6, 8), nn.Linear(6, 4)),
+        "one output": nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("name", small_networks())
+def test_local_radii_withstand_the_attack_and_exceed_the_products(name: str, p: float) -> None:
+    net = small_networks()[name].eval()
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(3))
+    for sound in (True, False):
+        if not sound:  # in real arithmetic, as far as float64 is that
+            net, x = net.double(), x.double()
+        loader = [(x, torch.zeros(16, dtype=torch.int64))]
+        product, local = (
+            certify(net, loader, (6,), p, sound=sound, method=method)  # type: ignore[arg-type]
+            for method in ("product", "local")
+        )
+        assert (local.radius >= product.radius).all()
+        y = local.predictions
+        moved = pgd(net, x, y, local.radius * (1 - 1e-6), p, steps=15, restarts=2)
+        assert torch.equal(certify(net, [(moved, y)], (6,), p, sound=False).predictions, y)
+        singly = list(zip(x.split(1), y.split(1), strict=True))
+        each = certify(net, singly, (6,), p, sound=sound, method="local")
+        torch.testing.assert_close(each.radius, local.radius, rtol=2e-5, atol=1e-7)
+
+
+def test_local_radii_where_nothing_moves_the_output() -> None:
+    """Dead units: the slope at the input is 0, and what counts is how far it stays so."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)).double().eval()
+    for value, parameter in zip(([[1.0]], [-3.0], [[2.0], [0.0]], [0.0, 1.0]), net.parameters(),
+                                strict=True):  # fmt: skip
+        parameter.data = torch.tensor(value).double()
+    x = torch.tensor([[0.0], [-1e6]]).double()
+    loader = [(x, torch.tensor([1, 1]))]
+    local = certify(net, loader, (1,), sound=False, method="local").radius
+    distance = 3.5 - x[:, 0]  # where 2 (x - 3) = 1
+    assert (local <= distance).all()
+    assert (local > 0.84 * distance).all()
+    alone = certify(net, [(x[:1], torch.tensor([1]))], (1,), sound=False, method="local").radius
+    assert torch.equal(alone, local[:1])
+
+
+class Divided(nn.Module):
+    """Lipschitz near 1, and not on an interval that holds 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x.exp(), 3 + 0 * x), 1)
+
+
+def test_balls_on_which_nothing_is_known_are_passed_over() -> None:
+    net, x = Divided().double().eval(), torch.tensor([[-800.0], [0.0]]).double()
+    ours = certify(
+        net, [(x, torch.tensor([1, 1]))], (1,), sound=False, domain=Box(-800, 1), method="local"
+    )
+    distance = math.log(3) - x[:, 0]
+    assert (ours.radius <= distance).all()
+    assert (ours.radius > 0.4 * distance).all()
+
+
+def test_bounds_near_an_input_are_those_of_the_program_that_runs() -> None:
+    """Autocast rounds the weights: the net in float64 is another function."""
+    net, (x, y) = trained_like(), points(3)
+    for options in ({"method": "local"}, {"domain": Box(-99, 99)}):
+        with torch.autocast("cpu", torch.bfloat16):
+            with pytest.raises(ValueError, match="autocast rounds the weights"):
+                certify(net, [(x, y)], (6,), **options)  # type: ignore[arg-type]
+            certify(net, [(x, y)], (6,), sound=False, **options)  # type: ignore[arg-type]
+
+
+def test_bounds_near_an_input_have_the_scales_that_this_run_computes() -> None:
+    """In float64 the scale of a potential step is another number, and its bound another bound."""
+    torch.manual_seed(0)
+    step = SLLLinear(6, 8)
+    net = nn.Sequential(step, nn.Linear(6, 4)).eval()
+    reader = Reader(net, (6,), 2.0, sound=True, method="local")
+    assert reader.double is not None
+    layers = [node.layer for node in reader.double.nodes[1:] if node.layer is not None]
+    (found,) = {m for layer in layers for m in layer.modules() if hasattr(m, "scale")}
+    scale: Any = found.scale
+    with torch.no_grad():
+        assert torch.equal(scale(), step.scale().double())
+        assert not torch.equal(scale(), copy.deepcopy(step).double().scale())

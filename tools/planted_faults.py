@@ -428,8 +428,8 @@ FAULTS = (
     ),
     Fault(
         "robustness/lipschitz",
-        "numerator = margins * down - 2 * off_by * _UP",
-        "numerator = margins * down - off_by * _UP",
+        "numerator = margins * _DOWN - 2 * off_by * _UP",
+        "numerator = margins * _DOWN - off_by * _UP",
         "the error of the program at one end only",
     ),
     Fault(
@@ -461,6 +461,42 @@ FAULTS = (
         "1 / module.std.double().min().item()",
         "1 / module.std.double().max().item()",
         "the largest deviation for the smallest",
+    ),
+    Fault(
+        "robustness/certificate",
+        "functional.pad(outputs, (1, 0))",
+        "functional.pad(outputs, (0, 1))",
+        "the classes of one output change places",
+    ),
+    Fault(
+        "robustness/lipschitz",
+        "_enlarged(self.domain, radius, self.shape, self.p)",
+        "_enlarged(self.domain, 0.0, self.shape, self.p)",
+        "neighbours outside the domain are forgotten",
+    ),
+    Fault(
+        "robustness/lipschitz",
+        "torch.maximum(old, torch.minimum(new, width).clamp(min=0))",
+        "torch.maximum(old, new.clamp(min=0))",
+        "a radius reaches beyond the set on which its bound holds",
+    ),
+    Fault(
+        "robustness/lipschitz",
+        "known[some] = torch.where(fits[:, None], known[some], bound)",
+        "known[some] = bound",
+        "a bound on a ball is used on larger ones",
+    ),
+    Fault(
+        "robustness/lipschitz",
+        "inside = bool((distance <= domain.radius * (1 + 2.0**-42)).all())",
+        "inside = True",
+        "corners of the box around a ball count as in the ball",
+    ),
+    Fault(
+        "robustness/lipschitz",
+        "if sound and _autocast_name() is not None:",
+        "if False:",
+        "local bounds of weights that autocast rounds",
     ),
     Fault(
         "attacks",

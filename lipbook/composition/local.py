@@ -12,18 +12,98 @@ sums, slices and products alike.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipbook.composition.reading import compose, times
 from lipbook.graphs import Graph
 from lipbook.layers.joins import Join
+from lipbook.layers.rearrangements import Rearrangement
 from lipbook.norms import dual_exponent
-from lipbook.rules import Range, local_lipschitz_rule, pullback_rule, range_rule
+from lipbook.rules import (
+    Affine,
+    Bound,
+    Range,
+    Shape,
+    affine_rule,
+    lipschitz_rule,
+    local_lipschitz_rule,
+    pullback_rule,
+    range_rule,
+    slope_rule,
+)
 
-__all__ = ["matrix_norms", "ranges_of", "row_bounds", "row_constants", "row_norms", "stretches"]
+__all__ = [
+    "answered",
+    "matrix_norms",
+    "ranges_of",
+    "row_bounds",
+    "row_constants",
+    "row_norms",
+    "stretches",
+]
+
+
+class _Answered(nn.Module):
+    """A layer with its answers that depend on no values, for graphs that are read many times."""
+
+    def __init__(self, layer: nn.Module, shape: Shape, p: float) -> None:
+        super().__init__()
+        self.layer, self.affine = layer, affine_rule(layer, shape)
+        exponents = {p, 2.0} if self.affine is not None else {p, 2.0, math.inf}
+        self.bounds = {q: lipschitz_rule(layer, shape, q) for q in exponents}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@lipschitz_rule.register
+def _(module: _Answered, input_shape: Shape, p: float) -> Bound:
+    return module.bounds[p]
+
+
+@affine_rule.register
+def _(module: _Answered, input_shape: Shape) -> Affine | None:
+    return module.affine
+
+
+def answered(graph: Graph, p: float) -> Graph:
+    """Graph whose layers with weights have said once what depends on no values.
+
+    The readings of this room are the same, and spare the norms of the weights at each of them.
+
+    Parameters
+    ----------
+    graph : Graph
+        In float64.
+    p : float
+        Exponent of the norms that will be asked for.
+
+    Returns
+    -------
+    Graph
+    """
+    nodes = []
+    for node in graph.nodes:
+        layer = node.layer
+        if (
+            layer is not None
+            and not isinstance(layer, (Join, Rearrangement))
+            and (*layer.parameters(), *layer.buffers())
+            and all(rule.dispatch(type(layer)) is rule.dispatch(object) for rule in _OF_VALUES)
+        ):
+            with node.located():
+                layer = _Answered(layer, graph.nodes[node.inputs[0]].shape, p)
+        nodes.append(dataclasses.replace(node, layer=layer))
+    return Graph(tuple(nodes), graph.output)
+
+
+_OF_VALUES: tuple[Any, ...] = (slope_rule, range_rule, local_lipschitz_rule, pullback_rule)
 
 
 def ranges_of(graph: Graph, domain: Range) -> list[Range]:

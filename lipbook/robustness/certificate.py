@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy import special
 from torch import Tensor
+from torch.nn import functional
 
 from lipbook import rules
 from lipbook.norms import dual_exponent
@@ -121,6 +122,19 @@ def least_quotient(margins: Tensor, slopes: Tensor, labels: Tensor) -> Tensor:
     """Least margin / slope over the classes other than the label, not below 0."""
     quotients = torch.where(margins > 0, margins / slopes, 0.0)  # infinite for equal rows of a head
     return quotients.scatter(1, labels[:, None], math.inf).amin(1)
+
+
+def class_rows(outputs: int) -> Tensor:
+    """Logits of the classes as functions of the outputs, (classes, outputs); see class_logits."""
+    return torch.eye(max(outputs, 2), dtype=torch.float64)[:, -outputs:]
+
+
+def class_logits(outputs: Any) -> Tensor:
+    """Logits of the classes, (batch, classes): of one output z those are 0 and z."""
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"model must return (batch, classes), got {got}")
+    return functional.pad(outputs, (1, 0)) if outputs.shape[1] == 1 else outputs
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -290,15 +304,17 @@ class Certificate:
         return wilson_interval(int(certified.sum()), len(certified), confidence)
 
     def table(self, epsilons: Sequence[float]) -> str:
-        """Certified accuracies as text, one line an epsilon.
+        """Certified accuracies as text, one line an epsilon; the first names norm and domain.
 
         Where rounding costs more than 5 % of the median radius, a last line says what to do.
         """
         arithmetic = "sound in floating point" if self.sound else "in real arithmetic"
         if self.sound and "lost_to_rounding" in self.facts:
             arithmetic += f" (median loss {100 * self.facts['lost_to_rounding']:.2g} %)"
+        domain = self.facts.get("domain")
+        inputs = f"{len(self.radius)} inputs" + (f" in {domain}" if domain else "")
         lines = [
-            f"{rules._norm_name(self.p)}-norm, {arithmetic}, {len(self.radius)} inputs",
+            f"{rules._norm_name(self.p)}-norm, {arithmetic}, {inputs}",
             "epsilon  certified accuracy",
         ]
         lines += [f"{epsilon:7.4g}  {self.certified_accuracy(epsilon)}" for epsilon in epsilons]

@@ -9,7 +9,7 @@ from scipy import special
 from torch import Tensor, nn
 
 from lipbook.robustness.arguments import Batches, check_mode, pairs
-from lipbook.robustness.certificate import Certificate
+from lipbook.robustness.certificate import Certificate, class_logits
 
 __all__ = ["certify_by_smoothing", "smoothed_radius"]
 
@@ -92,8 +92,8 @@ def certify_by_smoothing(
     Parameters
     ----------
     model : torch.nn.Module
-        Any classifier in evaluation mode, to (batch, classes) with two classes at least. (One that
-        decides by the sign of one output z has the two logits 0 and z.)
+        Any classifier in evaluation mode, to (batch, classes). One output z, (batch, 1), decides
+        by its sign: class 0 if :math:`z \le 0`, else 1.
     loader : iterable
         Yields ``(inputs, labels)``; labels of any integer dtype.
     sigma : float
@@ -117,8 +117,8 @@ def certify_by_smoothing(
     TypeError
         If an argument, or what ``loader`` yields, is of another type.
     ValueError
-        If the model is in training mode or returns NaN or fewer than two logits, a label is no
-        class, ``loader`` is empty, or a number is out of range: among them ``samples`` with which
+        If the model is in training mode or returns NaN or no logits, a label is no class,
+        ``loader`` is empty, or a number is out of range: among them ``samples`` with which
         every input would be abstained from.
 
     References
@@ -180,15 +180,9 @@ def _noisy_counts(
     for start in range(0, n, batch_size):
         shape = (min(batch_size, n - start), *x.shape)
         noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
-        logits = model(x + sigma * noise)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != shape[0]:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"model must return (batch, classes), got {got}")
-        if logits.shape[1] < 2:
-            raise ValueError(
-                f"model must return logits of two classes at least, got {logits.shape[1]}: "
-                "of one output z, return torch.cat([torch.zeros_like(z), z], 1)"
-            )
+        logits = class_logits(model(x + sigma * noise))
+        if len(logits) != shape[0] or logits.shape[1] < 2:
+            raise ValueError(f"model must return (batch, classes), got {tuple(logits.shape)}")
         if logits.isnan().any():
             raise ValueError("model must return numbers, got NaN")
         counts = counts + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
