@@ -37,6 +37,7 @@ from lipbook.lab.recipes import (
     mnist_infinity,
     mnist_small,
     mnist_trade_off,
+    ordinary_networks,
     recipes,
     smoothing,
     tightness,
@@ -610,6 +611,30 @@ def test_a_small_row_of_the_tightness_is_found_again() -> None:
     for method in methods:
         value = recorded["bounds"][method]["value"]
         assert again["bounds"][method]["value"] == pytest.approx(value, rel=0.01)
+
+
+# --------------------------------------------------------------------------- ordinary networks
+
+
+def test_ordinary_networks_lie_between_their_bounds_and_readme_says_so() -> None:
+    rows = records.read("ordinary_networks").results["rows"]
+    assert [row["name"] for row in rows] == list(ordinary_networks.TABLE)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for row in rows:
+        assert 0 < row["lower"] <= row["bound"]
+        shape = " × ".join(map(str, row["shape"]))
+        said = f"| {row['name']} | {shape} | {row['parameters']:,} | {row['bound']:.3g} | "
+        assert said + f"{row['lower']:.3g} | {row['seconds']:.2g} |" in readme
+
+
+@pytest.mark.parametrize("name", ["U-Net", "transformer", "LSTM of 6 steps", "coupling"])
+def test_ordinary_network_is_bounded_again(name: str) -> None:
+    """By float32 weights that torch draws, in float64; the lower bound stops at a rounding."""
+    rows = records.read("ordinary_networks").results["rows"]
+    (recorded,) = (row for row in rows if row["name"] == name)
+    again, _ = ordinary_networks.row(name)
+    assert again["bound"] == pytest.approx(recorded["bound"], rel=1e-5)
+    assert again["lower"] == pytest.approx(recorded["lower"], rel=0.01)
 
 
 # ----------------------------------------------------------------------------------- smoothing
