@@ -149,9 +149,9 @@ def _reproduce(chosen: Any) -> None:
     texts = (f"--set {text}" for text in chosen.sizes)
     command = " ".join([COMMAND, "reproduce", chosen.name, *texts])
     folder = _rows_folder(module, sizes)
-    rows = Rows(folder)
+    rows = Rows(folder, progress=not chosen.quiet)
     start = time.process_time()
-    results, tensors = module.run(progress=not chosen.quiet, rows=rows, **sizes)
+    results, tensors = module.run(rows=rows, **sizes)
     seconds = time.process_time() - start + rows.earlier
     seed = sizes.get("seed", inspect.signature(module.run).parameters["seed"].default)
     facts = records.facts(command, seed, seconds)
@@ -172,7 +172,7 @@ def _sizes(texts: Sequence[str], run: Any) -> dict[str, Any]:
     known = {
         name: parameter.default
         for name, parameter in inspect.signature(run).parameters.items()
-        if name not in ("progress", "rows")
+        if name != "rows"
     }
     sizes = {}
     for text in texts:

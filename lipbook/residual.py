@@ -25,7 +25,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -176,9 +176,9 @@ def _rounded_up(scale: Tensor) -> Tensor:
 class _PotentialStep(nn.Module):
     """x - 2 Wᵀ T⁻¹ σ(W x + b), with a matrix W or a convolution."""
 
-    def __init__(
-        self, shape: tuple[int, ...], activation: str, weighted: bool, device: Any, dtype: Any
-    ) -> None:
+    _weighted: ClassVar[bool]
+
+    def __init__(self, shape: tuple[int, ...], activation: str, device: Any, dtype: Any) -> None:
         super().__init__()
         if activation not in _ACTIVATIONS:
             raise ValueError(
@@ -191,7 +191,7 @@ class _PotentialStep(nn.Module):
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
-        self.log_q = nn.Parameter(torch.empty_like(self.bias)) if weighted else None
+        self.log_q = nn.Parameter(torch.empty_like(self.bias)) if self._weighted else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -218,6 +218,17 @@ class _PotentialStep(nn.Module):
 
 
 class _DenseStep(_PotentialStep):
+    def __init__(
+        self,
+        features: int,
+        inner_features: int | None = None,
+        activation: str = "relu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        inner = features if inner_features is None else inner_features
+        super().__init__((inner, features), activation, device, dtype)
+
     def forward(self, input: Tensor) -> Tensor:
         """Take the step, (batch, features) to the same."""
         outer = self._potential_gradient(functional.linear(input, self.weight), -1)
@@ -228,13 +239,12 @@ class _ConvolutionStep(_PotentialStep):
     def __init__(
         self,
         channels: int,
-        inner_channels: int | None,
-        kernel_size: int,
-        padding_mode: str,
-        activation: str,
-        weighted: bool,
-        device: Any,
-        dtype: Any,
+        inner_channels: int | None = None,
+        kernel_size: int = 3,
+        padding_mode: Literal["circular", "zeros"] = "circular",
+        activation: str = "relu",
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
@@ -242,7 +252,7 @@ class _ConvolutionStep(_PotentialStep):
             raise ValueError(f"padding_mode must be 'circular' or 'zeros', got {padding_mode!r}")
         inner = channels if inner_channels is None else inner_channels
         shape = (inner, channels, kernel_size, kernel_size)
-        super().__init__(shape, activation, weighted, device, dtype)
+        super().__init__(shape, activation, device, dtype)
         self.padding_mode = padding_mode
 
     def forward(self, input: Tensor) -> Tensor:
@@ -293,16 +303,7 @@ class SLLLinear(_DenseStep):
     :cite:t:`araujo2023sll`, Theorem 3.
     """
 
-    def __init__(
-        self,
-        features: int,
-        inner_features: int | None = None,
-        activation: str = "relu",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        inner = features if inner_features is None else inner_features
-        super().__init__((inner, features), activation, True, device, dtype)
+    _weighted = True
 
 
 class CPLLinear(_DenseStep):
@@ -334,16 +335,7 @@ class CPLLinear(_DenseStep):
     :cite:t:`meunier2022cpl`.
     """
 
-    def __init__(
-        self,
-        features: int,
-        inner_features: int | None = None,
-        activation: str = "relu",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        inner = features if inner_features is None else inner_features
-        super().__init__((inner, features), activation, False, device, dtype)
+    _weighted = False
 
 
 class SLLConv2d(_ConvolutionStep):
@@ -382,18 +374,7 @@ class SLLConv2d(_ConvolutionStep):
     :cite:t:`araujo2023sll`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        inner_channels: int | None = None,
-        kernel_size: int = 3,
-        padding_mode: Literal["circular", "zeros"] = "circular",
-        activation: str = "relu",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        options = (inner_channels, kernel_size, padding_mode, activation)
-        super().__init__(channels, *options, True, device, dtype)
+    _weighted = True
 
 
 class CPLConv2d(_ConvolutionStep):
@@ -422,18 +403,7 @@ class CPLConv2d(_ConvolutionStep):
     :cite:t:`meunier2022cpl`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        inner_channels: int | None = None,
-        kernel_size: int = 3,
-        padding_mode: Literal["circular", "zeros"] = "circular",
-        activation: str = "relu",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        options = (inner_channels, kernel_size, padding_mode, activation)
-        super().__init__(channels, *options, False, device, dtype)
+    _weighted = False
 
 
 # ------------------------------------------------------------------------- Lipschitz rules

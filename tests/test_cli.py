@@ -276,7 +276,7 @@ def test_reproduce_leaves_the_package_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(group_sizes, "run", lambda *, progress, rows, seed=0: ({"done": True}, {}))
+    monkeypatch.setattr(group_sizes, "run", lambda *, rows, seed=0: ({"done": True}, {}))
     before = records.read("group_sizes").results
     assert main(["reproduce", "group_sizes", "--quiet"]) == 0
     assert capsys.readouterr().out == "lipbook-records/group_sizes.json\n"

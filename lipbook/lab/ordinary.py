@@ -62,6 +62,10 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
+def stage(c_in: int, c_out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(BasicBlock(c_in, c_out, stride), BasicBlock(c_out, c_out, 1))
+
+
 class ResNet18(nn.Module):
     """The network of torchvision, line by line, at any width.
 
@@ -78,13 +82,12 @@ class ResNet18(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        widths = [width, width, 2 * width, 4 * width, 8 * width]
-        for i in range(1, 5):
-            first = BasicBlock(widths[i - 1], widths[i], 1 if i == 1 else 2)
-            second = BasicBlock(widths[i], widths[i], 1)
-            setattr(self, f"layer{i}", nn.Sequential(first, second))
+        self.layer1 = stage(width, width, 1)
+        self.layer2 = stage(width, 2 * width, 2)
+        self.layer3 = stage(2 * width, 4 * width, 2)
+        self.layer4 = stage(4 * width, 8 * width, 2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(widths[4], classes)
+        self.fc = nn.Linear(8 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Give logits, (batch, classes)."""
@@ -221,6 +224,8 @@ class Coupling(nn.Module):
 
 
 class Functional(nn.Module):
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(3))
@@ -309,10 +314,15 @@ def parametrized() -> nn.Module:
 
 
 def compiled_parts() -> nn.Module:
-    net = Wrapper(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
-    net.body[0].compile(backend="eager")
+    first = nn.Linear(4, 4)
+    first.compile(backend="eager")
+    net = Wrapper(nn.Sequential(first, nn.ReLU(), nn.Linear(4, 2)))
     net.compile(backend="eager")
     return net
+
+
+def compiled(net: nn.Module) -> Any:
+    return torch.compile(net, backend="eager")
 
 
 def wrapped(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
@@ -344,7 +354,7 @@ NETWORKS: dict[str, Ordinary] = {
     "dictionary": Ordinary(Named, VECTOR, {"output": "logits"}),
     "lightning": Ordinary(LightningLike, VECTOR, {}),
     "DataParallel": Ordinary(wrapped(nn.DataParallel), (6,), {}),
-    "torch.compile": Ordinary(wrapped(lambda net: torch.compile(net, backend="eager")), (6,), {}),
+    "torch.compile": Ordinary(wrapped(compiled), (6,), {}),
     "module.compile": Ordinary(compiled_parts, VECTOR, {}),
     "AveragedModel": Ordinary(wrapped(AveragedModel), (6,), {}),
 }
@@ -369,7 +379,7 @@ def made(network: Ordinary, seed: int = 0) -> nn.Module:
     net = network.build()
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.5, 2)
+            nn.init.normal_(layer.get_buffer("running_mean"))
+            nn.init.uniform_(layer.get_buffer("running_var"), 0.5, 2)
             nn.init.uniform_(layer.weight, -1.5, 1.5)
     return net.eval()

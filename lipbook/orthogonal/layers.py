@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,17 +53,20 @@ _METHODS: dict[str, Callable[[], nn.Module]] = {
 class _ConstrainedLinear(Constrained, nn.Linear):
     """Linear layer whose weight is the image of a raw parameter."""
 
+    _constraint: Callable[[], nn.Module]
+
     def __init__(
         self,
-        constraint: nn.Module,
         in_features: int,
         out_features: int,
-        bias: bool,
-        **factory: Any,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         features = (operator.index(in_features), operator.index(out_features))
-        super().__init__(*features, bias, **factory)
-        parametrize.register_parametrization(self, "weight", constraint)
+        super().__init__(*features, bias, device=device, dtype=dtype)
+        parametrize.register_parametrization(self, "weight", self._constraint())
 
     def reset_parameters(self) -> None:
         """Draw weight and bias anew."""
@@ -173,9 +176,8 @@ class OrthogonalLinear(_ConstrainedLinear):
     ) -> None:
         if method not in _METHODS:
             raise ValueError(f"method must be one of {tuple(_METHODS)}, got {method!r}")
-        super().__init__(
-            _METHODS[method](), in_features, out_features, bias, device=device, dtype=dtype
-        )
+        self._constraint = _METHODS[method]
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
 
 
 class SpectralNormLinear(_ConstrainedLinear):
@@ -214,18 +216,7 @@ class SpectralNormLinear(_ConstrainedLinear):
     True
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            SpectralNorm(), in_features, out_features, bias, device=device, dtype=dtype
-        )
+    _constraint = SpectralNorm
 
 
 class InfinityNormLinear(_ConstrainedLinear):
@@ -264,18 +255,7 @@ class InfinityNormLinear(_ConstrainedLinear):
     True
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            InfinityNorm(), in_features, out_features, bias, device=device, dtype=dtype
-        )
+    _constraint = InfinityNorm
 
     def _draw(self, weight: Tensor) -> Tensor:
         return project_l1_ball(nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))
@@ -320,16 +300,7 @@ class UnitNormLinear(_ConstrainedLinear):
     :cite:t:`singla2022improved`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(UnitNorm(), in_features, out_features, bias, device=device, dtype=dtype)
+    _constraint = UnitNorm
 
     def _draw(self, weight: Tensor) -> Tensor:
         return unit_rows(nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))

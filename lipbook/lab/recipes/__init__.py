@@ -1,7 +1,7 @@
 """Recipes: one module for each experiment that takes minutes.
 
 ``lipbook reproduce NAME`` runs one and writes its record. The module of a recipe has a function
-``run(*, progress, rows, ...)`` that returns results (plain JSON) and tensors; its other
+``run(*, rows, ...)`` that returns results (plain JSON) and tensors; its other
 arguments are the sizes and have the recorded ones as defaults.
 """
 
@@ -13,14 +13,15 @@ import os
 import pkgutil
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 __all__ = ["Rows", "recipes"]
 
+Item = TypeVar("Item")
 Outcome = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -49,6 +50,8 @@ class Rows:
     ----------
     folder : path, optional
         Where finished rows are kept, one file each. Without it nothing is kept.
+    progress : bool
+        Show a bar while rows are computed.
 
     Attributes
     ----------
@@ -66,6 +69,7 @@ class Rows:
     """
 
     folder: str | os.PathLike[str] | None = None
+    progress: bool = False
     earlier: float = dataclasses.field(default=0.0, init=False)
 
     def compute(self, name: str, function: Callable[[], Outcome]) -> Outcome:
@@ -93,6 +97,25 @@ class Rows:
         if path:
             _save(path, results, tensors, time.process_time() - start)
         return results, tensors
+
+    def bar(self, items: Sequence[Item], what: str) -> Iterable[Item]:
+        """Go through the items, with a bar if one is to be shown.
+
+        Parameters
+        ----------
+        items : sequence
+            One for each row.
+        what : str
+            What they are, in the plural, before the bar.
+
+        Returns
+        -------
+        iterable
+            The same items.
+        """
+        from tqdm import tqdm  # noqa: PLC0415 - not needed to import a recipe
+
+        return tqdm(items, desc=what, disable=not self.progress)
 
     def checkpoint(self) -> Path | None:
         """Name a file for the checkpoint of a single long training.

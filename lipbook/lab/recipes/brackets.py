@@ -120,7 +120,6 @@ def run(
     sizes: Sequence[int] = (512, 2048),
     steps: int = 200,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Prove intervals for all pairs of clouds, at all sizes, by all methods.
@@ -135,8 +134,6 @@ def run(
         Steps of each critic.
     seed : int
         Of the clouds and the critics.
-    progress : bool
-        Show a bar over the rows.
     rows : Rows, optional
         Keeps finished rows.
 
@@ -145,13 +142,11 @@ def run(
     tuple of dict
         Results: ``rows``, those of :func:`row`. No tensors.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed without running
-
     rows = rows or Rows()
     row("shells, d = 2", 32, "exact")  # a first call pays for imports
     table = []
     grid = list(itertools.product(names, sizes, METHODS))
-    for name, n, method in tqdm(grid, desc="intervals", disable=not progress):
+    for name, n, method in rows.bar(grid, "intervals"):
         one = functools.partial(row, name, n, method, steps=steps, seed=seed)
         table.append(rows.compute(f"{name} {n} {method}", one)[0])
     return {"rows": table}, {}

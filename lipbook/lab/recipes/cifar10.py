@@ -127,7 +127,6 @@ def run(
     jpeg: bool = True,
     attack: int = 500,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Train the network and certify it on the test images.
@@ -142,8 +141,6 @@ def run(
         Test images that are attacked.
     seed : int
         Of weights and batches.
-    progress : bool
-        Show a bar over the epochs.
     rows : Rows, optional
         Where a checkpoint is kept.
 
@@ -156,11 +153,11 @@ def run(
         on the kept images. Tensors: that network, for :func:`lipbook.lab.networks.load`, and the
         kept images and labels (``data/...``).
     """
-    data = cifar10(jpeg)
+    rows, data = rows or Rows(), cifar10(jpeg)
     model, scores = fit(
         data, architecture, epochs=epochs, offset=offset, temperature=temperature, lr=lr,
-        precision=precision, device=device, seed=seed, progress=progress,
-        checkpoint=(rows or Rows()).checkpoint(),
+        precision=precision, device=device, seed=seed, progress=rows.progress,
+        checkpoint=rows.checkpoint(),
     )  # fmt: skip
     weights = networks.packed(model)
     stored = networks.rebuilt(architecture, (3, 32), weights)

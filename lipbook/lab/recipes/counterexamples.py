@@ -323,7 +323,6 @@ def run(
     networks: int = 200,
     epochs: int = 10,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Search in all families, and measure the cost.
@@ -336,8 +335,6 @@ def run(
         As in :func:`cost`.
     seed : int
         Of the first network; the others have the following ones.
-    progress : bool
-        Show a bar over the families.
     rows : Rows, optional
         Keeps finished ones.
 
@@ -348,11 +345,9 @@ def run(
         contradicted in ``real`` arithmetic and with ``sound``, and how many sound ones are
         ``positive``; ``cost``, see :func:`cost`. No tensors.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to read the record
-
     rows = rows or Rows()
     table = []
-    for family in tqdm(FAMILIES, desc="families", disable=not progress):
+    for family in rows.bar(FAMILIES, "families"):
         one = partial(_search, family, networks, seed)
         table.append(rows.compute(family.name, one)[0])
     costs = [

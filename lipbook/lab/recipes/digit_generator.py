@@ -98,7 +98,6 @@ def run(
     lr: float = 2e-3,
     count: int = 1000,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     r"""Train the autoencoder and measure the generator on held-out digits.
@@ -115,8 +114,6 @@ def run(
         Images on each side when distances are measured.
     seed : int
         Of the weights, the batches and the noise.
-    progress : bool
-        Show a bar over the epochs.
     rows : Rows, optional
         Keeps the trained generator.
 
@@ -128,9 +125,8 @@ def run(
         the first digits (``real_to_real``), and of two sets of generated ones
         (``generated_to_generated``). Tensors: the weights of the decoder.
     """
-    results, weights = (rows or Rows()).compute(
-        "training", lambda: _train(epochs, batch_size, lr, seed, progress)
-    )
+    rows = rows or Rows()
+    results, weights = rows.compute("training", lambda: _train(epochs, batch_size, lr, seed, rows))
     model = decoder()
     model.load_state_dict(weights)
     images = mnist().train_images.double()
@@ -146,9 +142,7 @@ def run(
     return results, weights
 
 
-def _train(epochs: int, batch_size: int, lr: float, seed: int, progress: bool) -> Outcome:
-    from tqdm import trange  # noqa: PLC0415 - not needed to load the generator
-
+def _train(epochs: int, batch_size: int, lr: float, seed: int, rows: Rows) -> Outcome:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     images = mnist().train_images[:TRAINED_ON]
@@ -166,7 +160,7 @@ def _train(epochs: int, batch_size: int, lr: float, seed: int, progress: bool) -
     steps = epochs * -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     losses = []
-    for _ in trange(epochs, desc="epochs", disable=not progress):
+    for _ in rows.bar(range(epochs), "epochs"):
         total = 0.0
         for batch in torch.from_numpy(rng.permutation(len(images))).split(batch_size):
             inputs = images[batch]

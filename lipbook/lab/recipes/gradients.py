@@ -230,7 +230,6 @@ def run(
     epochs: int = 15,
     seeds: int = 3,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Train all networks and measure their gradients.
@@ -245,8 +244,6 @@ def run(
         Networks of each kind.
     seed : int
         The first seed.
-    progress : bool
-        Show a bar over the networks.
     rows : Rows, optional
         Keeps finished ones.
 
@@ -256,14 +253,12 @@ def run(
         Results: ``rows`` with ``kind``, ``seed``, the ``accuracy`` on all test digits, and what
         :func:`measure` returns. Tensors: the networks of the first seed, for :func:`load`.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to read the record
-
     rows = rows or Rows()
     digits = mnist()
     names = list(itertools.product(range(seed, seed + seeds), KINDS))
     found: dict[tuple[int, str], nn.Sequential] = {}
     kept: dict[str, Tensor] = {}
-    for i, kind in tqdm(names, desc="networks", disable=not progress):
+    for i, kind in rows.bar(names, "networks"):
         one: Callable[[], Outcome] = functools.partial(_trained, kind, digits, epochs, i)
         tensors = rows.compute(f"{kind} seed {i}", one)[1]
         found[i, kind] = networks.rebuilt("dense", (SIZES,), tensors).double()

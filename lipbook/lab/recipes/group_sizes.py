@@ -23,7 +23,6 @@ def run(
     seeds: int = 3,
     steps: int = 600,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     r"""Fit a critic for each group size.
@@ -38,8 +37,6 @@ def run(
         Steps of each critic.
     seed : int
         The first seed.
-    progress : bool
-        Show a bar over the critics.
     rows : Rows, optional
         Keeps finished critics.
 
@@ -49,12 +46,10 @@ def run(
         Results: ``rows`` with ``group_size``, ``seed``, ``value`` and ``bound``; ``steps``. No
         tensors.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed without running
-
     rows = rows or Rows()
     grid = [(size, seed + k) for size in sizes for k in range(seeds)]
     table = []
-    for size, k in tqdm(grid, desc="critics", disable=not progress):
+    for size, k in rows.bar(grid, "critics"):
         results, _ = rows.compute(
             f"group size {size} seed {k}", functools.partial(_row, size, seed=k, steps=steps)
         )

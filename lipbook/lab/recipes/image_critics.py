@@ -325,7 +325,6 @@ def run(
     count: int = 2000,
     few: int = 100,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     r"""Fit all critics at all rates and measure the exact distances.
@@ -344,8 +343,6 @@ def run(
         Images in the training clouds of the critic that shall overfit.
     seed : int
         Of the weights and batches at all rates.
-    progress : bool
-        Show a bar over the critics.
     rows : Rows, optional
         Keeps finished critics.
 
@@ -361,22 +358,20 @@ def run(
         ``upsampled`` and ``few``, a row each with exact distances; ``steps`` and ``count``.
         Tensors: weights of two critics.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to load a critic
-
     rows = rows or Rows()
     points = clouds(count)
     fit = functools.partial(row, points, steps=steps)
     kinds = list(itertools.product(CONVOLUTIONS, ACTIVATIONS))
     table: list[dict[str, Any]] = []
     weights: list[dict[str, Tensor]] = []
-    for kind, lr in tqdm(list(itertools.product(kinds, lrs)), desc="rates", disable=not progress):
+    for kind, lr in rows.bar(list(itertools.product(kinds, lrs)), "rates"):
         one = functools.partial(fit, *kind, lr, seed=seed)
         results, state = rows.compute(f"{' '.join(kind)} rate {lr:g}", one)
         table.append(results)
         weights.append(state)
 
     best: dict[str, list[dict[str, Any]]] = {}
-    for kind in tqdm(kinds, desc="seeds", disable=not progress):
+    for kind in rows.bar(kinds, "seeds"):
         first = table[_largest(table, kind, dual)]
         best[" ".join(kind)] = [first]
         for k in range(seed + 1, seed + seeds):

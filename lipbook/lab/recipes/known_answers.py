@@ -229,7 +229,6 @@ def run(
     seeds: int = 2,
     shorten: float = 1.0,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     r"""Fit a critic of each activation and linear layer to each problem.
@@ -242,8 +241,6 @@ def run(
         Factor of all numbers of steps.
     seed : int
         The first seed.
-    progress : bool
-        Show a bar over the critics.
     rows : Rows, optional
         Keeps finished critics.
 
@@ -253,8 +250,6 @@ def run(
         Results: ``rows``, those of :func:`row`, ``problems``, the sizes, and ``judges``, the
         number of points. Tensors: the weights of the small critics of seed 0.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to load a critic
-
     rows = rows or Rows()
     steps = {name: max(1, round(shorten * setting.steps)) for name, setting in PROBLEMS.items()}
     grid = [
@@ -267,7 +262,7 @@ def run(
     ]
     table: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for problem, activation, linear, k in tqdm(grid, desc="critics", disable=not progress):
+    for problem, activation, linear, k in rows.bar(grid, "critics"):
         names = (problem, activation, linear)
         one = functools.partial(row, *names, seed=k, steps=steps[problem])
         results, weights = rows.compute(" ".join(names) + f" seed {k}", one)

@@ -114,7 +114,6 @@ def run(
     precision: str = "bfloat16",
     attack: int = 500,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     r"""Train the network and certify it on the test digits.
@@ -133,8 +132,6 @@ def run(
         Test digits that are attacked.
     seed : int
         Of weights and batches.
-    progress : bool
-        Show a bar over the epochs.
     rows : Rows, optional
         Where a checkpoint is kept.
 
@@ -146,14 +143,15 @@ def run(
         ``networks``, with ``shipped``, the same on the 2,000 that ship. Tensors: the network, for
         :func:`lipbook.lab.networks.load`.
     """
+    rows = rows or Rows()
     digits, few = mnist(full=True), mnist()
     sizes = (784, *[width] * depth, 10)
     loss = OffsetCrossEntropyLoss(margin_for_radius(radius), temperature)
     model, scores = fit(
         sizes, digits.train_images, digits.train_labels,
         loss=loss, epsilon=EPSILONS[-1], epochs=epochs, lr=lr, precision=precision,
-        seed=seed, progress=progress,
-        checkpoint=(rows or Rows()).checkpoint(),
+        seed=seed, progress=rows.progress,
+        checkpoint=rows.checkpoint(),
     )  # fmt: skip
     tensors = networks.packed(model)
     stored = networks.rebuilt("dense", (sizes,), tensors)

@@ -111,7 +111,6 @@ def run(
     lr: float = 1e-2,
     attack: int = 1000,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Train and certify a network for each radius and group size.
@@ -126,8 +125,6 @@ def run(
         As in :func:`row`.
     seed : int
         Of weights and batches, the same for all.
-    progress : bool
-        Show a bar over the networks.
     rows : Rows, optional
         Keeps finished ones.
 
@@ -137,15 +134,13 @@ def run(
         Results: ``rows``, those of :func:`row`; ``networks``, with ``shipped``, the summaries on
         the digits that ship. Tensors: all networks, for :func:`lipbook.lab.networks.load`.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to read the record
-
     rows = rows or Rows()
     digits, few = mnist(full=True), mnist()
     table: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     shipped = {}
     kinds = list(itertools.product(radii, group_sizes))
-    for radius, size in tqdm(kinds, desc="networks", disable=not progress):
+    for radius, size in rows.bar(kinds, "networks"):
         one = functools.partial(
             row, digits, radius, size, width=width, epochs=epochs, lr=lr, attack=attack, seed=seed
         )

@@ -207,7 +207,6 @@ def run(
     epochs: int = 8,
     attack: int = 500,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Train and certify all networks.
@@ -220,8 +219,6 @@ def run(
         As in :func:`row`.
     seed : int
         Of weights and batches, the same for all.
-    progress : bool
-        Show a bar over the networks.
     rows : Rows, optional
         Keeps finished ones.
 
@@ -232,14 +229,12 @@ def run(
         ``shipped``, the summaries on the digits that ship. Tensors: all networks, for
         :func:`lipbook.lab.networks.load`.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to read the record
-
     rows = rows or Rows()
     digits, few = mnist(full=True), mnist()
     table: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     shipped = {}
-    for method in tqdm(methods, desc="networks", disable=not progress):
+    for method in rows.bar(methods, "networks"):
         one = functools.partial(row, digits, method, epochs=epochs, attack=attack, seed=seed)
         results, state = rows.compute(method, one)
         table.append(results)

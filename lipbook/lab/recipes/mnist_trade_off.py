@@ -105,7 +105,6 @@ def run(
     precision: str = "bfloat16",
     families: Sequence[str] = tuple(LOSSES),
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Train all networks.
@@ -118,8 +117,6 @@ def run(
         Keys of ``LOSSES``.
     seed : int
         Of weights and batches, the same for all.
-    progress : bool
-        Show a bar over the networks.
     rows : Rows, optional
         Keeps finished ones.
 
@@ -128,13 +125,11 @@ def run(
     tuple of dict
         Results: ``epsilons``, and ``rows``, those of :func:`row`. No tensors.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to read the record
-
     rows = rows or Rows()
     digits = mnist(full=True)
     kinds = [(family, number) for family in families for number in LOSSES[family][1]]
     table: list[dict[str, Any]] = []
-    for family, number in tqdm(kinds, desc="networks", disable=not progress):
+    for family, number in rows.bar(kinds, "networks"):
         one = functools.partial(
             row, digits, family, number, epochs=epochs, lr=lr, precision=precision, seed=seed
         )

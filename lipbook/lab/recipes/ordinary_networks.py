@@ -106,7 +106,6 @@ def run(
     names: Sequence[str] = tuple(TABLE),
     points: int = 8,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Bound all networks.
@@ -117,8 +116,6 @@ def run(
         Of ``TABLE``.
     points, seed
         As in :func:`row`.
-    progress : bool
-        Show a bar over the networks.
     rows : Rows, optional
         Keeps finished ones.
 
@@ -127,11 +124,9 @@ def run(
     tuple of dict
         Results: ``rows``, those of :func:`row`. No tensors.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to read the record
-
     rows = rows or Rows()
     table: list[dict[str, Any]] = []
-    for name in tqdm(names, desc="networks", disable=not progress):
+    for name in rows.bar(names, "networks"):
         one = functools.partial(row, name, points=points, seed=seed)
         table.append(rows.compute(name, one)[0])
     return {"rows": table}, {}

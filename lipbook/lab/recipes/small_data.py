@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -266,7 +267,6 @@ def run(
     epochs: int = 60,
     fits: int = 3,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Train all networks.
@@ -287,8 +287,6 @@ def run(
         Seeds of the experiment on labels.
     seed : int
         The first seed.
-    progress : bool
-        Show a bar over the networks.
     rows : Rows, optional
         Keeps finished ones.
 
@@ -300,50 +298,38 @@ def run(
         of its 95 % interval; ``labels`` with ``method``, ``shuffled``, ``seed`` and what
         :func:`learn` returns. No tensors.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to read the record
-
     rows = rows or Rows()
     digits = mnist()
     grid = [(k, name) for k in per_class for name in methods]
-    total = sum(choosing * (len(METHODS[name].settings) - 1) + seeds for _, name in grid)
-    total += fits * 2 * 2
     cells: list[dict[str, Any]] = []
+    for k, name in rows.bar(grid, "cells"):
+        row = functools.partial(_row, digits, name, k, epochs=epochs)
+        errors: dict[tuple[float, int], dict[str, float]] = {}
+        for s, i in itertools.product(METHODS[name].settings, range(seed, seed + choosing)):
+            one = functools.partial(row, s, seed=i)
+            errors[s, i] = rows.compute(f"{k} {name} {s:g} seed {i}", one)[0]
+        tried = [
+            {"setting": s, "seed": i, "validation": found["validation"]}
+            for (s, i), found in errors.items()
+        ]
+        best = choose(tried)
+        for i in range(seed + choosing, seed + seeds):
+            one = functools.partial(row, best, seed=i)
+            errors[best, i] = rows.compute(f"{k} {name} {best:g} seed {i}", one)[0]
+        test = [errors[best, i]["test"] for i in range(seed, seed + seeds)]
+        mean, half = interval(test)
+        cells.append(
+            {"per_class": k, "method": name, "setting": best, "tried": tried, "test": test}
+            | {"mean": mean, "half": half}
+        )
     labels: list[dict[str, Any]] = []
-    with tqdm(total=total, desc="networks", disable=not progress) as bar:
-
-        def once(name: str, function: Callable[[], Outcome]) -> dict[str, Any]:
-            bar.update()
-            return rows.compute(name, function)[0]
-
-        for k, name in grid:
-            row = functools.partial(_row, digits, name, k, epochs=epochs)
-            errors: dict[tuple[float, int], dict[str, float]] = {}
-            for s in METHODS[name].settings:
-                for i in range(seed, seed + choosing):
-                    one = functools.partial(row, s, seed=i)
-                    errors[s, i] = once(f"{k} {name} {s:g} seed {i}", one)
-            tried = [
-                {"setting": s, "seed": i, "validation": found["validation"]}
-                for (s, i), found in errors.items()
-            ]
-            best = choose(tried)
-            for i in range(seed + choosing, seed + seeds):
-                one = functools.partial(row, best, seed=i)
-                errors[best, i] = once(f"{k} {name} {best:g} seed {i}", one)
-            test = [errors[best, i]["test"] for i in range(seed, seed + seeds)]
-            mean, half = interval(test)
-            cells.append(
-                {"per_class": k, "method": name, "setting": best, "tried": tried, "test": test}
-                | {"mean": mean, "half": half}
-            )
-        for name in ("standard", "Lipschitz"):
-            for shuffled in (False, True):
-                for i in range(seed, seed + fits):
-                    more = functools.partial(
-                        learn, digits, name, shuffled, epochs=epochs + 40, seed=i
-                    )
-                    found = once(f"labels {name} {shuffled} seed {i}", more)
-                    labels.append({"method": name, "shuffled": shuffled, "seed": i} | found)
+    kinds = list(
+        itertools.product(("standard", "Lipschitz"), (False, True), range(seed, seed + fits))
+    )
+    for name, shuffled, i in rows.bar(kinds, "labels"):
+        more = functools.partial(learn, digits, name, shuffled, epochs=epochs + 40, seed=i)
+        found, _ = rows.compute(f"labels {name} {shuffled} seed {i}", more)
+        labels.append({"method": name, "shuffled": shuffled, "seed": i} | found)
     return {"cells": cells, "labels": labels, "epochs": epochs, "levels": list(LEVELS)}, {}
 
 

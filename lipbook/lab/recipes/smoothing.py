@@ -225,7 +225,6 @@ def run(
     epochs: int = 15,
     seeds: int = 3,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Train and certify all networks.
@@ -240,8 +239,6 @@ def run(
         Networks of each kind.
     seed : int
         The first seed.
-    progress : bool
-        Show a bar over the networks.
     rows : Rows, optional
         Keeps finished ones.
 
@@ -251,8 +248,6 @@ def run(
         Results: ``epsilons``, ``count``, ``samples``, ``largest`` (for each of ``SIGMAS`` the
         largest radius that the samples can give), and ``curves``, those of :func:`row`. No tensors.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to read the record
-
     rows = rows or Rows()
     digits = mnist()
     some = slice(0, len(digits.test_labels), len(digits.test_labels) // count)
@@ -260,7 +255,7 @@ def run(
     kinds: Sequence[float | None] = (None, *SIGMAS)
     grid = list(itertools.product(kinds, range(seed, seed + seeds)))
     curves: list[dict[str, Any]] = []
-    for sigma, i in tqdm(grid, desc="networks", disable=not progress):
+    for sigma, i in rows.bar(grid, "networks"):
         one = functools.partial(
             row, digits, images, labels, sigma, samples=samples, epochs=epochs, seed=i
         )

@@ -140,7 +140,6 @@ def run(
     sizes: Sequence[Sequence[Any]] = SIZES,
     epochs: int = 5,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Bound all networks.
@@ -153,8 +152,6 @@ def run(
         As in :func:`network`.
     seed : int
         Of weights and batches.
-    progress : bool
-        Show a bar over the networks.
     rows : Rows, optional
         Keeps finished ones.
 
@@ -163,11 +160,9 @@ def run(
     tuple of dict
         Results: ``rows``, those of :func:`row`. No tensors.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed to read the record
-
     rows = rows or Rows()
     table = []
-    for kind, width, depth in tqdm(sizes, desc="networks", disable=not progress):
+    for kind, width, depth in rows.bar(sizes, "networks"):
         one = functools.partial(row, kind, width, depth, epochs=epochs, seed=seed)
         table.append(rows.compute(f"{kind} {width} {depth}", one)[0])
     return {"rows": table}, {}

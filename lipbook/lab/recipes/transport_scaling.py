@@ -60,7 +60,6 @@ def run(
     *,
     sizes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     """Measure all methods at all sizes.
@@ -71,8 +70,6 @@ def run(
         Points a side for each method, :data:`SIZES` if not given.
     seed : int
         Of the points.
-    progress : bool
-        Show a bar over the rows.
     rows : Rows, optional
         Keeps finished rows.
 
@@ -82,13 +79,11 @@ def run(
         Results: ``rows``, those of :func:`row`; ``distance``, that of the distributions. No
         tensors.
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed without running
-
     rows = rows or Rows()
     grid = [(method, n) for method, counts in (sizes or SIZES).items() for n in counts]
     row("exact", 64)  # a first call pays for imports
     table = []
-    for method, n in tqdm(grid, desc="sizes", disable=not progress):
+    for method, n in rows.bar(grid, "sizes"):
         one = functools.partial(row, method, n, seed=seed)
         table.append(rows.compute(f"{method} {n}", one)[0])
     return {"rows": table, "distance": problems.concentric_gaussians(2, 3.0, 1.0).distance}, {}

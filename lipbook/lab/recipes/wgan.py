@@ -223,7 +223,6 @@ def run(
     count: int = 512,
     seed: int = 0,
     device: str = "cpu",
-    progress: bool = False,
     rows: Rows | None = None,
 ) -> Outcome:
     r"""Train a generator against each critic at each learning rate.
@@ -236,8 +235,6 @@ def run(
         Learning rates.
     steps, critic_steps, count, seed, device
         As in :func:`row`.
-    progress : bool
-        Show a bar over the runs.
     rows : Rows, optional
         Keeps finished runs.
 
@@ -248,14 +245,12 @@ def run(
         ``real_to_real``, the distance of the held-out digits to as many training digits.
         Tensors: generated digits, uint8, with the names "method/lr".
     """
-    from tqdm import tqdm  # noqa: PLC0415 - not needed without running
-
     rows = rows or Rows()
     table: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     grid = [(method, lr) for method in methods for lr in lrs]
     sizes: dict[str, Any] = {"steps": steps, "critic_steps": critic_steps, "count": count}
-    for method, lr in tqdm(grid, desc="runs", disable=not progress):
+    for method, lr in rows.bar(grid, "runs"):
         one = functools.partial(row, method, lr, **sizes, seed=seed, device=device)
         results, images = rows.compute(f"{method} {lr:g}", one)
         table.append(results)
