@@ -33,6 +33,7 @@ from lipbook.lab.recipes import (
     group_sizes,
     image_critics,
     known_answers,
+    local_certificates,
     mnist_best,
     mnist_infinity,
     mnist_small,
@@ -635,6 +636,69 @@ def test_ordinary_network_is_bounded_again(name: str) -> None:
     again, _ = ordinary_networks.row(name)
     assert again["bound"] == pytest.approx(recorded["bound"], rel=1e-5)
     assert again["lower"] == pytest.approx(recorded["lower"], rel=0.01)
+
+
+# -------------------------------------------------------------------------- local certificates
+
+
+def test_no_certificate_passes_an_attack_and_local_ones_are_the_largest() -> None:
+    results = records.read("local_certificates").results
+    assert [(row["p"], row["seed"]) for row in results["rows"]] == [
+        (p, seed) for p in (2, "inf") for seed in range(3)
+    ]
+    for row in results["rows"]:
+        radii = {name: np.array(found) for name, found in row["radii"].items()}
+        for name in ("product", "intervals", "local"):
+            assert (radii[name] <= radii["attack"]).all()
+        assert (radii["local"] >= radii["product"]).all()
+    for medians in results["medians"].values():
+        assert medians["local"] > 2 * max(medians["product"], medians["intervals"])
+    for p, medians in results["medians"].items():
+        for name, median in medians.items():
+            radii = [row["radii"][name] for row in results["rows"] if str(row["p"]) == p]
+            assert median == pytest.approx(float(np.median(radii)), rel=1e-6)
+
+
+def test_local_certificates_of_a_few_digits_are_found_again() -> None:
+    """Training in float64 differs between machines by the rounding of its sums."""
+    recorded = records.read("local_certificates").results["rows"][0]
+    again, _ = local_certificates.row(2, count=3)
+    assert again["accuracy"] == pytest.approx(recorded["accuracy"], abs=0.002)
+    for name, radii in again["radii"].items():
+        tolerance = 2 * 8 * 2.0**-12 if name == "attack" else 0
+        assert radii == pytest.approx(recorded["radii"][name][:3], rel=1e-3, abs=tolerance)
+
+
+def test_interval_radius_is_that_of_a_walk_by_hand() -> None:
+    net = local_certificates.fit(1)
+    digits = mnist()
+    x, y = digits.test_images[:4].double(), digits.test_labels[:4]
+    radius = local_certificates.interval_radius(net, x, y)
+
+    def box(layer: torch.nn.Conv2d, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        def linear(weight: Tensor, z: Tensor) -> Tensor:
+            return torch.nn.functional.conv2d(z, weight, None, layer.stride, layer.padding)
+
+        up, down = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
+        bias = layer.bias[:, None, None]
+        lower = linear(up, low) + linear(down, high) + bias
+        return lower.relu(), (linear(up, high) + linear(down, low) + bias).relu()
+
+    def margin(r: Tensor) -> Tensor:
+        half = r[:, None, None, None]
+        low, high = box(net.conv2, *box(net.conv1, x - half, x + half))
+        below, above = box(net.conv3, low, high)
+        low, high = (low + below).flatten(1), (high + above).flatten(1)
+        weight = net.fc.weight[y][:, None] - net.fc.weight
+        least = weight.clamp(min=0) @ low[..., None] + weight.clamp(max=0) @ high[..., None]
+        found = least[..., 0] + net.fc.bias[y][:, None] - net.fc.bias
+        return found.scatter(1, y[:, None], math.inf).amin(1)
+
+    with torch.no_grad():
+        positive = radius > 0
+        assert positive.any()
+        assert (margin(0.999 * radius)[positive] > 0).all()
+        assert (margin(1.001 * radius + 1e-5)[positive] < 0).all()
 
 
 # ----------------------------------------------------------------------------------- smoothing

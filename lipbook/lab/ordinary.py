@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lipbook.composition import Box
 
-__all__ = ["NETWORKS", "Ordinary", "ResNet18", "made"]
+__all__ = ["NETWORKS", "Ordinary", "ResNet18", "SmallConvNet", "made"]
 
 
 class Ordinary(NamedTuple):
@@ -235,6 +235,28 @@ class Functional(nn.Module):
         x = x.view(len(x), -1)
         x = x @ self.weight.T + self.bias
         return functional.softplus(1 - 2 * x) / 3 + self.scale * x
+
+
+class SmallConvNet(nn.Module):
+    """Three convolutions, one of them around a skip, and a linear head, for digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 5, stride=2, padding=2)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8 * 7 * 7, 10)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Give what the head reads, (batch, 392)."""
+        x = torch.relu(self.conv1(x))
+        x = torch.relu(self.conv2(x))
+        x = x + torch.relu(self.conv3(x))
+        return x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give logits, (batch, 10)."""
+        return self.fc(self.features(x))
 
 
 class Wrapper(nn.Module):
