@@ -9,10 +9,10 @@ it is far above 1, and says nothing there.
 
 All networks here are compositions
 
-.. math:: f(x) = A_L\, \sigma_{L-1}(A_{L-1} \cdots \sigma_1(A_1 \sigma_0(x)))
+.. math:: f(x) = A_L\, \psi_{L-1}(A_{L-1} \cdots \psi_1(A_1 \psi_0(x)))
 
-of matrices :math:`A_i` with maps :math:`\sigma_i` without parameters that are
-:math:`\rho_i`-Lipschitz in the 2-norm and have :math:`\sigma_i(0) = 0`.
+of matrices :math:`A_i` with maps :math:`\psi_i` without parameters that are
+:math:`\rho_i`-Lipschitz in the 2-norm and have :math:`\psi_i(0) = 0`.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def spectral_complexity(
     :math:`\lVert A\rVert_2` is the Lipschitz constant of the layer, and a row is a kernel, less
     what hangs over a border of zeros. The row norms are exact; the spectral norm is that of
     :func:`~lipbook.composition.lipschitz_bound`, exact for circular padding and an upper bound
-    otherwise. All that stands between two matrices makes up one map :math:`\sigma_i`,
+    otherwise. All that stands between two matrices makes up one map :math:`\psi_i`,
     whose constant :math:`\rho_i` is bounded from above by the same function.
 
     Multiplying the weights of one layer by :math:`c > 0` multiplies R by c (without a reference),
@@ -574,16 +574,16 @@ def spectrally_normalized_margin_bound(
     .. math::
         \Pr\bigl[\arg\max f(x) \ne y\bigr] \;\le\; \hat E_\gamma
         + \frac{8}{n^{3/2}}
-        + \frac{72 \ln n \sqrt{\ln(2 W^2)}}{n} \cdot \frac{\lVert X\rVert R'}{\gamma}
+        + \frac{72 \ln n \sqrt{\ln(2 H^2)}}{n} \cdot \frac{\lVert X\rVert R'}{\gamma}
         + 3 \sqrt{\frac{\ln(2/\delta) + \sum_j \ln\bigl(c\,(1 + |k_j|)^2\bigr)}{2n}}
 
-    with :math:`\hat E_\gamma` of :func:`margin_loss`, W the width, and
+    with :math:`\hat E_\gamma` of :func:`margin_loss`, H the width, and
     :math:`c = \pi^2/3 - 1`. The theorem is about classes that are fixed before the data are seen:
     one for each choice of :math:`\gamma`, of the :math:`s_i` and of the :math:`b_i` among powers
     :math:`q^{k_j}`, :math:`q = 1 + 1/L`, of an integer :math:`k_j`. Norms are rounded up to such
     powers, :math:`\gamma` is rounded down, :math:`R'` is the complexity of the rounded norms
-    (at most e times as large), and the sum over these 2L + 1 numbers pays for having chosen
-    them afterwards.
+    (at most e times as large; :math:`R'/\gamma` at most :math:`(1 + 1/L)^{L+1}` times), and the
+    sum over these 2L + 1 numbers pays for having chosen them afterwards.
 
     **Guaranteed** with probability at least :math:`1 - \delta` over n independent samples, for all
     networks of the same layers at once, however trained, and all :math:`\gamma`, as long as

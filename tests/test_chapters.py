@@ -17,6 +17,11 @@ CHAPTERS = [
     "activations",
     "orthogonal",
     "convolutions",
+    "wasserstein",
+    "robustness",
+    "generalization",
+    "interpretability",
+    "tightness",
     "networks",
 ]
 FOLDED = {"hide-input", "hide-cell", "remove-cell"}

@@ -344,3 +344,23 @@ def test_a_slider_holds_every_frame_and_shows_the_first() -> None:
 def test_a_slider_refuses(number: int, values: list[str], alt: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         plots.Slider(frames(number), "slope", values, alt)
+
+
+# Tables
+
+
+def test_a_table_is_one_for_the_page_and_lines_for_a_terminal() -> None:
+    table = plots.Table(["a < b", 1.58], [["x & y", 0.5], ("–", "")])
+    page = ElementTree.fromstring(table._repr_html_())
+    assert [[cell.text or "" for cell in row] for row in page.iter("tr")] == [
+        ["a < b", "1.58"],
+        ["x & y", "0.5"],
+        ["–", ""],
+    ]
+    assert [row.tag for row in page.find("thead/tr") or []] == ["th", "th"]
+    assert repr(table) == "a < b  1.58\nx & y  0.5\n–"
+
+
+def test_a_table_refuses_a_row_of_another_length() -> None:
+    with pytest.raises(ValueError, match=r"rows: expected 2 cells each.*got \['1'\]"):
+        plots.Table(["a", "b"], [[1, 2], [1]])

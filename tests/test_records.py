@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lipbook
 from lipbook.lab import records
-from lipbook.lab.records import Record, facts, names, read, rounded, write
+from lipbook.lab.records import Record, facts, made, names, read, rounded, write
 
 RESULTS = {"rows": [{"name": "a", "value": 0.5, "ok": True}, {"name": "β", "value": None}], "n": 3}
 
@@ -45,6 +45,12 @@ def test_what_is_written_is_read(tmp_path: Path, given: dict[str, Tensor]) -> No
         assert again.tensors[name].dtype == tensor.dtype
         assert torch.equal(again.tensors[name], tensor)
     assert names(tmp_path) == ["example"]
+
+
+def test_one_line_says_command_day_and_machine() -> None:
+    found = {"command": "lipbook reproduce x", "date": "2026-01-02", "hardware": "a machine"}
+    line = made(dataclasses.replace(record(), facts={**record().facts, **found}))
+    assert line == "lipbook reproduce x | 2026-01-02 | a machine"
 
 
 def test_facts_are_those_of_this_run() -> None:

@@ -85,7 +85,8 @@ class StiefelMuon(torch.optim.Optimizer):
     :math:`T` is the part of :math:`N` that is tangent to the manifold, msign replaces singular
     values by 1 (:func:`matrix_sign`), and :math:`\Pi` is the orthonormal factor of the QR
     decomposition with a positive diagonal. The step has the length :math:`\eta` in the spectral
-    norm, whatever the length of the gradient.
+    norm, whatever the length of the gradient. For square :math:`W` the result of msign is tangent,
+    too, for other shapes it is not quite.
     Vectors (biases) take :math:`b \leftarrow b - \eta_b N`.
 
     It trains plain weights, which then need no parametrization; or the raw parameters of layers

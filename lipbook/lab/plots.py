@@ -1,4 +1,4 @@
-"""The look of the figures, two drawings that several chapters share, and a slider."""
+"""The look of the figures, two drawings that several chapters share, tables, and a slider."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -21,7 +21,16 @@ from matplotlib.rcsetup import cycler
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-__all__ = ["COLOURS", "WIDTH", "style", "ball_image", "image_row", "compact_svg", "Slider"]
+__all__ = [
+    "COLOURS",
+    "WIDTH",
+    "style",
+    "ball_image",
+    "image_row",
+    "compact_svg",
+    "Slider",
+    "Table",
+]
 
 #: The colours of lines in their order, blue, orange, green, purple and black. Each has a contrast
 #: above 3.5:1 on white and, inverted, on a dark page, and on both pages any two differ for
@@ -319,3 +328,58 @@ class Slider:
             f'autocomplete="off" aria-valuetext="{first}" oninput="{show}"/> '
             f"<output>{first}</output></label>\n</figure>"
         )
+
+
+class Table:
+    r"""Rows of numbers and words, as a table of the page in a notebook and as lines in a terminal.
+
+    Parameters
+    ----------
+    header : sequence
+        What stands above the columns.
+    rows : iterable of sequence
+        Cells of any kind, as ``str`` writes them: format numbers before.
+
+    Raises
+    ------
+    ValueError
+        A row has another length than the header.
+
+    Examples
+    --------
+    >>> from lipbook.lab.plots import Table
+    >>> table = Table(["width", "norm"], [[16, f"{2.345:.2f}"], [128, "–"]])
+    >>> table
+    width  norm
+    16     2.35
+    128    –
+    >>> table._repr_html_().count("<td>")
+    4
+    """
+
+    def __init__(self, header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
+        self._header = [f"{cell}" for cell in header]
+        self._rows = [[f"{cell}" for cell in row] for row in rows]
+        for row in self._rows:
+            if len(row) != len(self._header):
+                raise ValueError(
+                    f"rows: expected {len(self._header)} cells each, one under each of "
+                    f"{self._header}, got {row}"
+                )
+
+    def __repr__(self) -> str:
+        lines = [self._header, *self._rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    def _repr_html_(self) -> str:
+        head, *body = [
+            f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in line)}</tr>"
+            for tag, lines in (("th", [self._header]), ("td", self._rows))
+            for line in lines
+        ]
+        inside = f"<thead>{head}</thead><tbody>{''.join(body)}</tbody>"
+        return f'<table class="dataframe">{inside}</table>'

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import lipbook
 
-__all__ = ["Record", "facts", "names", "read", "write", "rounded"]
+__all__ = ["Record", "facts", "made", "names", "read", "write", "rounded"]
 
 LIMIT = 3_000_000  # bytes of a safetensors file: records travel with the package
 FACTS = ("command", "seed", "seconds", "threads", "hardware", "date", "versions")
@@ -135,6 +135,26 @@ def facts(command: str, seed: int, seconds: float) -> dict[str, Any]:
             "POT": metadata.version("POT"),
         },
     }
+
+
+def made(record: Record) -> str:
+    r"""Say in one line how a record was made: the command, the day and the machine.
+
+    Parameters
+    ----------
+    record : Record
+
+    Returns
+    -------
+    str
+        What a chapter prints above the numbers of the record.
+
+    Examples
+    --------
+    >>> made(read("tightness")).startswith("lipbook reproduce tightness | 20")
+    True
+    """
+    return " | ".join(record.facts[key] for key in ("command", "date", "hardware"))
 
 
 def names(folder: str | os.PathLike[str] | None = None) -> list[str]:
