@@ -40,6 +40,7 @@ Size = int | Sequence[int]
 
 # torch.fx records a call of these as one step, since their course depends on sizes.
 torch.fx.wrap("_pad_whole")
+torch.fx.wrap("_pad_symmetric")
 
 
 CONV = (functional.conv1d, functional.conv2d, functional.conv3d)
@@ -183,10 +184,11 @@ def resolve_padding(
         raise ValueError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
     else:
         before = per_axis("padding", padding, len(spans), least=0)
-    if mode == "circular" and any(2 * pad > span for pad, span in zip(before, spans, strict=True)):
+    if mode != "zeros" and any(2 * pad > span for pad, span in zip(before, spans, strict=True)):
         raise ValueError(
-            "padding must be at most half of dilation * (kernel_size - 1) on a circle, or pixels "
-            f"are repeated and the norm exceeds 1, got {before} and {tuple(spans)}"
+            f"padding must be at most half of dilation * (kernel_size - 1) with {mode} padding, or "
+            "pixels are read too often and the norm exceeds 1, got "
+            f"{before} and {tuple(spans)}"
         )
     pairs = zip(before, totals, strict=True)
     return before, [(pad, max(total - pad, 0) if 2 * pad >= total else pad) for pad, total in pairs]
@@ -213,14 +215,16 @@ class ConstrainedConv(Constrained, _ConvNd):
     """What the constrained layers share: geometry, initial values, the check of the circle."""
 
     _dims: int
+    _padding_modes: tuple[str, ...] = ("circular", "zeros")
 
     def _geometry(
         self, kernel_size: Size, stride: Size, dilation: Size, padding_mode: str
     ) -> tuple[tuple[int, ...], ...]:
-        if padding_mode not in ("circular", "zeros"):
+        if padding_mode not in self._padding_modes:
+            modes = " or ".join(map(repr, self._padding_modes))
             raise ValueError(
-                "padding_mode must be 'circular' or 'zeros' (reflect and replicate padding copy "
-                f"pixels, which takes the norm above 1), got {padding_mode!r}"
+                f"padding_mode must be {modes} (other padding copies pixels, which takes the norm "
+                f"above 1), got {padding_mode!r}"
             )
         arguments = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
         return tuple(per_axis(name, value, self._dims) for name, value in arguments.items())
@@ -256,8 +260,22 @@ def _pad_whole(x: Tensor, pads: Sequence[tuple[int, int]], strides: Sequence[int
     return circular_pad(x, pads)
 
 
+def _pad_symmetric(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
+    """Continue the last axes by their mirror image, the outermost pixel first."""
+    for axis, (before, after) in zip(range(-1, -len(pads) - 1, -1), reversed(pads), strict=True):
+        size = x.shape[axis]
+        if max(before, after) > size:
+            raise ValueError(
+                "input must be at least as large as its padding, with symmetric padding, "
+                f"got size {size} and padding {(before, after)}"
+            )
+        start, end = x.narrow(axis, 0, before), x.narrow(axis, size - after, after)
+        x = torch.cat([start.flip(axis), x, end.flip(axis)], axis)
+    return x
+
+
 class CircularConv(ConstrainedConv):
-    """Convolution with a constrained kernel, on a circle or with zeros around the image."""
+    """Convolution with a constrained kernel, on a circle or with a border around the image."""
 
     def __init__(
         self,
@@ -278,14 +296,17 @@ class CircularConv(ConstrainedConv):
         pads, self._pads = resolve_padding(padding, spans, strides, padding_mode)
         channels = (operator.index(in_channels), operator.index(out_channels))
         groups = operator.index(groups)
-        geometry: Any = (sizes, strides, pads, dilations, groups, bias, padding_mode)
-        super().__init__(*channels, *geometry, device, dtype)  # type: ignore[call-arg]
+        geometry: Any = (sizes, strides, pads, dilations, groups, bias)
+        super().__init__(*channels, *geometry, "zeros", device, dtype)  # type: ignore[call-arg]
+        self.padding_mode = cast(Any, padding_mode)  # torch's classes do not know all of them
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve, (batch, c_in, *size) to (batch, c_out, *size / stride)."""
         padding: Any = self.padding
         if self.padding_mode == "circular":
             input, padding = _pad_whole(input, self._pads, self.stride), 0
+        elif self.padding_mode == "symmetric":
+            input, padding = _pad_symmetric(input, self._pads), 0
         elif padding == "same":  # by an even kernel; torch would do so with a warning
             ends = itertools.chain.from_iterable(reversed(self._pads))
             input, padding = functional.pad(input, list(ends)), 0
@@ -376,4 +397,4 @@ def torch_computes(module: Any) -> bool:
     """Whether torch's class of a convolution makes the same calls on the same padded image."""
     if module.padding_mode == "circular":
         return not module.transposed and max(module.stride) == 1
-    return bool(module.padding != "same")
+    return module.padding_mode == "zeros" and bool(module.padding != "same")
