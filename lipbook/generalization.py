@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook.composition import Bound, lipschitz_bound
+from lipbook.norms.arguments import _got
 
 __all__ = [
     "MarginBound",
@@ -742,10 +743,9 @@ def _check_positive(name: str, value: float) -> None:
 
 def _check_float(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        hint = "" if isinstance(tensor, Tensor) else ": join its batches with torch.cat"
-        hint = ": call torch.from_numpy" if isinstance(tensor, np.ndarray) else hint
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}{hint}")
+        loader = not isinstance(tensor, (Tensor, np.ndarray))
+        hint = ": join its batches with torch.cat" if loader else ""
+        raise TypeError(f"{name} must be a floating-point tensor, got {_got(tensor)}{hint}")
     if not tensor.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
@@ -761,8 +761,8 @@ def _check_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     _check_float("logits", logits)
     real = isinstance(labels, Tensor) and (labels.is_floating_point() or labels.is_complex())
     if not isinstance(labels, Tensor) or real or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64 tensor, got {got}: call .long()")
+        hint = ": call .long()" if isinstance(labels, Tensor) else ""
+        raise TypeError(f"labels must be an integer tensor, got {_got(labels)}{hint}")
     labels = labels.long()
     if logits.dim() != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
         raise ValueError(

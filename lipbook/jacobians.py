@@ -18,11 +18,10 @@ import contextlib
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +31,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 __all__ = [
     "jacobian",
@@ -263,6 +265,8 @@ def jacobian_operator(module: Function, x: Tensor) -> LinearOperator:
     >>> bool((operator @ np.eye(6) == np.eye(6)).all())
     True
     """
+    from scipy.sparse.linalg import LinearOperator  # noqa: PLC0415 - slow to import
+
     function = _sample_function(module)
     _check_tensor("x", x)
     x = x.detach().clone()  # since the caller may write into it before a product is taken
@@ -358,6 +362,8 @@ def singular_values(
         basis = np.eye(r, k, dtype=J.dtype)
     else:
         # Note [unit scale]: ARPACK takes eigenvalues below 1e-11 for zero and stops too early.
+        from scipy.sparse.linalg import LinearOperator, eigsh  # noqa: PLC0415 - slow to import
+
         gram = LinearOperator(
             (r, r), matvec=lambda v: tall.T @ (tall @ v / scale) / scale, dtype=J.dtype
         )

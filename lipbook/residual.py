@@ -64,6 +64,8 @@ __all__ = [
     "sll_scale",
 ]
 
+Activation = Literal["relu", "tanh", "softplus", "identity"]
+
 # Elementwise, with slopes in [0, 1]. Sorting is neither: its Jacobian is not symmetric.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -297,7 +299,7 @@ class SLLLinear(_DenseStep):
         self,
         features: int,
         inner_features: int | None = None,
-        activation: str = "relu",
+        activation: Activation = "relu",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -338,7 +340,7 @@ class CPLLinear(_DenseStep):
         self,
         features: int,
         inner_features: int | None = None,
-        activation: str = "relu",
+        activation: Activation = "relu",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -388,7 +390,7 @@ class SLLConv2d(_ConvolutionStep):
         inner_channels: int | None = None,
         kernel_size: int = 3,
         padding_mode: Literal["circular", "zeros"] = "circular",
-        activation: str = "relu",
+        activation: Activation = "relu",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -428,7 +430,7 @@ class CPLConv2d(_ConvolutionStep):
         inner_channels: int | None = None,
         kernel_size: int = 3,
         padding_mode: Literal["circular", "zeros"] = "circular",
-        activation: str = "relu",
+        activation: Activation = "relu",
         device: Any = None,
         dtype: Any = None,
     ) -> None:

@@ -135,6 +135,18 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert ran(code).stdout == "[]\n"
 
 
+def test_importing_the_library_imports_torch_and_numpy_only() -> None:
+    """Their dependencies aside, which they import themselves, and the standard library."""
+    rooms = sorted(f"lipbook.{room}" for room, at in FLOORS.items() if at < FLOORS["lab"])
+    code = (
+        "import sys, torch, numpy; before = set(sys.modules)\n"
+        f"import {', '.join(rooms)}\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - sys.stdlib_module_names - {'torch', 'numpy'}))"
+    )
+    assert ran(code).stdout == "['lipbook']\n"
+
+
 def test_modules_are_imported_when_they_are_asked_for() -> None:
     code = "import lipbook; print(lipbook.convolutions.OrthogonalConv2d.__module__)"
     assert ran(code).stdout.startswith("lipbook.convolutions")

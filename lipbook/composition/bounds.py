@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,10 @@ from lipbook.rules import (
 )
 
 __all__ = ["Residual", "Sum", "bound_method", "graph_bound", "lipschitz_bound"]
+
+MethodName = Literal[
+    "product", "absolute", "averaged", "seqlip", "exact", "lipsdp", "lipsdp-layer", "eclipse"
+]  # those that lipschitz_bound knows
 
 
 class Residual(nn.Module):
@@ -136,7 +140,7 @@ def lipschitz_bound(
     module: nn.Module,
     input_shape: Sequence[int],
     p: float = 2,
-    method: str = "product",
+    method: MethodName = "product",
     *,
     domain: Domain | None = None,
     output: str | int | None = None,

@@ -18,6 +18,7 @@ from lipbook.convolutions.circular import (
     CONV_TRANSPOSE,
     CircularConv,
     ConstrainedConv,
+    Padding,
     Size,
     check_groups,
     circular_fold,
@@ -181,11 +182,11 @@ class _OrthogonalConv(CircularConv):
         out_channels: int,
         kernel_size: Size,
         stride: Size = 1,
-        padding: Size | str = "same",
+        padding: Padding = "same",
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "circular",
+        padding_mode: Literal["circular", "zeros"] = "circular",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -286,13 +287,21 @@ class OrthogonalConv2d(_OrthogonalConv, nn.Conv2d):
 
 
 class OrthogonalConv1d(_OrthogonalConv, nn.Conv1d):
-    """Orthogonal convolution in one dimension: see :class:`OrthogonalConv2d`."""
+    """Orthogonal convolution in one dimension (BCOP).
+
+    All min(m, n) singular values are 1 with circular padding, and at most 1 with zero padding. The
+    arguments are those of :class:`OrthogonalConv2d`.
+    """
 
     _dims = 1
 
 
 class OrthogonalConv3d(_OrthogonalConv, nn.Conv3d):
-    """Orthogonal convolution in three dimensions: see :class:`OrthogonalConv2d`."""
+    """Orthogonal convolution in three dimensions (BCOP).
+
+    All min(m, n) singular values are 1 with circular padding, and at most 1 with zero padding. The
+    arguments are those of :class:`OrthogonalConv2d`.
+    """
 
     _dims = 3
 
@@ -304,12 +313,12 @@ class _OrthogonalConvTranspose(ConstrainedConv):
         out_channels: int,
         kernel_size: Size,
         stride: Size = 1,
-        padding: Size | str = "same",
+        padding: Padding = "same",
         output_padding: Size = 0,
         groups: int = 1,
         bias: bool = True,
         dilation: Size = 1,
-        padding_mode: str = "circular",
+        padding_mode: Literal["circular", "zeros"] = "circular",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -370,7 +379,7 @@ class OrthogonalConvTranspose2d(_OrthogonalConvTranspose, nn.ConvTranspose2d):  
 
     The adjoint of :class:`OrthogonalConv2d` from ``out_channels`` to ``in_channels``:
     :class:`torch.nn.ConvTranspose2d` with such a weight, and with circular padding, which torch
-    does not offer. **Guaranteed** as there: all singular values are 1 with circular padding and at
+    does not offer. **Guaranteed**: all singular values are 1 with circular padding and at
     most 1 with zero padding. Without any padding (``padding=0, padding_mode="zeros"``) nothing
     is cut, and they are 1 as well, provided that c_in ≤ s² c_out.
 
@@ -405,13 +414,21 @@ class OrthogonalConvTranspose2d(_OrthogonalConvTranspose, nn.ConvTranspose2d):  
 
 
 class OrthogonalConvTranspose1d(_OrthogonalConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
-    """Orthogonal transposed convolution, one dimension: see :class:`OrthogonalConvTranspose2d`."""
+    """Orthogonal transposed convolution in one dimension (BCOP).
+
+    All min(m, n) singular values are 1 with circular padding, and at most 1 with zero padding. The
+    arguments are those of :class:`OrthogonalConvTranspose2d`.
+    """
 
     _dims = 1
 
 
 class OrthogonalConvTranspose3d(_OrthogonalConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
-    """Orthogonal transposed convolution in 3-D: see :class:`OrthogonalConvTranspose2d`."""
+    """Orthogonal transposed convolution in three dimensions (BCOP).
+
+    All min(m, n) singular values are 1 with circular padding, and at most 1 with zero padding. The
+    arguments are those of :class:`OrthogonalConvTranspose2d`.
+    """
 
     _dims = 3
 

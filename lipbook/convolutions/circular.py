@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lipbook.orthogonal.constrained import Constrained, raw_parameters
 __all__ = [
     "circular_pad",
     "circular_fold",
+    "Padding",
     "Size",
     "CONV",
     "CONV_TRANSPOSE",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 Size = int | Sequence[int]
+Padding = Size | Literal["same", "valid"]
 
 # torch.fx records a call of these as one step, since their course depends on sizes.
 torch.fx.wrap("_pad_whole")
@@ -165,7 +167,7 @@ def check_groups(channels: int, groups: int) -> None:
 
 
 def resolve_padding(
-    padding: Size | str, spans: Sequence[int], strides: Sequence[int], mode: str
+    padding: Padding, spans: Sequence[int], strides: Sequence[int], mode: str
 ) -> tuple[tuple[int, ...] | str, list[tuple[int, int]]]:
     """Resolve padding as torch takes it, and to pixels before and after on each axis."""
     totals = [max(span + 1 - s, 0) for span, s in zip(spans, strides, strict=True)]
@@ -283,7 +285,7 @@ class CircularConv(ConstrainedConv):
         out_channels: int,
         kernel_size: Size,
         stride: Size,
-        padding: Size | str,
+        padding: Padding,
         dilation: Size,
         groups: int,
         bias: bool,

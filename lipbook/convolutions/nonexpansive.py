@@ -14,6 +14,7 @@ from lipbook.composition import Bound
 from lipbook.convolutions.circular import (
     CONV,
     CircularConv,
+    Padding,
     Size,
     check_kernel,
     convolution_rule,
@@ -311,11 +312,11 @@ class _NonexpansiveConv(CircularConv):
         out_channels: int,
         kernel_size: Size,
         stride: Size = 1,
-        padding: Size | str = "same",
+        padding: Padding = "same",
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "circular",
+        padding_mode: Literal["circular", "zeros", "symmetric"] = "circular",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -383,13 +384,19 @@ class NonexpansiveConv2d(_NonexpansiveConv, nn.Conv2d):
 
 
 class NonexpansiveConv1d(_NonexpansiveConv, nn.Conv1d):
-    """1-Lipschitz convolution in one dimension: see :class:`NonexpansiveConv2d`."""
+    """1-Lipschitz convolution in one dimension, not orthogonal (AOL or RKO).
+
+    The norm is at most 1. The arguments are those of :class:`NonexpansiveConv2d`.
+    """
 
     _dims = 1
 
 
 class NonexpansiveConv3d(_NonexpansiveConv, nn.Conv3d):
-    """1-Lipschitz convolution in three dimensions: see :class:`NonexpansiveConv2d`."""
+    """1-Lipschitz convolution in three dimensions, not orthogonal (AOL or RKO).
+
+    The norm is at most 1. The arguments are those of :class:`NonexpansiveConv2d`.
+    """
 
     _dims = 3
 

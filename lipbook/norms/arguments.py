@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = []
 
 Size = int | Sequence[int]
+Padding = Size | Literal["same", "valid"]
+PaddingMode = Literal["zeros", "circular", "reflect", "replicate"]
+
+
+def _got(value: object) -> str:
+    """Say what came: a dtype, an array that can be a tensor, or another type."""
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    hint = ": call torch.from_numpy" if isinstance(value, np.ndarray) else ""
+    return f"{type(value).__name__}{hint}"
 
 
 def _matrix(matrix: Tensor) -> Tensor:
@@ -23,7 +35,7 @@ def _matrix(matrix: Tensor) -> Tensor:
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {_got(tensor)}")
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
     if not tensor.isfinite().all():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipbook.norms.arguments import Size, _convolution_exponent, _matrix
+from lipbook.norms.arguments import Padding, PaddingMode, Size, _convolution_exponent, _matrix
 from lipbook.norms.axes import _half
 from lipbook.norms.convolutions import _completions, convolution_norm_bound
 from lipbook.norms.geometry import _geometry
@@ -152,10 +152,10 @@ def rigorous_convolution_norm(
     weight: Tensor,
     input_size: Size,
     stride: Size = 1,
-    padding: Size | str = 0,
+    padding: Padding = 0,
     dilation: Size = 1,
     groups: int = 1,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     p: float = 2,
     transposed: bool = False,
     output_padding: Size = 0,
