@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook.composition import Bound, lipschitz_bound
-from lipbook.norms.arguments import _got
+from lipbook.norms.arguments import _got, _integer, _real
+from lipbook.rules import _shape
 
 __all__ = [
     "MarginBound",
@@ -117,6 +118,7 @@ def margin_loss(margins: Tensor, gamma: float) -> float:
     [0.25, 0.75, 1.0]
     """
     margins = _check_margins(margins)
+    _real("gamma", gamma)
     if math.isnan(gamma):
         raise ValueError("gamma must be a number, got nan")
     return (margins <= gamma).double().mean().item()
@@ -324,7 +326,7 @@ def spectral_complexity(
     ----------
     :cite:t:`bartlett2017`, equation (1.2) and Theorem 1.1.
     """
-    layers = list(_matrices(module, input_shape))
+    layers = list(_matrices(module, _shape(input_shape)))
     matrices = [layer for layer in layers if isinstance(layer, _Matrix)]
     if not matrices:
         raise ValueError("module must have one linear layer or more, got none")
@@ -511,8 +513,7 @@ def normalized_margins(
     :cite:t:`bartlett2017`, Section 2.
     """
     found = margins(logits, labels)
-    if not isinstance(complexity, SpectralComplexity):
-        raise TypeError(f"complexity must be a SpectralComplexity, got {type(complexity).__name__}")
+    _check_complexity(complexity)
     _check_positive("data_norm", data_norm)
     _check_positive("complexity", complexity.value)
     return found / (complexity.value * data_norm / len(found))
@@ -632,7 +633,9 @@ def spectrally_normalized_margin_bound(
     chapter.
     """
     margins = _check_margins(margins)
+    _check_complexity(complexity)
     _check_positive("data_norm", data_norm)
+    _real("delta", delta)
     if not 0 < delta < 1:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
     n, q = len(margins), 1 + 1 / len(complexity.distances)
@@ -719,7 +722,9 @@ def pac_bayes_term(complexity: SpectralComplexity, radius: float, gamma: float, 
     ----------
     :cite:t:`neyshabur2018`, Theorem 1.
     """
-    for name, value in (("radius", radius), ("gamma", gamma), ("n", n)):
+    _check_complexity(complexity)
+    _integer("n", n, 1)
+    for name, value in (("radius", radius), ("gamma", gamma)):
         _check_positive(name, value)
     if complexity.lipschitz > 1:
         raise ValueError(
@@ -739,6 +744,11 @@ def _check_positive(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_complexity(complexity: object) -> None:
+    if not isinstance(complexity, SpectralComplexity):
+        raise TypeError(f"complexity must be a SpectralComplexity, got {type(complexity).__name__}")
 
 
 def _check_float(name: str, tensor: Any) -> None:

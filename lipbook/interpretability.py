@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lipbook import jacobians
-from lipbook.norms.arguments import _got
+from lipbook.norms.arguments import _got, _integer, _real
 from lipbook.robustness import certified_radius
 from lipbook.robustness.arguments import check_mode
 from lipbook.robustness.certificate import check_logits
@@ -257,9 +257,10 @@ def stability(
     True
     """
     _check_inputs(model, inputs)
+    _real("radius", radius)
     if not 0 <= radius < math.inf:
         raise ValueError(f"radius must be a finite number >= 0, got {radius}")
-    if samples < 1:
+    if _integer("samples", samples, 0) < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     labels = _labels(model, inputs, labels)
     here = _unit("gradient", _flat("gradient", _gradient(model, inputs, labels)))

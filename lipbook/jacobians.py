@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -606,8 +607,10 @@ def batch_norm_jacobian(inputs: Tensor, weight: Tensor | None = None, eps: float
     n, channels = inputs.shape
     if weight is not None:
         _check_vector("weight", weight, torch.Size([channels]), inputs)
-    if not eps >= 0:
-        raise ValueError(f"eps must be non-negative, got {eps}")
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be non-negative and finite, got {eps}")
     x = inputs.T
     sigma = (x.var(-1, correction=0, keepdim=True) + eps).sqrt()  # (c, 1)
     normalised = (x - x.mean(-1, keepdim=True)) / sigma  # (c, n)
@@ -740,7 +743,7 @@ def _selection(positions: Tensor, size: int, padding_mode: str) -> Tensor:
 
 
 def _per_dimension(name: str, value: int | Sequence[int], dims: int, least: int = 0) -> list[int]:
-    values = [value] * dims if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Iterable) else [value] * dims
     if len(values) != dims or not all(isinstance(v, int) and v >= least for v in values):
         raise ValueError(f"{name} must be one or {dims} integers >= {least}, got {value!r}")
     return values

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook.norms import dual_exponent
-from lipbook.norms.arguments import _got
+from lipbook.norms.arguments import _got, _real
 
 __all__ = [
     "CertificateLoss",
@@ -644,11 +644,13 @@ def _reduced(
 
 
 def _check_positive(name: str, value: float) -> None:
+    _real(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _check_not_negative(name: str, value: float) -> None:
+    _real(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
@@ -722,7 +724,7 @@ def _check_binary(outputs: Tensor, labels: Tensor) -> Tensor:
     """Refuse what is no batch of numbers with a sign for each, and return the signs."""
     if outputs.dim() != 1 or labels.shape != outputs.shape:
         raise ValueError(
-            "outputs and labels must have one shape (batch,), "
+            "outputs (logits) and labels must have one shape (batch,), "
             f"got {tuple(outputs.shape)} and {tuple(labels.shape)}"
         )
     labels = labels if labels.is_floating_point() else labels.long()

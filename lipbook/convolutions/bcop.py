@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -20,6 +19,7 @@ from lipbook.convolutions.circular import (
     ConstrainedConv,
     Padding,
     Size,
+    channel_counts,
     check_groups,
     circular_fold,
     convolution_rule,
@@ -31,6 +31,7 @@ from lipbook.convolutions.circular import (
 from lipbook.errors import _error_rule_of
 from lipbook.freezing import register_plain
 from lipbook.layers.linear import convolution_error
+from lipbook.norms.arguments import _integer
 
 __all__ = [
     "BCOP",
@@ -134,7 +135,7 @@ class BCOP(nn.Module):
         self.transposed = max(self.stride) == 1 and rows > columns
         rows, n = (columns, rows) if self.transposed else (rows, columns)
         rank = n // 2 if rank is None else rank
-        if not 0 <= rank <= n:
+        if _integer("rank", rank, 0) > n:
             raise ValueError(f"rank must be between 0 and the {n} channels, got {rank}")
         factors = sum(self.kernel_size) - sum(self.stride)
         self.seed_shape = (groups, rows, n * math.prod(self.stride))
@@ -351,8 +352,8 @@ class _OrthogonalConvTranspose(ConstrainedConv):
                     "padding must be integers for an even kernel without stride and dilation "
                     f"and with zero padding, got 'same' and kernel_size {sizes}"
                 )
-        channels = (operator.index(in_channels), operator.index(out_channels))
-        groups = operator.index(groups)
+        channels = channel_counts(in_channels, out_channels)
+        groups = _integer("groups", groups, 1)
         geometry: Any = (sizes, strides, 0, extra, groups, bias, dilations, "zeros")
         super().__init__(*channels, *geometry, device, dtype)  # type: ignore[call-arg]
         self.padding, self.padding_mode = pads, cast(Any, padding_mode)

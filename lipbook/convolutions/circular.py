@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from lipbook.composition import Bound
 from lipbook.norms import convolution_norm_bound, convolution_norm_is_exact, dual_exponent
+from lipbook.norms.arguments import _floating, _integer, _tensor
 from lipbook.orthogonal.constrained import Constrained, raw_parameters
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "CONV_TRANSPOSE",
     "per_axis",
     "check_kernel",
+    "channel_counts",
     "check_groups",
     "resolve_padding",
     "semi_orthogonal",
@@ -84,6 +86,7 @@ def circular_pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     >>> circular_pad(torch.arange(5), [(2, 1)])
     tensor([3, 4, 0, 1, 2, 3, 4, 0])
     """
+    _check_axes(x, pads)
     for size, pair in zip(x.shape[x.dim() - len(pads) :], pads, strict=True):
         if max(pair) > size:
             raise ValueError(f"pads must be at most the size {size}, got {pair}")
@@ -126,6 +129,7 @@ def circular_fold(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     >>> circular_fold(torch.tensor([10, 20, 0, 1, 2, 3, 4, 30]), [(2, 1)])
     tensor([30,  1,  2, 13, 24])
     """
+    _check_axes(x, pads)
     for axis, (before, after) in zip(range(-1, -len(pads) - 1, -1), reversed(pads), strict=True):
         size = x.shape[axis] - before - after
         if max(before, after) > size:
@@ -140,6 +144,12 @@ def circular_fold(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     return x
 
 
+def _check_axes(x: Tensor, pads: Sequence[tuple[int, int]]) -> None:
+    _tensor("x", x)
+    if x.dim() < len(pads):
+        raise ValueError(f"x must have {len(pads)} axes or more, got shape {tuple(x.shape)}")
+
+
 def per_axis(name: str, value: Size, dims: int, least: int = 1) -> tuple[int, ...]:
     """One integer for each axis, from one for all or a sequence."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * dims
@@ -150,19 +160,25 @@ def per_axis(name: str, value: Size, dims: int, least: int = 1) -> tuple[int, ..
 
 def check_kernel(weight: Tensor, groups: int) -> int:
     """Refuse what is no kernel of a convolution with these groups; return its number of axes."""
+    _floating("weight", weight)
     dims = weight.dim() - 2
-    if dims not in (1, 2, 3) or not weight.is_floating_point():
+    if dims not in (1, 2, 3):
         raise ValueError(
-            "weight must be a real floating-point kernel (c_out, c_in / groups, *k) with one to "
-            f"three sizes k, got {weight.dtype} of shape {tuple(weight.shape)}"
+            "weight must be a kernel (c_out, c_in / groups, *k) with one to three sizes k, "
+            f"got shape {tuple(weight.shape)}"
         )
     check_groups(len(weight), groups)
     return dims
 
 
+def channel_counts(in_channels: int, out_channels: int) -> tuple[int, int]:
+    """Refuse what are no numbers of channels."""
+    return _integer("in_channels", in_channels, 1), _integer("out_channels", out_channels, 1)
+
+
 def check_groups(channels: int, groups: int) -> None:
     """Refuse groups that do not divide the channels."""
-    if groups < 1 or channels % groups:
+    if _integer("groups", groups, 1) and channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of the weight, got {groups}")
 
 
@@ -296,8 +312,8 @@ class CircularConv(ConstrainedConv):
         sizes, strides, dilations = self._geometry(kernel_size, stride, dilation, padding_mode)
         spans = [d * (k - 1) for k, d in zip(sizes, dilations, strict=True)]
         pads, self._pads = resolve_padding(padding, spans, strides, padding_mode)
-        channels = (operator.index(in_channels), operator.index(out_channels))
-        groups = operator.index(groups)
+        channels = channel_counts(in_channels, out_channels)
+        groups = _integer("groups", groups, 1)
         geometry: Any = (sizes, strides, pads, dilations, groups, bias)
         super().__init__(*channels, *geometry, "zeros", device, dtype)  # type: ignore[call-arg]
         self.padding_mode = cast(Any, padding_mode)  # torch's classes do not know all of them

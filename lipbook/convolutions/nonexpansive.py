@@ -26,6 +26,7 @@ from lipbook.errors import Analysis, _error_rule_of
 from lipbook.freezing import register_plain
 from lipbook.layers.linear import convolution_error
 from lipbook.norms import operator_norm
+from lipbook.norms.arguments import _floating, _integer
 from lipbook.norms.rigorous import rigorous_matrix_norm
 from lipbook.orthogonal import cholesky_qr
 from lipbook.orthogonal.orthonormality import negligible, power_of_two, without_autocast
@@ -145,7 +146,8 @@ def aol_kernel(weight: Tensor, stride: Size = 1, dilation: Size = 1, groups: int
     ----------
     :cite:t:`prach2022aol`, Theorem 2.
     """
-    sizes, dims = weight.shape[2:], check_kernel(weight, groups)
+    dims = check_kernel(weight, groups)
+    sizes = weight.shape[2:]
     strides, dilations = per_axis("stride", stride, dims), per_axis("dilation", dilation, dims)
     with without_autocast(weight):
         kernel = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -211,6 +213,8 @@ def kernel_norm_bound(kernel: Tensor, squarings: int = 4) -> Tensor:
     >>> bool(circular_convolution_norm(kernel, 16) <= kernel_norm_bound(kernel))
     True
     """
+    _floating("kernel", kernel, 2)
+    _integer("squarings", squarings, 0)
     with without_autocast(kernel):
         scale = power_of_two(kernel)
         matrix = (kernel / scale).flatten(1)

@@ -58,6 +58,28 @@ def _convolution_exponent(p: float) -> float:
     return p
 
 
+def _tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor, of any dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_got(value)}")
+
+
+def _floating(name: str, value: object, dims: int = 0) -> None:
+    """Refuse what is no real floating-point tensor with as many dimensions or more."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a real floating-point tensor, got {_got(value)}")
+    if value.dim() < dims:
+        raise ValueError(
+            f"{name} must have {dims} or more dimensions, got shape {tuple(value.shape)}"
+        )
+
+
+def _real(name: str, value: float) -> None:
+    """Refuse what is no real number; its range is the caller's."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def _integer(name: str, value: int, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lipbook import rules
 from lipbook.norms import dual_exponent
-from lipbook.norms.arguments import _got
+from lipbook.norms.arguments import _floating, _got, _integer, _real
 
 __all__ = ["Accuracy", "Certificate", "certified_radius", "wilson_interval"]
 
@@ -91,6 +91,7 @@ def certified_radius(
     :cite:t:`singla2022improved`.
     """
     dual = dual_exponent(p)
+    _real("lipschitz", lipschitz)
     if not (0 < lipschitz < math.inf):
         raise ValueError(f"lipschitz must be positive and finite, got {lipschitz}")
     logits = check_logits(logits, labels)
@@ -220,8 +221,10 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Ac
     >>> print(wilson_interval(950, 1000))
     95.00 % [93.47, 96.19]
     """
-    if not 0 <= successes <= trials or trials < 1:
+    _integer("successes", successes, 0)
+    if successes > _integer("trials", trials, 1):
         raise ValueError(f"successes must be between 0 and trials, got {successes} of {trials}")
+    _real("confidence", confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     from scipy import special  # noqa: PLC0415 - takes a tenth of what torch takes
@@ -272,6 +275,7 @@ class Certificate:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _floating("radius", self.radius, 1)
         shapes = {tuple(t.shape) for t in (self.radius, self.predictions, self.labels)}
         if shapes != {(len(self.radius),)} or not len(self.radius):
             raise ValueError(
