@@ -6,6 +6,14 @@ never gets small, since its logits cannot grow at will, and its gradient goes to
 to the border. Each loss here says by a parameter how large a margin is worth having, and so trades
 accuracy for radius. Methods can only be compared at the same loss (:cite:t:`bethune2022`).
 
+**Which one.** Start with ``MultiMarginLoss(margin_for_radius(r))``, where r is the radius up to
+which predictions shall be certified: one number in the units of the input, and a gradient that ends
+where it is reached. A larger r buys certified accuracy at large radii with accuracy at small ones.
+``OffsetCrossEntropyLoss(margin_for_radius(r), temperature)`` is the same with soft edges, for many
+classes, of which the hinge would move few (:cite:t:`prach2022aol` take :math:`u = \sqrt2` and
+:math:`t = 1/4` for colour images). ``HingeKRLoss`` is for two classes, and for several that may
+apply together. ``CertificateLoss`` rewards radius without naming one.
+
 Functions come first: (batch, classes) logits and labels (batch,) to the mean over the
 batch. Then the same as modules, for ``loss=`` of a training loop.
 

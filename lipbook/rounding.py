@@ -95,12 +95,12 @@ def forward_error(module: nn.Module, inputs: Tensor, p: float = 2) -> ForwardErr
     """
     p = _exponent(p)
     _floating("inputs", inputs, 2)
+    _check_arithmetic(inputs)
     if not len(inputs) or not inputs.isfinite().all():
         raise ValueError(
             "inputs must be finite, one sample or more, got NaN, infinity or shape "
             f"{tuple(inputs.shape)}"
         )
-    _check_arithmetic(inputs)
     with torch.inference_mode(False):
         graph = trace(module, tuple(inputs.shape[1:]))
         return graph_error(graph, inputs, p)(inputs)

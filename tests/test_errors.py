@@ -618,7 +618,7 @@ TABLE: dict[str, Row] = {
     "robustness.Certificate": row(
         lambda radius: robustness.Certificate(radius, Y, Y, 2.0, True),
         radius=("tensor", tensor(5).abs()),
-        fine="radius: infinity",
+        fine="radius: integers, infinity",
     ),
     "robustness.Standardize": row(
         lambda mean, std: robustness.Standardize([mean], [std]),

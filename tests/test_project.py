@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -343,3 +344,19 @@ def test_every_planted_fault_has_its_place() -> None:
     for fault in faults:
         text = (TOP / "lipbook" / f"{fault.module}.py").read_text()
         assert text.count(fault.right) == 1, (fault.module, fault.consequence)
+
+
+def test_an_editor_shows_what_a_class_is() -> None:
+    """The docstring of the class, its formula in it, and the constructor's arguments."""
+    for room in ("activations", "convolutions", "losses", "orthogonal", "pooling", "residual"):
+        module = getattr(lipbook, room)
+        for name in module.__all__:
+            thing = getattr(module, name)
+            text = inspect.getdoc(thing) or ""
+            assert len(text.splitlines()) > 2 or text.startswith("Parametrization"), name
+            assert not re.search(r"^ *As there|\bas there\b", text, re.MULTILINE), name
+            if isinstance(thing, type) and thing.__module__.startswith("lipbook"):
+                own = [cls for cls in thing.__mro__ if cls.__module__.startswith("lipbook")]
+                assert not any(
+                    vars(cls).get("__init__").__doc__ for cls in own if "__init__" in vars(cls)
+                )

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lipbook import rules
 from lipbook.norms import dual_exponent
-from lipbook.norms.arguments import _floating, _got, _integer, _real
+from lipbook.norms.arguments import _got, _integer, _real, _tensor
 
 __all__ = ["Accuracy", "Certificate", "certified_radius", "wilson_interval"]
 
@@ -275,7 +275,9 @@ class Certificate:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _floating("radius", self.radius, 1)
+        _tensor("radius", self.radius)
+        if self.radius.dim() != 1:
+            raise ValueError(f"radius must have shape (n,), got {tuple(self.radius.shape)}")
         shapes = {tuple(t.shape) for t in (self.radius, self.predictions, self.labels)}
         if shapes != {(len(self.radius),)} or not len(self.radius):
             raise ValueError(
