@@ -723,9 +723,9 @@ def pac_bayes_term(complexity: SpectralComplexity, radius: float, gamma: float, 
     :cite:t:`neyshabur2018`, Theorem 1.
     """
     _check_complexity(complexity)
-    _integer("n", n, 1)
-    for name, value in (("radius", radius), ("gamma", gamma)):
+    for name, value in (("radius", radius), ("gamma", gamma), ("n", n)):
         _check_positive(name, value)
+    _integer("n", n, 1)
     if complexity.lipschitz > 1:
         raise ValueError(
             "complexity must be that of 1-Lipschitz maps between matrices, got the constant "

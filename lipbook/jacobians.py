@@ -609,8 +609,10 @@ def batch_norm_jacobian(inputs: Tensor, weight: Tensor | None = None, eps: float
         _check_vector("weight", weight, torch.Size([channels]), inputs)
     if isinstance(eps, bool) or not isinstance(eps, Real):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be non-negative and finite, got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be non-negative, got {eps}")
+    if eps == math.inf:
+        raise ValueError(f"eps must be finite, got {eps}")
     x = inputs.T
     sigma = (x.var(-1, correction=0, keepdim=True) + eps).sqrt()  # (c, 1)
     normalised = (x - x.mean(-1, keepdim=True)) / sigma  # (c, n)
