@@ -31,6 +31,7 @@ from lipbook.errors import (
     moved_error,
 )
 from lipbook.layers.elementwise import Absolute, register_like
+from lipbook.norms.arguments import _floating, _integer, _tensor
 from lipbook.norms.rigorous import _UP
 from lipbook.rules import Range, _rule_of, pullback_rule, range_rule
 
@@ -55,6 +56,7 @@ torch.fx.wrap("group_sort")
 torch.fx.wrap("max_min")
 torch.fx.wrap("full_sort")
 torch.fx.wrap("householder")
+torch.fx.wrap("absolute_value")
 
 # Note [ties]
 # Where two sorted entries are equal, or an absolute value is taken of zero, any choice of a
@@ -216,7 +218,8 @@ def full_sort(x: Tensor, dim: int = 1) -> Tensor:
     ----------
     :cite:t:`anil2019sorting`.
     """
-    return x.sort(_channel_dim(x, dim)).values
+    dim = _channel_dim(x, dim)
+    return x.sort(dim).values
 
 
 def householder(x: Tensor, angle: Tensor, dim: int = 1) -> Tensor:
@@ -268,6 +271,7 @@ def householder(x: Tensor, angle: Tensor, dim: int = 1) -> Tensor:
     """
     dim = _channel_dim(x, dim)
     _check_divides("pairs of channels, that is 2,", 2, x, dim)
+    _floating("angle", angle)
     if angle.shape != (x.shape[dim] // 2,):
         raise ValueError(
             f"angle must have shape ({x.shape[dim] // 2},), one for each pair of the "
@@ -303,6 +307,7 @@ def absolute_value(x: Tensor) -> Tensor:
     >>> torch.func.vmap(torch.func.grad(absolute_value))(torch.tensor([-2.0, 0.0, 3.0]))
     tensor([-1.,  1.,  1.])
     """
+    _tensor("x", x)
     return torch.where(x < 0, -x, x)
 
 
@@ -457,7 +462,7 @@ class Householder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if channels < 2 or channels % 2:
+        if _integer("channels", channels, 0) < 2 or channels % 2:
             raise ValueError(f"channels must be even and at least 2, got {channels}")
         self.dim = dim
         self.angle = nn.Parameter(torch.empty(channels // 2, device=device, dtype=dtype))
@@ -519,6 +524,9 @@ def _sorted_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _channel_dim(x: Tensor, dim: int) -> int:
+    _tensor("x", x)
+    if not hasattr(dim, "__index__"):
+        raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"x must have a dimension dim={dim}, got shape {tuple(x.shape)}")
     return dim % x.dim()

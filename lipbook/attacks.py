@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook import composition, errors, orthogonal
+from lipbook.norms.arguments import _integer, _real
 from lipbook.robustness import Accuracy, Batches, wilson_interval
 from lipbook.robustness.arguments import check_mode, check_tensors, pairs
 from lipbook.robustness.certificate import check_logits, class_logits, differences
@@ -167,7 +168,7 @@ def pgd(
     """
     inputs, labels, box = _check_attack(model, inputs, labels, bounds)
     p, bound = _check_ball(inputs, radius, p)
-    if steps < 1 or restarts < 1:
+    if _integer("steps", steps, 0) < 1 or _integer("restarts", restarts, 0) < 1:
         raise ValueError(f"steps and restarts must be at least 1, got {steps} and {restarts}")
     generator = torch.Generator(inputs.device).manual_seed(seed)
     rate = 2.5 * _column(bound, inputs) / steps
@@ -259,7 +260,7 @@ def decision_attack(
     (True, True)
     """
     inputs, labels, box = _check_attack(model, inputs, labels, bounds)
-    if steps < 0 or queries < 1:
+    if _integer("steps", steps, 0) < 0 or _integer("queries", queries, 0) < 1:
         raise ValueError(
             f"steps must be at least 0 and queries at least 1, got {steps} and {queries}"
         )
@@ -406,6 +407,8 @@ def _check_attack(
 
 def _check_ball(inputs: Tensor, radius: float | Tensor, p: float) -> tuple[float, Tensor]:
     p = composition._exponent(p)
+    if not isinstance(radius, Tensor):
+        _real("radius", radius)
     bound = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device)
     if bound.dim() > 1 or (bound.dim() and len(bound) != len(inputs)) or not (bound >= 0).all():
         raise ValueError(f"radius must be one number >= 0, or one for each input, got {radius}")

@@ -134,6 +134,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
       'parametrizations.weight.0': QR in the file, Polar in the model
     """
     safetensors = _require("safetensors")
+    expected = {name: _described(tensor) for name, tensor in _state(model).items()}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -141,7 +142,6 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     except safetensors.SafetensorError as error:
         raise ValueError(f"path must be a safetensors file, got {path}: {error}") from error
     described = {name: _described(tensor) for name, tensor in tensors.items()}
-    expected = {name: _described(tensor) for name, tensor in _state(model).items()}
     classes = json.loads(metadata.get("classes", "{}"))
     absent = "nothing"
     pairs = [(classes, _classes(model) if classes else {}), (described, expected)]

@@ -11,15 +11,26 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-__all__ = ["computes_as", "freeze", "freeze_rule", "located", "plain_class", "register_plain"]
+__all__ = [
+    "computes_as",
+    "freeze",
+    "freeze_rule",
+    "keep_kernels",
+    "located",
+    "plain_class",
+    "register_plain",
+    "thawed",
+]
 
 # ------------------------------------------------------------------------------ frozen copies
 
@@ -36,15 +47,14 @@ def freeze(model: nn.Module) -> nn.Module:
     .. math:: x \mapsto f_{W(\theta)}(x) \quad\text{becomes}\quad x \mapsto f_W(x),
         \qquad W = W(\theta) \text{ computed once}
 
-    **Guaranteed**: the outputs are those of ``model.eval().requires_grad_(False)``, bit by bit,
-    since the same torch functions are called on the same numbers. So is the value of
-    :func:`~lipbook.composition.lipschitz_bound`, for every input shape. (Images in channels-last
-    layout are the exception: torch's circular padding changes the layout, and with it the last
-    bits of a convolution.) While the parameters of the network still require gradients, the bits
-    are the same on batches of vectors and of images. On sequences torch chooses some kernels by
-    whether a weight requires gradients: those of attention (where
-    :class:`torch.nn.TransformerEncoder` then also returns 0 in padded places) and those of linear
-    layers on tensors that are not contiguous. There the two agree to rounding.
+    **Guaranteed**: the outputs are those of ``model.eval()``, bit by bit, with and without
+    :func:`torch.no_grad`, since the same torch functions are called on the same numbers. So is the
+    value of :func:`~lipbook.composition.lipschitz_bound`, for every input shape. Torch chooses the
+    kernels of attention by whether a weight requires gradients; the copy of a transformer layer
+    remembers which did, and takes those. Two exceptions agree to rounding only: images in
+    channels-last layout, which torch's circular padding changes, and a
+    :class:`torch.nn.Linear` on a tensor (batch, n, m) that is not contiguous, unless the weights of
+    the network do not require gradients either.
 
     The argument is left as it is, in training mode if it was, and shares
     nothing with the copy. Modules and tensors that occur several times in the network remain
@@ -59,6 +69,7 @@ def freeze(model: nn.Module) -> nn.Module:
     all other convolutions, SOC, Cayley      the same class, with a constant kernel
     ``SLLLinear``, ``CPLConv2d``, ...        ``DenseStep``, ``ConvolutionStep``
     other modules with parametrizations      the same class, with constant weights
+    attention and transformers of torch      a subclass, which keeps to the kernels of the original
     everything else                          a copy
     =======================================  ===================================================
 
@@ -127,6 +138,9 @@ def freeze(model: nn.Module) -> nn.Module:
         with located("", model):
             frozen = copy.deepcopy(model, memo)
             _check_complete(memo)
+        for module in model.modules():
+            if id(module) in memo:  # else it is a part of a constraint
+                _keep_kernels(module, memo[id(module)])
     return frozen.eval().requires_grad_(False)
 
 
@@ -303,3 +317,104 @@ def register_plain(
         return module
 
     freeze_rule.register(cls, rule)
+
+
+# ------------------------------------------------------------------------- the choice of kernels
+
+# Note [kernels by requires_grad]
+# Some layers of torch take a fused kernel if gradients are off or no weight requires them. What a
+# network computes in evaluation mode so depends on a flag of its weights that its frozen copy no
+# longer has, and so do the bits. The copy remembers the flags, and calls torch's forward on a twin
+# of itself whose weights are the same memory under those flags. The twin lives for one call.
+
+
+class _AsTrained(nn.Module):
+    """A layer of torch that takes the kernels that it took before it was frozen."""
+
+    trained: frozenset[str]  # the weights that required gradients
+
+    def _get_name(self) -> str:
+        return _torch_class(self).__name__
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call torch's forward."""
+        forward = _torch_class(self).forward
+        if torch.compiler.is_compiling():  # which chooses its own kernels
+            return forward(self, *args, **kwargs)
+        outputs = forward(_twin(self, self.trained), *args, **kwargs)
+        given = (*args, *kwargs.values(), *self.parameters())
+        if any(isinstance(value, Tensor) and value.requires_grad for value in given):
+            return outputs
+        return _detached(outputs)
+
+
+_KEEPING: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def keep_kernels(cls: type[nn.Module]) -> type[nn.Module]:
+    """Let frozen layers of a class of torch keep the kernels of the network in training.
+
+    Returns the class of the copies, to be given a name in the module that calls this.
+    """
+    name = f"Frozen{cls.__name__}"
+    module = {"__module__": sys._getframe(1).f_globals["__name__"], "__doc__": cls.__doc__}
+    _KEEPING[cls] = type(name, (_AsTrained, cls), module)
+    return _KEEPING[cls]
+
+
+def thawed(module: nn.Module) -> nn.Module:
+    """Give frozen layers of torch their own classes again, in place."""
+    for part in module.modules():
+        if isinstance(part, _AsTrained):
+            part.__class__ = _torch_class(part)
+    return module
+
+
+def _keep_kernels(module: nn.Module, frozen: nn.Module) -> None:
+    """Remember which weights of a module require gradients, if torch asks."""
+    if type(frozen) not in _KEEPING:
+        return
+    trained = [name for name, _ in frozen.named_parameters() if _is_trained(module, name)]
+    if trained:
+        frozen.__class__ = _KEEPING[type(frozen)]
+        cast(_AsTrained, frozen).trained = frozenset(trained)
+
+
+def _is_trained(module: nn.Module, name: str) -> bool:
+    path, _, own = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if parametrize.is_parametrized(owner, own):
+        stack = cast(nn.ModuleDict, owner.parametrizations)[own]
+        return any(raw.requires_grad for raw in stack.parameters())
+    weight = owner._parameters.get(own)
+    return weight is not None and weight.requires_grad
+
+
+def _torch_class(module: nn.Module) -> Any:
+    return type(module).__mro__[2]
+
+
+def _twin(module: nn.Module, trained: frozenset[str], path: str = "") -> nn.Module:
+    """Shallow copy of torch's class, with weights that require gradients where they did."""
+    cls: Any = _torch_class(module) if isinstance(module, _AsTrained) else type(module)
+    twin = cls.__new__(cls)
+    weights = {
+        name: weight
+        if weight is None or weight.requires_grad
+        else nn.Parameter(weight.detach(), path + name in trained)
+        for name, weight in module._parameters.items()
+    }
+    children = {
+        name: child if child is None else _twin(child, trained, f"{path}{name}.")
+        for name, child in module._modules.items()
+    }
+    vars(twin).update(vars(module) | {"_parameters": weights, "_modules": children})
+    return cast(nn.Module, twin)
+
+
+def _detached(outputs: Any) -> Any:
+    if isinstance(outputs, tuple):
+        return tuple(_detached(output) for output in outputs)
+    if not isinstance(outputs, Tensor) or forward_ad.unpack_dual(outputs).tangent is not None:
+        return outputs  # detaching takes a tangent away
+    return outputs.detach()

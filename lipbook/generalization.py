@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook.composition import Bound, lipschitz_bound
+from lipbook.norms.arguments import _got, _integer, _real
+from lipbook.rules import _shape
 
 __all__ = [
     "MarginBound",
@@ -116,6 +118,7 @@ def margin_loss(margins: Tensor, gamma: float) -> float:
     [0.25, 0.75, 1.0]
     """
     margins = _check_margins(margins)
+    _real("gamma", gamma)
     if math.isnan(gamma):
         raise ValueError("gamma must be a number, got nan")
     return (margins <= gamma).double().mean().item()
@@ -323,7 +326,7 @@ def spectral_complexity(
     ----------
     :cite:t:`bartlett2017`, equation (1.2) and Theorem 1.1.
     """
-    layers = list(_matrices(module, input_shape))
+    layers = list(_matrices(module, _shape(input_shape)))
     matrices = [layer for layer in layers if isinstance(layer, _Matrix)]
     if not matrices:
         raise ValueError("module must have one linear layer or more, got none")
@@ -510,8 +513,7 @@ def normalized_margins(
     :cite:t:`bartlett2017`, Section 2.
     """
     found = margins(logits, labels)
-    if not isinstance(complexity, SpectralComplexity):
-        raise TypeError(f"complexity must be a SpectralComplexity, got {type(complexity).__name__}")
+    _check_complexity(complexity)
     _check_positive("data_norm", data_norm)
     _check_positive("complexity", complexity.value)
     return found / (complexity.value * data_norm / len(found))
@@ -631,7 +633,9 @@ def spectrally_normalized_margin_bound(
     chapter.
     """
     margins = _check_margins(margins)
+    _check_complexity(complexity)
     _check_positive("data_norm", data_norm)
+    _real("delta", delta)
     if not 0 < delta < 1:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
     n, q = len(margins), 1 + 1 / len(complexity.distances)
@@ -718,8 +722,10 @@ def pac_bayes_term(complexity: SpectralComplexity, radius: float, gamma: float, 
     ----------
     :cite:t:`neyshabur2018`, Theorem 1.
     """
+    _check_complexity(complexity)
     for name, value in (("radius", radius), ("gamma", gamma), ("n", n)):
         _check_positive(name, value)
+    _integer("n", n, 1)
     if complexity.lipschitz > 1:
         raise ValueError(
             "complexity must be that of 1-Lipschitz maps between matrices, got the constant "
@@ -740,12 +746,16 @@ def _check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def _check_complexity(complexity: object) -> None:
+    if not isinstance(complexity, SpectralComplexity):
+        raise TypeError(f"complexity must be a SpectralComplexity, got {type(complexity).__name__}")
+
+
 def _check_float(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        hint = "" if isinstance(tensor, Tensor) else ": join its batches with torch.cat"
-        hint = ": call torch.from_numpy" if isinstance(tensor, np.ndarray) else hint
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}{hint}")
+        loader = not isinstance(tensor, (Tensor, np.ndarray))
+        hint = ": join its batches with torch.cat" if loader else ""
+        raise TypeError(f"{name} must be a floating-point tensor, got {_got(tensor)}{hint}")
     if not tensor.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
@@ -761,8 +771,8 @@ def _check_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     _check_float("logits", logits)
     real = isinstance(labels, Tensor) and (labels.is_floating_point() or labels.is_complex())
     if not isinstance(labels, Tensor) or real or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64 tensor, got {got}: call .long()")
+        hint = ": call .long()" if isinstance(labels, Tensor) else ""
+        raise TypeError(f"labels must be an integer tensor, got {_got(labels)}{hint}")
     labels = labels.long()
     if logits.dim() != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
         raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lipbook import jacobians
+from lipbook.norms.arguments import _got, _integer, _real
 from lipbook.robustness import certified_radius
 from lipbook.robustness.arguments import check_mode
 from lipbook.robustness.certificate import check_logits
@@ -256,9 +257,10 @@ def stability(
     True
     """
     _check_inputs(model, inputs)
+    _real("radius", radius)
     if not 0 <= radius < math.inf:
         raise ValueError(f"radius must be a finite number >= 0, got {radius}")
-    if samples < 1:
+    if _integer("samples", samples, 0) < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     labels = _labels(model, inputs, labels)
     here = _unit("gradient", _flat("gradient", _gradient(model, inputs, labels)))
@@ -413,9 +415,9 @@ def _labels(model: nn.Module, inputs: Tensor, labels: Tensor | None) -> Tensor:
     if labels is None:
         labels = _decision(outputs)
     check_logits(outputs, labels)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must have dtype int64, got {labels.dtype}: call .long()")
-    return labels
+    if labels.is_floating_point():
+        raise TypeError(f"labels must be integers, got {labels.dtype}: call .long()")
+    return labels.long()
 
 
 def _margin(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -451,9 +453,7 @@ def _check_finite(name: str, values: Tensor) -> None:
 def _flat(name: str, tensor: Tensor) -> Tensor:
     """(batch, n) in float64, or a refusal."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        hint = ": call torch.from_numpy" if got == "ndarray" else ""
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}{hint}")
+        raise TypeError(f"{name} must be a floating-point tensor, got {_got(tensor)}")
     if tensor.dim() < 2 or tensor.numel() == 0:
         raise ValueError(
             f"{name} must have shape (batch, *shape) and not be empty, got {tuple(tensor.shape)}"

@@ -17,12 +17,12 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +32,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 __all__ = [
     "jacobian",
@@ -263,6 +266,8 @@ def jacobian_operator(module: Function, x: Tensor) -> LinearOperator:
     >>> bool((operator @ np.eye(6) == np.eye(6)).all())
     True
     """
+    from scipy.sparse.linalg import LinearOperator  # noqa: PLC0415 - slow to import
+
     function = _sample_function(module)
     _check_tensor("x", x)
     x = x.detach().clone()  # since the caller may write into it before a product is taken
@@ -358,6 +363,8 @@ def singular_values(
         basis = np.eye(r, k, dtype=J.dtype)
     else:
         # Note [unit scale]: ARPACK takes eigenvalues below 1e-11 for zero and stops too early.
+        from scipy.sparse.linalg import LinearOperator, eigsh  # noqa: PLC0415 - slow to import
+
         gram = LinearOperator(
             (r, r), matvec=lambda v: tall.T @ (tall @ v / scale) / scale, dtype=J.dtype
         )
@@ -600,8 +607,12 @@ def batch_norm_jacobian(inputs: Tensor, weight: Tensor | None = None, eps: float
     n, channels = inputs.shape
     if weight is not None:
         _check_vector("weight", weight, torch.Size([channels]), inputs)
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"eps must be non-negative, got {eps}")
+    if eps == math.inf:
+        raise ValueError(f"eps must be finite, got {eps}")
     x = inputs.T
     sigma = (x.var(-1, correction=0, keepdim=True) + eps).sqrt()  # (c, 1)
     normalised = (x - x.mean(-1, keepdim=True)) / sigma  # (c, n)
@@ -734,7 +745,7 @@ def _selection(positions: Tensor, size: int, padding_mode: str) -> Tensor:
 
 
 def _per_dimension(name: str, value: int | Sequence[int], dims: int, least: int = 0) -> list[int]:
-    values = [value] * dims if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Iterable) else [value] * dims
     if len(values) != dims or not all(isinstance(v, int) and v >= least for v in values):
         raise ValueError(f"{name} must be one or {dims} integers >= {least}, got {value!r}")
     return values

@@ -6,6 +6,14 @@ never gets small, since its logits cannot grow at will, and its gradient goes to
 to the border. Each loss here says by a parameter how large a margin is worth having, and so trades
 accuracy for radius. Methods can only be compared at the same loss (:cite:t:`bethune2022`).
 
+**Which one.** Start with ``MultiMarginLoss(margin_for_radius(r))``, where r is the radius up to
+which predictions shall be certified: one number in the units of the input, and a gradient that ends
+where it is reached. A larger r buys certified accuracy at large radii with accuracy at small ones.
+``OffsetCrossEntropyLoss(margin_for_radius(r), temperature)`` is the same with soft edges, for many
+classes, of which the hinge would move few (:cite:t:`prach2022aol` take :math:`u = \sqrt2` and
+:math:`t = 1/4` for colour images). ``HingeKRLoss`` is for two classes, and for several that may
+apply together. ``CertificateLoss`` rewards radius without naming one.
+
 Functions come first: (batch, classes) logits and labels (batch,) to the mean over the
 batch. Then the same as modules, for ``loss=`` of a training loop.
 
@@ -30,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook.norms import dual_exponent
+from lipbook.norms.arguments import _got, _real
 
 __all__ = [
     "CertificateLoss",
@@ -321,8 +330,9 @@ def hinge_kr(
     outputs : torch.Tensor
         (batch,) or (batch, 1) for two classes, (batch, classes) for several.
     labels : torch.Tensor
-        (batch,): -1 or 1 for (batch,) outputs; integer classes or one-hot rows for
-        (batch, classes); either 0 and 1 or -1 and 1 for (batch, 1).
+        (batch,): -1 or 1 for (batch,) outputs; integer classes for (batch, classes), or rows of
+        0 and 1, (batch, classes), of which several may be 1 (multi-label); either 0 and 1 or -1 and
+        1 for (batch, 1).
     alpha : float
         Weight of the hinge, not negative.
     margin : float
@@ -357,12 +367,12 @@ def hinge_kr(
     _check_reduction(reduction)
     _check_tensors(outputs, labels)
     if outputs.dim() == 2 and outputs.shape[1] > 1:
-        labels = _check(outputs, labels)
-        if labels.dim() == 2:
+        if labels.shape == outputs.shape:  # which classes apply: none, one or several
             if not ((labels == 0) | (labels == 1)).all():
-                raise ValueError("labels must be classes or one-hot rows, got other probabilities")
-            labels = labels.argmax(1)
-        signs = functional.one_hot(labels, outputs.shape[1]) * 2 - 1
+                raise ValueError("labels must be classes, or rows of 0 and 1, got other numbers")
+            signs = labels.long() * 2 - 1
+        else:
+            signs = functional.one_hot(_check(outputs, labels), outputs.shape[1]) * 2 - 1
     else:
         if outputs.dim() == 2:
             outputs = outputs[:, 0]
@@ -388,12 +398,20 @@ def hinge_kr(
 
 
 class MultiMarginLoss(nn.Module):
-    r"""Multi-class hinge loss of order 1: see :func:`multi_margin`.
+    r"""Multi-class hinge loss of order 1, mean of sum over j ≠ y of max(0, m - z_y + z_j).
+
+    The function is :func:`multi_margin`.
 
     Parameters
     ----------
-    margin, divide_by_classes, class_weight, reduction
-        As there.
+    margin : float
+        m, positive: the margin below which a pair of logits costs something.
+    divide_by_classes : bool
+        Whether to divide by the number of classes, as torch's loss does.
+    class_weight : torch.Tensor, optional
+        (classes,) positive weights.
+    reduction : {"mean", "sum", "none"}
+        The mean over the batch, the sum, or each sample's loss.
 
     Examples
     --------
@@ -436,12 +454,21 @@ class MultiMarginLoss(nn.Module):
 
 
 class OffsetCrossEntropyLoss(nn.Module):
-    r"""Cross-entropy with an offset and a temperature: see :func:`offset_cross_entropy`.
+    r"""Cross-entropy that asks for a margin u: t · CE((z - u e_y) / t, y).
+
+    The function is :func:`offset_cross_entropy`.
 
     Parameters
     ----------
-    offset, temperature, class_weight, reduction
-        As there, but ``offset`` must be given: 0 is a plain cross-entropy.
+    offset : float
+        u, the margin worth having. It must be given: 0 is a plain cross-entropy, which asks for
+        none; ``margin_for_radius(r)`` is that of a radius.
+    temperature : float
+        t, positive. The smaller, the closer to a hinge.
+    class_weight : torch.Tensor, optional
+        (classes,) positive weights.
+    reduction : {"mean", "sum", "none"}
+        The mean over the batch, the sum, or each sample's loss.
 
     Examples
     --------
@@ -485,12 +512,22 @@ class OffsetCrossEntropyLoss(nn.Module):
 
 
 class CertificateLoss(nn.Module):
-    r"""Cross-entropy minus the certified radius: see :func:`certificate_loss`.
+    r"""Cross-entropy minus λ times the certified radius, where the prediction is right.
+
+    The function is :func:`certificate_loss`.
 
     Parameters
     ----------
-    weight, lipschitz, p, class_weight, reduction
-        As there.
+    weight : float
+        λ, not negative: what a unit of certified radius is worth.
+    lipschitz : float
+        Lipschitz constant of the logits.
+    p : float
+        Exponent of the norm of perturbations.
+    class_weight : torch.Tensor, optional
+        (classes,) positive weights.
+    reduction : {"mean", "sum", "none"}
+        The mean over the batch, the sum, or each sample's loss.
 
     Examples
     --------
@@ -537,12 +574,19 @@ class CertificateLoss(nn.Module):
 
 
 class HingeKRLoss(nn.Module):
-    r"""Hinge-regularised Kantorovich–Rubinstein loss: see :func:`hinge_kr`.
+    r"""Hinge-regularised Kantorovich–Rubinstein loss, binary or one class against the others.
+
+    Minus the difference of the means of both classes, plus α · mean max(0, m - y f(x)). The
+    function is :func:`hinge_kr`.
 
     Parameters
     ----------
-    alpha, margin, reduction
-        As there.
+    alpha : float
+        Weight of the hinge, not negative.
+    margin : float
+        m, positive: a distance to the border, half of a margin of two logits.
+    reduction : {"mean", "sum", "none"}
+        The loss, its multiple by the batch size, or what each sample adds.
 
     Examples
     --------
@@ -608,11 +652,13 @@ def _reduced(
 
 
 def _check_positive(name: str, value: float) -> None:
+    _real(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _check_not_negative(name: str, value: float) -> None:
+    _real(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
@@ -626,8 +672,7 @@ def _check_class_weight(weight: Tensor | None, logits: Tensor | None = None) -> 
     if weight is None:
         return None
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"class_weight must be a floating-point tensor, got {got}")
+        raise TypeError(f"class_weight must be a floating-point tensor, got {_got(weight)}")
     if weight.dim() != 1 or (logits is not None and len(weight) != logits.shape[1]):
         expected = "(classes,)" if logits is None else f"({logits.shape[1]},)"
         raise ValueError(f"class_weight must have shape {expected}, got {tuple(weight.shape)}")
@@ -675,7 +720,8 @@ def _check_probabilities(labels: Tensor) -> Tensor:
     # Sums may be off by the rounding of their terms and of the division that made them.
     if not ((exact >= 0).all() and ((exact.sum(1) - 1).abs() <= 2 * rounding).all()):
         raise ValueError(
-            "labels of shape (batch, classes) must be rows of probabilities, got entries from "
+            "labels of shape (batch, classes) must be rows of probabilities (divide multi-label "
+            "rows by their sums, or use hinge_kr, which takes them as they are), got entries from "
             f"{exact.min().item():g} to {exact.max().item():g} and sums from "
             f"{exact.sum(1).min().item():g} to {exact.sum(1).max().item():g}"
         )
@@ -686,7 +732,7 @@ def _check_binary(outputs: Tensor, labels: Tensor) -> Tensor:
     """Refuse what is no batch of numbers with a sign for each, and return the signs."""
     if outputs.dim() != 1 or labels.shape != outputs.shape:
         raise ValueError(
-            "outputs and labels must have one shape (batch,), "
+            "outputs (logits) and labels must have one shape (batch,), "
             f"got {tuple(outputs.shape)} and {tuple(labels.shape)}"
         )
     labels = labels if labels.is_floating_point() else labels.long()
@@ -698,7 +744,7 @@ def _check_binary(outputs: Tensor, labels: Tensor) -> Tensor:
 def _check_tensors(outputs: Tensor, labels: Tensor) -> None:
     for name, tensor in (("logits", outputs), ("labels", labels)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {_got(tensor)}")
     if not outputs.is_floating_point():
         raise TypeError(f"logits must have a floating-point dtype, got {outputs.dtype}")
     if outputs.numel() == 0:

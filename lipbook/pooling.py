@@ -41,6 +41,7 @@ from lipbook.errors import (
     _relative,
     moved_error,
 )
+from lipbook.norms.arguments import _floating, _tensor
 
 __all__ = [
     "AveragePooling",
@@ -173,6 +174,7 @@ def norm_pooling(x: Tensor, window: Size) -> Tensor:
     >>> norm_pooling(torch.tensor([[[3.0, 4.0, 0.0, -2.0]]]), 2)
     tensor([[[5., 2.]]])
     """
+    _floating("x", x)
     windows, counts = _windows(x, window)
     return torch.linalg.vector_norm(windows, dim=tuple(range(2, 2 + counts)))
 
@@ -247,6 +249,7 @@ def upsampling(x: Tensor, window: Size) -> Tensor:
 
 def _per_axis(x: Tensor, window: Size) -> tuple[int, ...]:
     """One integer for each of the axes after the channels."""
+    _tensor("x", x)
     dims = x.dim() - 2
     sizes = tuple(window) if isinstance(window, Sequence) else (window,) * dims
     if dims < 1 or len(sizes) != dims or not all(map(_positive, sizes)):

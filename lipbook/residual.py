@@ -47,6 +47,7 @@ from lipbook.errors import (
 )
 from lipbook.freezing import computes_as, freeze_rule
 from lipbook.norms import convolution_norm_bound, dual_exponent, operator_norm
+from lipbook.norms.arguments import _floating, _integer
 from lipbook.norms.rigorous import (
     _UP,
     _gamma,
@@ -63,6 +64,8 @@ __all__ = [
     "cpl_scale",
     "sll_scale",
 ]
+
+Activation = Literal["relu", "tanh", "softplus", "identity"]
 
 # Elementwise, with slopes in [0, 1]. Sorting is neither: its Jacobian is not symmetric.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -117,6 +120,8 @@ def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
     ----------
     :cite:t:`araujo2023sll`, Theorem 3. Both q and 1/q have to meet the same pair (i, j).
     """
+    _floating("weight", weight, 2)
+    _floating("log_q", log_q, 1)
     with without_autocast(weight):
         weight, log_q = _at_least_float32(weight), _at_least_float32(log_q)
         size = power_of_two(weight)
@@ -159,6 +164,7 @@ def cpl_scale(weight: Tensor) -> Tensor:
     ----------
     :cite:t:`meunier2022cpl`.
     """
+    _floating("weight", weight, 2)
     with without_autocast(weight):
         weight = _at_least_float32(weight)
         return _rounded_up(kernel_norm_bound(weight).square()).expand(weight.shape[0])
@@ -180,14 +186,16 @@ class _PotentialStep(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], activation: str, device: Any, dtype: Any) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
+        if activation not in tuple(_ACTIVATIONS):
             raise ValueError(
                 f"activation must be one of {sorted(_ACTIVATIONS)}, elementwise with slopes in "
                 f"[0, 1], got {activation!r}"
             )
+        inner, outer, *sizes = shape
+        name = "channels" if sizes else "features"
+        _integer(name, outer, 1)
+        _integer(f"inner_{name}", inner, 1)
         shape = tuple(operator.index(n) for n in shape)
-        if min(shape) < 1:
-            raise ValueError(f"features, channels and sizes must be positive, got {shape}")
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
@@ -222,7 +230,7 @@ class _DenseStep(_PotentialStep):
         self,
         features: int,
         inner_features: int | None = None,
-        activation: str = "relu",
+        activation: Activation = "relu",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -242,11 +250,11 @@ class _ConvolutionStep(_PotentialStep):
         inner_channels: int | None = None,
         kernel_size: int = 3,
         padding_mode: Literal["circular", "zeros"] = "circular",
-        activation: str = "relu",
+        activation: Activation = "relu",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if kernel_size % 2 == 0:
+        if _integer("kernel_size", kernel_size, 1) % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         if padding_mode not in ("circular", "zeros"):
             raise ValueError(f"padding_mode must be 'circular' or 'zeros', got {padding_mode!r}")

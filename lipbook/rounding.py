@@ -27,6 +27,7 @@ from lipbook.errors import (
 )
 from lipbook.graphs import Graph, trace
 from lipbook.layers.joins import Join
+from lipbook.norms.arguments import _floating
 from lipbook.norms.rigorous import rigorous_convolution_norm, rigorous_matrix_norm
 from lipbook.rules import _exponent
 
@@ -93,7 +94,13 @@ def forward_error(module: nn.Module, inputs: Tensor, p: float = 2) -> ForwardErr
     True
     """
     p = _exponent(p)
+    _floating("inputs", inputs, 2)
     _check_arithmetic(inputs)
+    if not len(inputs) or not inputs.isfinite().all():
+        raise ValueError(
+            "inputs must be finite, one sample or more, got NaN, infinity or shape "
+            f"{tuple(inputs.shape)}"
+        )
     with torch.inference_mode(False):
         graph = trace(module, tuple(inputs.shape[1:]))
         return graph_error(graph, inputs, p)(inputs)

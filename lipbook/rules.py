@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from lipbook.norms.arguments import _real
+
 __all__ = [
     "Affine",
     "Ball",
@@ -352,6 +354,15 @@ def _shape(input_shape: Sequence[int]) -> Shape:
 # computed in float64 and widened by what rounding may hide, by `outward`.
 
 
+def _numbers(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value).detach().double()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} must be a number or a tensor, got {type(value).__name__}"
+        ) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Box:
     r"""Domain :math:`\{x : l \le x \le h\}`, entry by entry: images have ``Box(0, 1)``.
@@ -376,7 +387,7 @@ class Box:
     high: float | Tensor
 
     def __post_init__(self) -> None:
-        low, high = (torch.as_tensor(side).double() for side in (self.low, self.high))
+        low, high = _numbers("low", self.low), _numbers("high", self.high)
         if not (low.isfinite().all() and high.isfinite().all()):
             raise ValueError(f"low and high must be finite, got {self.low} and {self.high}")
         if not (low <= high).all():
@@ -425,7 +436,8 @@ class Ball:
     p: float = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "center", torch.as_tensor(self.center).detach().double())
+        object.__setattr__(self, "center", _numbers("center", self.center))
+        _real("radius", self.radius)
         object.__setattr__(self, "radius", float(self.radius))
         object.__setattr__(self, "p", _exponent(self.p))
         if not self.center.isfinite().all():

@@ -1130,3 +1130,63 @@ def test_pixels_that_are_lost_are_named() -> None:
             kind(8, 16, size, stride=3)
     with pytest.raises(ValueError, match="kernel_size must be at least stride"):
         OrthogonalConv2d(8, 16, 2, stride=3)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (7, {"kernel_size": 3}),
+        (4, {"kernel_size": 7}),
+        (9, {"kernel_size": 3, "dilation": 3}),
+        (6, {"kernel_size": 4, "padding": 1}),
+        (12, {"kernel_size": 4, "padding": 4, "dilation": 3}),
+        (6, {"kernel_size": 5, "padding": "valid"}),
+    ],
+)
+def test_symmetric_padding_keeps_rko_nonexpansive(size: int, options: dict[str, Any]) -> None:
+    """Against NumPy's padding and singular values; in one axis with a kernel that meets it."""
+    layer = NonexpansiveConv1d(
+        2, 5, **options, padding_mode="symmetric", bias=False, method="rko"
+    ).double()
+    plain = NonexpansiveConv1d(2, 5, **options, padding_mode="zeros", bias=False, method="rko")
+    plain = plain.double()
+    plain.load_state_dict(layer.state_dict())
+    pads = layer._pads[0]
+    (x,) = np.random.default_rng(0).normal(size=(1, 3, 2, size))
+    padded = np.pad(x, ((0, 0), (0, 0), pads), mode="symmetric")
+    reached = nn.functional.conv1d(torch.from_numpy(padded), plain.weight, dilation=plain.dilation)
+    torch.testing.assert_close(layer(torch.from_numpy(x)), reached)
+    eye = torch.eye(2 * size, dtype=torch.float64).view(-1, 2, size)
+    matrix = layer(eye).detach().flatten(1).T.numpy()
+    for p, norm in ((1, 1), (2, 2), (math.inf, np.inf)):
+        assert np.linalg.norm(matrix, norm) <= lipschitz_bound(layer, (2, size), p).value
+    assert np.linalg.norm(matrix, 2) <= 1 + 1e-12
+    assert lipschitz_bound(layer, (2, size)).value <= 1 + 1e-9
+
+
+def test_symmetric_padding_reads_each_pixel_as_often_as_the_kernel_is_long() -> None:
+    """All taps 1 / 3: each output is a mean of three, and constants keep their norm: it is 1."""
+    layer = NonexpansiveConv1d(1, 1, 3, padding_mode="symmetric", bias=False, method="rko")
+    with torch.no_grad():
+        layer.parametrizations.weight.original.fill_(1.0)
+    torch.testing.assert_close(layer.weight.flatten(), torch.full((3,), 1 / 3))
+    torch.testing.assert_close(layer(torch.ones(1, 1, 8)), torch.ones(1, 1, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "aol"}, "but for method 'rko'"),
+        ({"method": "rko", "stride": 2}, "without a stride"),
+        ({"method": "rko", "kernel_size": 4}, "for an even kernel with symmetric padding"),
+        ({"method": "rko", "padding": 2}, "must be at most half"),
+    ],
+)
+def test_symmetric_padding_is_refused_where_it_expands(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        NonexpansiveConv1d(2, 2, **{"kernel_size": 3, "padding_mode": "symmetric"} | options)
+    with pytest.raises(ValueError, match="padding_mode must be"):
+        OrthogonalConv2d(2, 2, 3, padding_mode="symmetric")
+    layer = NonexpansiveConv1d(2, 2, 7, padding_mode="symmetric", method="rko")
+    with pytest.raises(ValueError, match="at least as large as its padding"):
+        layer(torch.zeros(1, 2, 2))

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations, parametrize
 import lipbook
 from lipbook import convolutions, export
 from lipbook.activations import Householder, MaxMin
-from lipbook.composition import Residual, Sum, lipschitz_bound, lipschitz_lower_bound
+from lipbook.composition import Box, Residual, Sum, lipschitz_bound, lipschitz_lower_bound
 from lipbook.convolutions import (
     BCOP,
     CayleyConv2d,
@@ -145,19 +145,56 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", SEQUENCES)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_sequences_freeze_to_the_same_bits_once_no_weight_requires_gradients(
-    name: str, mode: Callable[[], Any]
+@pytest.mark.parametrize("trained", ["all", "none", "norms"])
+def test_sequences_freeze_to_the_same_bits(
+    name: str, mode: Callable[[], Any], trained: str
 ) -> None:
-    """And to the same numbers up to rounding before: torch chooses kernels by that flag."""
+    """Torch chooses kernels by whether a weight requires gradients: the copy takes the same."""
     model, x = SEQUENCES[name]().eval(), torch.randn(5, 7, 8)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(trained == "all" or (trained == "norms" and "norm" in key))
     frozen = freeze(model)
+    loaded = pickle.loads(pickle.dumps(frozen))
     with mode():
-        before, found = output(model, x), output(frozen, x)
-        assert not found.requires_grad
-        torch.testing.assert_close(found, before)
-        assert torch.equal(found, output(model.requires_grad_(False), x))
+        before = output(model, x)
+        for copied in (frozen, loaded, freeze(frozen)):
+            found = output(copied, x)
+            assert not found.requires_grad
+            torch.testing.assert_close(found, before)
+            assert torch.equal(found, before) or (name, trained) == ("transposed", "all")
     x.requires_grad_()
-    assert torch.equal(output(frozen, x), output(model, x))
+    gradients = [torch.autograd.grad(output(each, x).sum(), x)[0] for each in (frozen, model)]
+    torch.testing.assert_close(*gradients)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # by torch
+def test_frozen_transformers_are_those_of_torch() -> None:
+    """In print, for compilers, transformations and bounds; and their weights can be trained."""
+    model, x = encoder().eval(), torch.rand(2, 3, 8)
+    frozen = freeze(model)
+    assert repr(frozen) == repr(model)
+    assert isinstance(frozen, nn.TransformerEncoderLayer)
+    bounds = [lipschitz_bound(each, (3, 8), domain=Box(0, 1)).value for each in (frozen, model)]
+    assert bounds[0] == bounds[1]
+    rows = [torch.func.jacrev(lambda z, m=m: m(z[None]))(x[0]) for m in (frozen, model)]
+    torch.testing.assert_close(*rows)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the others have none
+        tangents = [torch.func.jvp(m, (x,), (torch.ones_like(x),))[1] for m in (frozen, model)]
+    torch.testing.assert_close(*tangents)
+    mapped = torch.func.vmap(lambda z: frozen(z[None])[0])(x)
+    torch.testing.assert_close(mapped, model(x))
+    compiled = torch.compile(frozen, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    frozen.linear1.weight.requires_grad_()
+    frozen(x).sum().backward()
+    assert frozen.linear1.weight.grad is not None
+
+
+def test_weights_under_a_constraint_keep_their_kernels() -> None:
+    model, x = encoder().eval(), torch.randn(2, 3, 8)
+    parametrizations.orthogonal(model.linear1)
+    assert torch.equal(freeze(model)(x), model(x))
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
@@ -166,16 +203,18 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_a_frozen_encoder_treats_padded_places_as_one_without_gradients() -> None:
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_frozen_encoder_treats_padded_places_as_the_original(trained: bool) -> None:
+    """Without gradients, torch returns 0 there."""
     model, x = nn.TransformerEncoder(encoder(), 2).eval(), torch.randn(2, 4, 8)
+    model.requires_grad_(trained)
     padded = torch.tensor([[False, False, True, True], [False, False, False, False]])
     frozen = freeze(model)
-    trained = model(x, src_key_padding_mask=padded)
-    found = frozen(x, src_key_padding_mask=padded)
-    assert torch.equal(found, model.requires_grad_(False)(x, src_key_padding_mask=padded))
-    assert (found[padded] == 0).all()
-    assert (trained[padded] != 0).any()
-    torch.testing.assert_close(found[~padded], trained[~padded])
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            expected = model(x, src_key_padding_mask=padded)
+            assert torch.equal(frozen(x, src_key_padding_mask=padded), expected)
+            assert bool((expected[0, 2:] == 0).all()) == (mode is torch.no_grad or not trained)
 
 
 def test_the_bound_of_a_frozen_network_is_that_of_the_network() -> None:

@@ -431,7 +431,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "soft labels of hinge-KR": (
         lambda: hinge_kr(Z, torch.full((2, 3), 1 / 3)),
         ValueError,
-        "labels must be classes or one-hot rows",
+        "labels must be classes, or rows of 0 and 1",
     ),
     "labels of other classes": (
         lambda: multi_margin(Z, torch.full((2, 4), 0.25)),
@@ -473,3 +473,15 @@ def test_bad_input(case: str) -> None:
 
 def test_public_names() -> None:
     assert sorted(losses.__all__) == losses.__all__
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_hinge_kr_takes_several_classes_a_sample(dtype: torch.dtype) -> None:
+    """The mean over the classes of the binary loss, which is one against the others."""
+    outputs = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0], [2.0, 1.0, 0.25]])
+    labels = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 0]]).to(dtype)
+    signs = labels.long() * 2 - 1
+    expected = torch.stack([hinge_kr(outputs[:, c], signs[:, c]) for c in range(3)]).mean()
+    torch.testing.assert_close(hinge_kr(outputs, labels), expected)
+    with pytest.raises(ValueError, match=r"divide multi-label rows by their sums"):
+        multi_margin(outputs, labels.float())

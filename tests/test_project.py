@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -133,6 +134,18 @@ def test_importing_the_package_imports_nothing_else() -> None:
     heavy = ("torch", "numpy", "ot", "scipy", "matplotlib")
     code = f"import sys, lipbook; print([m for m in {heavy} if m in sys.modules])"
     assert ran(code).stdout == "[]\n"
+
+
+def test_importing_the_library_imports_torch_and_numpy_only() -> None:
+    """Their dependencies aside, which they import themselves, and the standard library."""
+    rooms = sorted(f"lipbook.{room}" for room, at in FLOORS.items() if at < FLOORS["lab"])
+    code = (
+        "import sys, torch, numpy; before = set(sys.modules)\n"
+        f"import {', '.join(rooms)}\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - sys.stdlib_module_names - {'torch', 'numpy'}))"
+    )
+    assert ran(code).stdout == "['lipbook']\n"
 
 
 def test_modules_are_imported_when_they_are_asked_for() -> None:
@@ -331,3 +344,19 @@ def test_every_planted_fault_has_its_place() -> None:
     for fault in faults:
         text = (TOP / "lipbook" / f"{fault.module}.py").read_text()
         assert text.count(fault.right) == 1, (fault.module, fault.consequence)
+
+
+def test_an_editor_shows_what_a_class_is() -> None:
+    """The docstring of the class, its formula in it, and the constructor's arguments."""
+    for room in ("activations", "convolutions", "losses", "orthogonal", "pooling", "residual"):
+        module = getattr(lipbook, room)
+        for name in module.__all__:
+            thing = getattr(module, name)
+            text = inspect.getdoc(thing) or ""
+            assert len(text.splitlines()) > 2 or text.startswith("Parametrization"), name
+            assert not re.search(r"^ *As there|\bas there\b", text, re.MULTILINE), name
+            if isinstance(thing, type) and thing.__module__.startswith("lipbook"):
+                own = [cls for cls in thing.__mro__ if cls.__module__.startswith("lipbook")]
+                assert not any(
+                    vars(cls).get("__init__").__doc__ for cls in own if "__init__" in vars(cls)
+                )

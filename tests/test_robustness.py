@@ -676,11 +676,15 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "NaN weight": (lambda: certify(nan_weights(), [(X, Y)], (6,)), ValueError, "must be finite"),
     "p": (lambda: certify(NET, [(X, Y)], (6,), 3), ValueError, "p must be 1, 2 or"),
     "shape": (lambda: certify(NET, [(X, Y)], (7,)), ValueError, "does not run on inputs"),
-    "inputs": (lambda: certify(NET, [(X[:, :5], Y)], (6,)), ValueError, "inputs must be floating"),
-    "integers": (lambda: certify(NET, [(X.long(), Y)], (6,)), ValueError, "inputs must be float"),
+    "inputs": (lambda: certify(NET, [(X[:, :5], Y)], (6,)), ValueError, "inputs must have shape"),
+    "integers": (lambda: certify(NET, [(X.long(), Y)], (6,)), TypeError, "inputs must be a float"),
     "NaN input": (lambda: certify(NET, [(X / 0 * 0, Y)], (6,)), ValueError, "inputs must be fini"),
     "labels": (lambda: certify(NET, [(X, Y + 4)], (6,)), ValueError, "labels must be classes"),
-    "label dtype": (lambda: certify(NET, [(X, Y.float())], (6,)), TypeError, "int64"),
+    "label dtype": (
+        lambda: certify(NET, [(X, Y.float())], (6,)),
+        TypeError,
+        "labels must be integers",
+    ),
     "label count": (lambda: certify(NET, [(X, Y[:2])], (6,)), ValueError, "must have shapes"),
     "no tensors": (lambda: certify(NET, [([1], Y)], (6,)), TypeError, "inputs must be a torch"),  # type: ignore[list-item]
     "no batch": (lambda: certify(NET, [], (6,)), ValueError, "one batch at least"),
@@ -1055,6 +1059,10 @@ def test_a_bound_can_be_vouched_for() -> None:
     with torch.no_grad():
         assert torch.allclose(vouched.radius, certified_radius(net(x), y, 2.0))
     assert vouched.facts["method"] == "vouched for by the caller"
+    first = str(vouched).splitlines()[0]
+    assert (
+        first == "2-norm, in real arithmetic, with a constant vouched for by the caller, 30 inputs"
+    )
     with pytest.raises(ValueError, match="needs sound=False"):
         certify(net, [(x, y)], (6,), lipschitz=2.0)
     with pytest.raises(ValueError, match="lipschitz must be a finite number"):

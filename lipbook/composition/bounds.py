@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,10 @@ from lipbook.rules import (
 
 __all__ = ["Residual", "Sum", "bound_method", "graph_bound", "lipschitz_bound"]
 
+MethodName = Literal[
+    "product", "absolute", "averaged", "seqlip", "exact", "lipsdp", "lipsdp-layer", "eclipse"
+]  # those that lipschitz_bound knows
+
 
 class Residual(nn.Module):
     r"""Residual block :math:`x \mapsto x + g(x)`, with a Lipschitz rule.
@@ -70,6 +74,7 @@ class Residual(nn.Module):
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
+        _check_branch("branch", branch)
         self.branch = branch
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -102,11 +107,18 @@ class Sum(nn.Module):
         super().__init__()
         if not branches:
             raise ValueError("branches must hold at least one module, got none")
+        for branch in branches:
+            _check_branch("branches", branch)
         self.branches = nn.ModuleList(branches)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Sum the outputs of the branches on a batch of inputs."""
         return _add_branches([branch(inputs) for branch in self.branches])
+
+
+def _check_branch(name: str, branch: object) -> None:
+    if not isinstance(branch, nn.Module):
+        raise TypeError(f"{name} must be torch.nn.Module, got {type(branch).__name__}")
 
 
 # torch.fx records a call of these as one step, since their checks depend on sizes.
@@ -136,7 +148,7 @@ def lipschitz_bound(
     module: nn.Module,
     input_shape: Sequence[int],
     p: float = 2,
-    method: str = "product",
+    method: MethodName = "product",
     *,
     domain: Domain | None = None,
     output: str | int | None = None,
@@ -417,10 +429,10 @@ def bound_method(name: str) -> Callable[[Method], Method]:
 
 
 def _method(name: str) -> Method:
-    if name not in _METHODS:
+    if name not in tuple(_METHODS):
         for room in lipbook.METHOD_ROOMS:  # see Note [methods]
             getattr(lipbook, room)
-    if name not in _METHODS:
+    if name not in tuple(_METHODS):
         known = ", ".join(map(repr, ("product", *sorted(_METHODS))))
         raise ValueError(f"method must be one of {known}, got {name!r}")
     return _METHODS[name]

@@ -13,6 +13,7 @@ from lipbook.composition.bounds import lipschitz_bound
 from lipbook.composition.lower import lipschitz_lower_bound
 from lipbook.errors import _analysis, forward_error_rule
 from lipbook.freezing import freeze
+from lipbook.norms.arguments import _integer
 from lipbook.rules import (
     Ball,
     Domain,
@@ -116,6 +117,7 @@ def check_layer(
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be a torch.nn.Module, got {type(layer).__name__}")
     shape = _shape(input_shape)
+    _integer("samples", samples, 1)
     check = _Check(layer, shape, domain, samples, seed)
     with torch.inference_mode(False):
         check.stretch()

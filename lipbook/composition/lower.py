@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook.graphs.trace import opened, unwrapped
+from lipbook.norms.arguments import _got, _real
 from lipbook.rules import Bound, _exponent, _plain_copy
 
 __all__ = ["lipschitz_lower_bound"]
@@ -97,10 +98,13 @@ def lipschitz_lower_bound(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        got = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise TypeError(f"inputs must be a floating-point tensor, got {got}")
-    if inputs.numel() == 0 or not inputs.isfinite().all():
-        raise ValueError(f"inputs must be finite and not empty, got shape {tuple(inputs.shape)}")
+        raise TypeError(f"inputs must be a floating-point tensor, got {_got(inputs)}")
+    if inputs.dim() < 2 or inputs.numel() == 0 or not inputs.isfinite().all():
+        raise ValueError(
+            "inputs must be finite, of shape (batch, *shape) and not empty, got shape "
+            f"{tuple(inputs.shape)}"
+        )
+    _real("radius", radius)
     if not 0 < radius < math.inf:
         raise ValueError(f"radius must be positive and finite, got {radius}")
     if not (isinstance(steps, int) and steps >= 0):

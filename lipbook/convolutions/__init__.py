@@ -21,6 +21,7 @@ layer                          singular values (circular padding)  kernel
 outputs, and the norm of gradients if there are no more outputs than inputs (semi-orthogonal).
 Zero padding instead of circular padding keeps the guarantee "at most 1" and gives up the other.
 Padding by reflection or replication copies pixels, which takes the norm above 1: it is refused.
+Symmetric padding reads each pixel as often as circular padding does, which is enough for RKO.
 """
 
 from lipbook.convolutions.bcop import (

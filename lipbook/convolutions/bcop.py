@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -18,7 +17,9 @@ from lipbook.convolutions.circular import (
     CONV_TRANSPOSE,
     CircularConv,
     ConstrainedConv,
+    Padding,
     Size,
+    channel_counts,
     check_groups,
     circular_fold,
     convolution_rule,
@@ -30,6 +31,7 @@ from lipbook.convolutions.circular import (
 from lipbook.errors import _error_rule_of
 from lipbook.freezing import register_plain
 from lipbook.layers.linear import convolution_error
+from lipbook.norms.arguments import _integer
 
 __all__ = [
     "BCOP",
@@ -133,7 +135,7 @@ class BCOP(nn.Module):
         self.transposed = max(self.stride) == 1 and rows > columns
         rows, n = (columns, rows) if self.transposed else (rows, columns)
         rank = n // 2 if rank is None else rank
-        if not 0 <= rank <= n:
+        if _integer("rank", rank, 0) > n:
             raise ValueError(f"rank must be between 0 and the {n} channels, got {rank}")
         factors = sum(self.kernel_size) - sum(self.stride)
         self.seed_shape = (groups, rows, n * math.prod(self.stride))
@@ -181,11 +183,11 @@ class _OrthogonalConv(CircularConv):
         out_channels: int,
         kernel_size: Size,
         stride: Size = 1,
-        padding: Size | str = "same",
+        padding: Padding = "same",
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "circular",
+        padding_mode: Literal["circular", "zeros"] = "circular",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -286,13 +288,21 @@ class OrthogonalConv2d(_OrthogonalConv, nn.Conv2d):
 
 
 class OrthogonalConv1d(_OrthogonalConv, nn.Conv1d):
-    """Orthogonal convolution in one dimension: see :class:`OrthogonalConv2d`."""
+    """Orthogonal convolution in one dimension (BCOP).
+
+    All min(m, n) singular values are 1 with circular padding, and at most 1 with zero padding. The
+    arguments are those of :class:`OrthogonalConv2d`.
+    """
 
     _dims = 1
 
 
 class OrthogonalConv3d(_OrthogonalConv, nn.Conv3d):
-    """Orthogonal convolution in three dimensions: see :class:`OrthogonalConv2d`."""
+    """Orthogonal convolution in three dimensions (BCOP).
+
+    All min(m, n) singular values are 1 with circular padding, and at most 1 with zero padding. The
+    arguments are those of :class:`OrthogonalConv2d`.
+    """
 
     _dims = 3
 
@@ -304,12 +314,12 @@ class _OrthogonalConvTranspose(ConstrainedConv):
         out_channels: int,
         kernel_size: Size,
         stride: Size = 1,
-        padding: Size | str = "same",
+        padding: Padding = "same",
         output_padding: Size = 0,
         groups: int = 1,
         bias: bool = True,
         dilation: Size = 1,
-        padding_mode: str = "circular",
+        padding_mode: Literal["circular", "zeros"] = "circular",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -342,8 +352,8 @@ class _OrthogonalConvTranspose(ConstrainedConv):
                     "padding must be integers for an even kernel without stride and dilation "
                     f"and with zero padding, got 'same' and kernel_size {sizes}"
                 )
-        channels = (operator.index(in_channels), operator.index(out_channels))
-        groups = operator.index(groups)
+        channels = channel_counts(in_channels, out_channels)
+        groups = _integer("groups", groups, 1)
         geometry: Any = (sizes, strides, 0, extra, groups, bias, dilations, "zeros")
         super().__init__(*channels, *geometry, device, dtype)  # type: ignore[call-arg]
         self.padding, self.padding_mode = pads, cast(Any, padding_mode)
@@ -370,7 +380,7 @@ class OrthogonalConvTranspose2d(_OrthogonalConvTranspose, nn.ConvTranspose2d):  
 
     The adjoint of :class:`OrthogonalConv2d` from ``out_channels`` to ``in_channels``:
     :class:`torch.nn.ConvTranspose2d` with such a weight, and with circular padding, which torch
-    does not offer. **Guaranteed** as there: all singular values are 1 with circular padding and at
+    does not offer. **Guaranteed**: all singular values are 1 with circular padding and at
     most 1 with zero padding. Without any padding (``padding=0, padding_mode="zeros"``) nothing
     is cut, and they are 1 as well, provided that c_in ≤ s² c_out.
 
@@ -405,13 +415,21 @@ class OrthogonalConvTranspose2d(_OrthogonalConvTranspose, nn.ConvTranspose2d):  
 
 
 class OrthogonalConvTranspose1d(_OrthogonalConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
-    """Orthogonal transposed convolution, one dimension: see :class:`OrthogonalConvTranspose2d`."""
+    """Orthogonal transposed convolution in one dimension (BCOP).
+
+    All min(m, n) singular values are 1 with circular padding, and at most 1 with zero padding. The
+    arguments are those of :class:`OrthogonalConvTranspose2d`.
+    """
 
     _dims = 1
 
 
 class OrthogonalConvTranspose3d(_OrthogonalConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
-    """Orthogonal transposed convolution in 3-D: see :class:`OrthogonalConvTranspose2d`."""
+    """Orthogonal transposed convolution in three dimensions (BCOP).
+
+    All min(m, n) singular values are 1 with circular padding, and at most 1 with zero padding. The
+    arguments are those of :class:`OrthogonalConvTranspose2d`.
+    """
 
     _dims = 3
 

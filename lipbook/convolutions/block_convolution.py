@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lipbook.convolutions.circular import CONV, Size, per_axis
+from lipbook.norms.arguments import _floating
 from lipbook.orthogonal.orthonormality import apply, save, two_modes, without_autocast
 
 __all__ = [
@@ -56,6 +57,8 @@ def block_convolution(outer: Tensor, inner: Tensor) -> Tensor:
     ----------
     :cite:t:`li2019preventing`, section 4.2; :cite:t:`xiao2018`.
     """
+    _floating("outer", outer)
+    _floating("inner", inner)
     dims = outer.dim() - 2
     if outer.dim() != inner.dim() or dims not in (1, 2, 3) or outer.shape[1] != inner.shape[0]:
         raise ValueError(
@@ -353,7 +356,13 @@ def bcop_kernel(
     :cite:t:`li2019preventing`, Algorithm 1, after :cite:t:`xiao2018` and :cite:t:`kautsky1994`.
     Composition with a strided factor: :cite:t:`boissin2025aoc`.
     """
-    sizes = tuple(kernel_size)
+    _floating("seed", seed)
+    _floating("projectors", projectors)
+    if isinstance(kernel_size, str) or not isinstance(kernel_size, Sequence):
+        raise TypeError(
+            f"kernel_size must be a sequence of integers, got {type(kernel_size).__name__}"
+        )
+    sizes = per_axis("kernel_size", kernel_size, len(kernel_size))
     strides = per_axis("stride", stride, len(sizes))
     extra = [k - s for k, s in zip(sizes, strides, strict=True)]
     axes = _turns(extra)

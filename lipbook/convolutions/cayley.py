@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook.composition import lipschitz_rule
-from lipbook.convolutions.circular import OnUnshuffled, Size, per_axis, response_rule
+from lipbook.convolutions.circular import (
+    OnUnshuffled,
+    Size,
+    channel_counts,
+    per_axis,
+    response_rule,
+)
+from lipbook.norms.arguments import _floating, _integer
 from lipbook.orthogonal.orthonormality import without_autocast
 
 __all__ = [
@@ -69,6 +75,7 @@ def cayley_kernel(weight: Tensor, image_size: Size) -> Tensor:
     ----------
     :cite:t:`trockman2021`, section 4.
     """
+    _floating("weight", weight, 3)
     dims = weight.dim() - 2
     size = per_axis("image_size", image_size, dims)
     if any(k > n for k, n in zip(weight.shape[2:], size, strict=True)):
@@ -170,9 +177,9 @@ class CayleyConv2d(OnUnshuffled):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        in_channels, out_channels, kernel_size, stride = (
-            operator.index(n) for n in (in_channels, out_channels, kernel_size, stride)
-        )
+        in_channels, out_channels = channel_counts(in_channels, out_channels)
+        kernel_size = _integer("kernel_size", kernel_size, 1)
+        stride = _integer("stride", stride, 1)
         sizes = per_axis("image_size", image_size, 2)
         if any(n % stride or n < kernel_size * stride for n in sizes):
             raise ValueError(

@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,19 @@ from torch.nn.utils import parametrize
 
 from lipbook.composition import Bound
 from lipbook.norms import convolution_norm_bound, convolution_norm_is_exact, dual_exponent
+from lipbook.norms.arguments import _floating, _integer, _tensor
 from lipbook.orthogonal.constrained import Constrained, raw_parameters
 
 __all__ = [
     "circular_pad",
     "circular_fold",
+    "Padding",
     "Size",
     "CONV",
     "CONV_TRANSPOSE",
     "per_axis",
     "check_kernel",
+    "channel_counts",
     "check_groups",
     "resolve_padding",
     "semi_orthogonal",
@@ -37,9 +40,11 @@ __all__ = [
 ]
 
 Size = int | Sequence[int]
+Padding = Size | Literal["same", "valid"]
 
 # torch.fx records a call of these as one step, since their course depends on sizes.
 torch.fx.wrap("_pad_whole")
+torch.fx.wrap("_pad_symmetric")
 
 
 CONV = (functional.conv1d, functional.conv2d, functional.conv3d)
@@ -81,6 +86,7 @@ def circular_pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     >>> circular_pad(torch.arange(5), [(2, 1)])
     tensor([3, 4, 0, 1, 2, 3, 4, 0])
     """
+    _check_axes(x, pads)
     for size, pair in zip(x.shape[x.dim() - len(pads) :], pads, strict=True):
         if max(pair) > size:
             raise ValueError(f"pads must be at most the size {size}, got {pair}")
@@ -123,6 +129,7 @@ def circular_fold(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     >>> circular_fold(torch.tensor([10, 20, 0, 1, 2, 3, 4, 30]), [(2, 1)])
     tensor([30,  1,  2, 13, 24])
     """
+    _check_axes(x, pads)
     for axis, (before, after) in zip(range(-1, -len(pads) - 1, -1), reversed(pads), strict=True):
         size = x.shape[axis] - before - after
         if max(before, after) > size:
@@ -137,6 +144,12 @@ def circular_fold(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     return x
 
 
+def _check_axes(x: Tensor, pads: Sequence[tuple[int, int]]) -> None:
+    _tensor("x", x)
+    if x.dim() < len(pads):
+        raise ValueError(f"x must have {len(pads)} axes or more, got shape {tuple(x.shape)}")
+
+
 def per_axis(name: str, value: Size, dims: int, least: int = 1) -> tuple[int, ...]:
     """One integer for each axis, from one for all or a sequence."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * dims
@@ -147,24 +160,30 @@ def per_axis(name: str, value: Size, dims: int, least: int = 1) -> tuple[int, ..
 
 def check_kernel(weight: Tensor, groups: int) -> int:
     """Refuse what is no kernel of a convolution with these groups; return its number of axes."""
+    _floating("weight", weight)
     dims = weight.dim() - 2
-    if dims not in (1, 2, 3) or not weight.is_floating_point():
+    if dims not in (1, 2, 3):
         raise ValueError(
-            "weight must be a real floating-point kernel (c_out, c_in / groups, *k) with one to "
-            f"three sizes k, got {weight.dtype} of shape {tuple(weight.shape)}"
+            "weight must be a kernel (c_out, c_in / groups, *k) with one to three sizes k, "
+            f"got shape {tuple(weight.shape)}"
         )
     check_groups(len(weight), groups)
     return dims
 
 
+def channel_counts(in_channels: int, out_channels: int) -> tuple[int, int]:
+    """Refuse what are no numbers of channels."""
+    return _integer("in_channels", in_channels, 1), _integer("out_channels", out_channels, 1)
+
+
 def check_groups(channels: int, groups: int) -> None:
     """Refuse groups that do not divide the channels."""
-    if groups < 1 or channels % groups:
+    if _integer("groups", groups, 1) and channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of the weight, got {groups}")
 
 
 def resolve_padding(
-    padding: Size | str, spans: Sequence[int], strides: Sequence[int], mode: str
+    padding: Padding, spans: Sequence[int], strides: Sequence[int], mode: str
 ) -> tuple[tuple[int, ...] | str, list[tuple[int, int]]]:
     """Resolve padding as torch takes it, and to pixels before and after on each axis."""
     totals = [max(span + 1 - s, 0) for span, s in zip(spans, strides, strict=True)]
@@ -183,10 +202,11 @@ def resolve_padding(
         raise ValueError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
     else:
         before = per_axis("padding", padding, len(spans), least=0)
-    if mode == "circular" and any(2 * pad > span for pad, span in zip(before, spans, strict=True)):
+    if mode != "zeros" and any(2 * pad > span for pad, span in zip(before, spans, strict=True)):
         raise ValueError(
-            "padding must be at most half of dilation * (kernel_size - 1) on a circle, or pixels "
-            f"are repeated and the norm exceeds 1, got {before} and {tuple(spans)}"
+            f"padding must be at most half of dilation * (kernel_size - 1) with {mode} padding, or "
+            "pixels are read too often and the norm exceeds 1, got "
+            f"{before} and {tuple(spans)}"
         )
     pairs = zip(before, totals, strict=True)
     return before, [(pad, max(total - pad, 0) if 2 * pad >= total else pad) for pad, total in pairs]
@@ -213,14 +233,16 @@ class ConstrainedConv(Constrained, _ConvNd):
     """What the constrained layers share: geometry, initial values, the check of the circle."""
 
     _dims: int
+    _padding_modes: tuple[str, ...] = ("circular", "zeros")
 
     def _geometry(
         self, kernel_size: Size, stride: Size, dilation: Size, padding_mode: str
     ) -> tuple[tuple[int, ...], ...]:
-        if padding_mode not in ("circular", "zeros"):
+        if padding_mode not in self._padding_modes:
+            modes = " or ".join(map(repr, self._padding_modes))
             raise ValueError(
-                "padding_mode must be 'circular' or 'zeros' (reflect and replicate padding copy "
-                f"pixels, which takes the norm above 1), got {padding_mode!r}"
+                f"padding_mode must be {modes} (other padding copies pixels, which takes the norm "
+                f"above 1), got {padding_mode!r}"
             )
         arguments = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
         return tuple(per_axis(name, value, self._dims) for name, value in arguments.items())
@@ -256,8 +278,22 @@ def _pad_whole(x: Tensor, pads: Sequence[tuple[int, int]], strides: Sequence[int
     return circular_pad(x, pads)
 
 
+def _pad_symmetric(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
+    """Continue the last axes by their mirror image, the outermost pixel first."""
+    for axis, (before, after) in zip(range(-1, -len(pads) - 1, -1), reversed(pads), strict=True):
+        size = x.shape[axis]
+        if max(before, after) > size:
+            raise ValueError(
+                "input must be at least as large as its padding, with symmetric padding, "
+                f"got size {size} and padding {(before, after)}"
+            )
+        start, end = x.narrow(axis, 0, before), x.narrow(axis, size - after, after)
+        x = torch.cat([start.flip(axis), x, end.flip(axis)], axis)
+    return x
+
+
 class CircularConv(ConstrainedConv):
-    """Convolution with a constrained kernel, on a circle or with zeros around the image."""
+    """Convolution with a constrained kernel, on a circle or with a border around the image."""
 
     def __init__(
         self,
@@ -265,7 +301,7 @@ class CircularConv(ConstrainedConv):
         out_channels: int,
         kernel_size: Size,
         stride: Size,
-        padding: Size | str,
+        padding: Padding,
         dilation: Size,
         groups: int,
         bias: bool,
@@ -276,16 +312,19 @@ class CircularConv(ConstrainedConv):
         sizes, strides, dilations = self._geometry(kernel_size, stride, dilation, padding_mode)
         spans = [d * (k - 1) for k, d in zip(sizes, dilations, strict=True)]
         pads, self._pads = resolve_padding(padding, spans, strides, padding_mode)
-        channels = (operator.index(in_channels), operator.index(out_channels))
-        groups = operator.index(groups)
-        geometry: Any = (sizes, strides, pads, dilations, groups, bias, padding_mode)
-        super().__init__(*channels, *geometry, device, dtype)  # type: ignore[call-arg]
+        channels = channel_counts(in_channels, out_channels)
+        groups = _integer("groups", groups, 1)
+        geometry: Any = (sizes, strides, pads, dilations, groups, bias)
+        super().__init__(*channels, *geometry, "zeros", device, dtype)  # type: ignore[call-arg]
+        self.padding_mode = cast(Any, padding_mode)  # torch's classes do not know all of them
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve, (batch, c_in, *size) to (batch, c_out, *size / stride)."""
         padding: Any = self.padding
         if self.padding_mode == "circular":
             input, padding = _pad_whole(input, self._pads, self.stride), 0
+        elif self.padding_mode == "symmetric":
+            input, padding = _pad_symmetric(input, self._pads), 0
         elif padding == "same":  # by an even kernel; torch would do so with a warning
             ends = itertools.chain.from_iterable(reversed(self._pads))
             input, padding = functional.pad(input, list(ends)), 0
@@ -376,4 +415,4 @@ def torch_computes(module: Any) -> bool:
     """Whether torch's class of a convolution makes the same calls on the same padded image."""
     if module.padding_mode == "circular":
         return not module.transposed and max(module.stride) == 1
-    return bool(module.padding != "same")
+    return module.padding_mode == "zeros" and bool(module.padding != "same")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipbook.composition import lipschitz_rule
+from lipbook.composition import Bound
 from lipbook.convolutions.circular import (
     CONV,
     CircularConv,
+    Padding,
     Size,
     check_kernel,
     convolution_rule,
@@ -21,11 +22,15 @@ from lipbook.convolutions.circular import (
     semi_orthogonal,
     torch_computes,
 )
-from lipbook.errors import _error_rule_of
+from lipbook.errors import Analysis, _error_rule_of
 from lipbook.freezing import register_plain
 from lipbook.layers.linear import convolution_error
+from lipbook.norms import operator_norm
+from lipbook.norms.arguments import _floating, _integer
+from lipbook.norms.rigorous import rigorous_matrix_norm
 from lipbook.orthogonal import cholesky_qr
 from lipbook.orthogonal.orthonormality import negligible, power_of_two, without_autocast
+from lipbook.rules import Shape, _rule_of
 
 __all__ = [
     "rko_kernel",
@@ -141,7 +146,8 @@ def aol_kernel(weight: Tensor, stride: Size = 1, dilation: Size = 1, groups: int
     ----------
     :cite:t:`prach2022aol`, Theorem 2.
     """
-    sizes, dims = weight.shape[2:], check_kernel(weight, groups)
+    dims = check_kernel(weight, groups)
+    sizes = weight.shape[2:]
     strides, dilations = per_axis("stride", stride, dims), per_axis("dilation", dilation, dims)
     with without_autocast(weight):
         kernel = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -207,6 +213,8 @@ def kernel_norm_bound(kernel: Tensor, squarings: int = 4) -> Tensor:
     >>> bool(circular_convolution_norm(kernel, 16) <= kernel_norm_bound(kernel))
     True
     """
+    _floating("kernel", kernel, 2)
+    _integer("squarings", squarings, 0)
     with without_autocast(kernel):
         scale = power_of_two(kernel)
         matrix = (kernel / scale).flatten(1)
@@ -290,18 +298,29 @@ class AOL(RKO):
         return aol_kernel(weight, self.stride, self.dilation, self.groups)
 
 
+# Note [symmetric padding]
+# With a span of d (k - 1) pixels and a border of at most half of it, tap t of a window reads pixel
+# j from inside, or tap k - 1 - t reads it in one of the two mirrors, never both: direct reading
+# takes -P <= j - d t < n + P - span, the left mirror j - d t < P - span <= -P, the right one
+# j - d t >= n - P >= n + P - span. So each pixel is read at most k times an axis, as without a
+# border, which is all that RKO needs: ||Kx|| <= sqrt(prod k) ||mat(K)|| ||x||. Reflection without
+# the outermost pixel reads a pixel beside the border k + 1 times, replication more.
+
+
 class _NonexpansiveConv(CircularConv):
+    _padding_modes = ("circular", "zeros", "symmetric")
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         kernel_size: Size,
         stride: Size = 1,
-        padding: Size | str = "same",
+        padding: Padding = "same",
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "circular",
+        padding_mode: Literal["circular", "zeros", "symmetric"] = "circular",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -313,6 +332,19 @@ class _NonexpansiveConv(CircularConv):
             )
         geometry = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(in_channels, out_channels, *geometry, device, dtype)
+        if padding_mode == "symmetric" and (method != "rko" or max(self.stride) > 1):
+            raise ValueError(
+                "padding_mode must be 'circular' or 'zeros' but for method 'rko' without a stride, "
+                f"got 'symmetric' with method {method!r} and stride {self.stride}"
+            )
+        if padding_mode == "symmetric" and any(
+            2 * max(pair) > d * (k - 1)
+            for pair, d, k in zip(self._pads, self.dilation, self.kernel_size, strict=True)
+        ):
+            raise ValueError(
+                "padding must be integers for an even kernel with symmetric padding, got 'same' "
+                f"and kernel_size {self.kernel_size}"
+            )
         constraint = AOL if method == "aol" else RKO
         self._constrain(constraint(self.stride, self.dilation, groups))
 
@@ -325,8 +357,11 @@ class NonexpansiveConv2d(_NonexpansiveConv, nn.Conv2d):
 
     Parameters
     ----------
-    in_channels, ..., padding_mode, device, dtype
+    in_channels, ..., groups, bias, device, dtype
         As in :class:`OrthogonalConv2d`, with any kernel size and any groups.
+    padding_mode : str
+        ``"circular"`` or ``"zeros"``; with ``method="rko"`` and without a stride also
+        ``"symmetric"``, the mirror image whose first pixel is the outermost one.
     method : str
         ``"aol"``: :func:`aol_kernel`, from a semi-orthogonal start. ``"rko"``: :func:`rko_kernel`.
 
@@ -353,22 +388,53 @@ class NonexpansiveConv2d(_NonexpansiveConv, nn.Conv2d):
 
 
 class NonexpansiveConv1d(_NonexpansiveConv, nn.Conv1d):
-    """1-Lipschitz convolution in one dimension: see :class:`NonexpansiveConv2d`."""
+    """1-Lipschitz convolution in one dimension, not orthogonal (AOL or RKO).
+
+    The norm is at most 1. The arguments are those of :class:`NonexpansiveConv2d`.
+    """
 
     _dims = 1
 
 
 class NonexpansiveConv3d(_NonexpansiveConv, nn.Conv3d):
-    """1-Lipschitz convolution in three dimensions: see :class:`NonexpansiveConv2d`."""
+    """1-Lipschitz convolution in three dimensions, not orthogonal (AOL or RKO).
+
+    The norm is at most 1. The arguments are those of :class:`NonexpansiveConv2d`.
+    """
 
     _dims = 3
 
 
-for _layer in (NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d):
-    lipschitz_rule.register(_layer, convolution_rule)
+@_rule_of(NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d)
+def _(module: Any, input_shape: Shape, p: float) -> Bound:
+    if module.padding_mode != "symmetric":
+        return convolution_rule(module, input_shape, p)
+    weight = module.weight.detach().double()
+    return Bound(_symmetric_norm(weight, module.groups, p, operator_norm), "upper bound", p)
 
 
-_error_rule_of(NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d)(convolution_error)
+def _symmetric_norm(weight: Tensor, groups: int, p: float, norm: Callable[..., Any]) -> float:
+    """Bound of the norm with symmetric padding, from a norm of matrices; see the note."""
+    taps = tuple(range(2, weight.dim()))
+    kernels = weight.unflatten(0, (groups, -1))
+    if p == 1:  # the columns of a pixel hold each tap or its mirror
+        columns = kernels.double().abs().sum(1)
+        for axis in taps:
+            columns = torch.maximum(columns, columns.flip(axis))
+        return columns.sum(taps).amax().item() * (1 + 2.0**-40)
+    largest = max(float(norm(kernel.flatten(1), p)) for kernel in kernels)
+    return largest * math.prod(weight.shape[2:]) ** (1 / p) * (1 + 2.0**-40)
+
+
+@_error_rule_of(NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    if module.padding_mode != "symmetric":
+        return convolution_error(module, example, p)
+
+    def norm(weight: Tensor, q: float) -> float:
+        return _symmetric_norm(weight, module.groups, q, rigorous_matrix_norm)
+
+    return convolution_error(module, example, p, norm)
 
 
 register_plain(NonexpansiveConv1d, nn.Conv1d, torch_computes)

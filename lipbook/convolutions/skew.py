@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
@@ -11,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipbook.composition import lipschitz_rule
-from lipbook.convolutions.circular import CONV, OnUnshuffled, circular_pad, response_rule
+from lipbook.convolutions.circular import (
+    CONV,
+    OnUnshuffled,
+    channel_counts,
+    circular_pad,
+    response_rule,
+)
 from lipbook.convolutions.nonexpansive import kernel_norm_bound
 from lipbook.errors import (
     Analysis,
@@ -25,6 +30,7 @@ from lipbook.errors import (
     _is_half,
     _norms,
 )
+from lipbook.norms.arguments import _floating, _integer
 from lipbook.norms.rigorous import _UP, _gamma, rigorous_convolution_norm
 from lipbook.orthogonal.orthonormality import without_autocast
 
@@ -77,6 +83,7 @@ def skew_kernel(weight: Tensor) -> Tensor:
     ----------
     :cite:t:`singla2021soc`, Theorem 1.
     """
+    _floating("weight", weight)
     if (
         weight.dim() < 3
         or weight.shape[0] != weight.shape[1]
@@ -136,6 +143,12 @@ def skew_exponential(x: Tensor, kernel: Tensor, terms: int = 8) -> Tensor:
     :cite:t:`singla2021soc`.
     """
     _check_terms(terms)
+    _floating("x", x, 3)
+    _floating("kernel", kernel, 3)
+    if x.dim() < kernel.dim() - 1:
+        raise ValueError(
+            f"x must have the {kernel.dim() - 2} axes of kernel, got shape {tuple(x.shape)}"
+        )
     pads = [(size // 2, size // 2) for size in kernel.shape[2:]]
     term = x
     for j in range(1, terms + 1):
@@ -145,7 +158,7 @@ def skew_exponential(x: Tensor, kernel: Tensor, terms: int = 8) -> Tensor:
 
 
 def _check_terms(terms: int) -> None:
-    if terms < 4 or terms % 4:
+    if _integer("terms", terms, 0) < 4 or terms % 4:
         raise ValueError(
             f"terms must be a positive multiple of 4, for the norm to be at most 1, got {terms}"
         )
@@ -220,9 +233,9 @@ class SkewOrthogonalConv2d(OnUnshuffled):
         dtype: Any = None,
     ) -> None:
         _check_terms(terms)
-        in_channels, out_channels, kernel_size, stride, terms = (
-            operator.index(n) for n in (in_channels, out_channels, kernel_size, stride, terms)
-        )
+        in_channels, out_channels = channel_counts(in_channels, out_channels)
+        kernel_size = _integer("kernel_size", kernel_size, 1)
+        stride, terms = _integer("stride", stride, 1), int(terms)
         n = max(in_channels * stride**2, out_channels)
         weight = torch.empty(n, n, kernel_size, kernel_size, device=device, dtype=dtype)
         super().__init__(out_channels, stride, bias, weight, SOC())

@@ -27,6 +27,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
+from lipbook.freezing import thawed
 from lipbook.graphs.graph import Graph, Node
 from lipbook.graphs.operations import MOVING, Call, handler_of, moving
 from lipbook.layers.calls import CALLS
@@ -567,8 +568,8 @@ def _slow_attention() -> Iterator[None]:
 
 
 def opened(module: nn.Module) -> nn.Module:
-    """Open the wrappers inside a copy."""
-    module = unwrapped(module)
+    """Open the wrappers inside a copy, and take layers of torch for what they are."""
+    module = thawed(unwrapped(module))
     for child in list(module.modules()):
         for name, inner in list(child._modules.items()):
             if inner is not None and unwrapped(inner) is not inner:

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lipbook.freezing import keep_kernels
 from lipbook.layers.joins import NEEDS_DOMAIN, Join
 from lipbook.layers.softmax import sum_of_others
 from lipbook.norms import operator_norm
@@ -49,6 +50,13 @@ from lipbook.rules import Affine, Range, _check_weight, affine_rule, outward
 __all__ = ["MultiheadCall", "ScaledDotProduct"]
 
 _UP = 1 + 2.0**-40
+
+FrozenMultiheadAttention = keep_kernels(nn.MultiheadAttention)
+FrozenTransformerEncoderLayer = keep_kernels(nn.TransformerEncoderLayer)
+FrozenTransformerEncoder = keep_kernels(nn.TransformerEncoder)
+FrozenTransformerDecoderLayer = keep_kernels(nn.TransformerDecoderLayer)
+FrozenTransformerDecoder = keep_kernels(nn.TransformerDecoder)
+FrozenTransformer = keep_kernels(nn.Transformer)
 
 
 class ScaledDotProduct(Join):

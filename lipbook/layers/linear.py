@@ -156,8 +156,16 @@ def _(module: nn.Linear, example: Tensor, p: float) -> Analysis:
     return _after_cast(affine, dtype, p)
 
 
-def convolution_error(module: Any, example: Tensor, p: float) -> Analysis:
-    """Bound the error of a convolution, plain, constrained or transposed."""
+def convolution_error(
+    module: Any,
+    example: Tensor,
+    p: float,
+    norm_of: Callable[[Tensor, float], float] | None = None,
+) -> Analysis:
+    """Bound the error of a convolution, plain, constrained or transposed.
+
+    ``norm_of`` bounds the norm from the weight, for padding that torch does not know.
+    """
     _check_direct(module.weight)
     dtype = _computing_dtype(example, module.weight)
     weight = module.weight.detach().to(dtype)
@@ -171,6 +179,8 @@ def convolution_error(module: Any, example: Tensor, p: float) -> Analysis:
         geometry |= {"transposed": True, "output_padding": module.output_padding}
 
     def norm(q: float) -> float:
+        if norm_of is not None:
+            return norm_of(weight, q)
         exponent = dual_exponent(q) if adjoint else q
         return rigorous_convolution_norm(weight, size, p=exponent, **geometry)
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = []
 
 Size = int | Sequence[int]
+Padding = Size | Literal["same", "valid"]
+PaddingMode = Literal["zeros", "circular", "reflect", "replicate"]
+
+
+def _got(value: object) -> str:
+    """Say what came: a dtype, an array that can be a tensor, or another type."""
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    hint = ": call torch.from_numpy" if isinstance(value, np.ndarray) else ""
+    return f"{type(value).__name__}{hint}"
 
 
 def _matrix(matrix: Tensor) -> Tensor:
@@ -23,7 +35,7 @@ def _matrix(matrix: Tensor) -> Tensor:
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {_got(tensor)}")
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
     if not tensor.isfinite().all():
@@ -44,6 +56,28 @@ def _convolution_exponent(p: float) -> float:
     if p not in (1, 2, math.inf):
         raise ValueError(f"p must be 1, 2 or inf for a convolution, got {p:g}")
     return p
+
+
+def _tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor, of any dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_got(value)}")
+
+
+def _floating(name: str, value: object, dims: int = 0) -> None:
+    """Refuse what is no real floating-point tensor with as many dimensions or more."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a real floating-point tensor, got {_got(value)}")
+    if value.dim() < dims:
+        raise ValueError(
+            f"{name} must have {dims} or more dimensions, got shape {tuple(value.shape)}"
+        )
+
+
+def _real(name: str, value: float) -> None:
+    """Refuse what is no real number; its range is the caller's."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def _integer(name: str, value: int, least: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lipbook.norms.arguments import Size, _convolution_exponent
+from lipbook.norms.arguments import Padding, PaddingMode, Size, _convolution_exponent
 from lipbook.norms.axes import _Axis, _Block, _count, _half
 from lipbook.norms.geometry import _geometry
 from lipbook.norms.matrices import dual_exponent
@@ -23,10 +23,10 @@ def convolution_norm_bound(
     weight: Tensor,
     input_size: Size,
     stride: Size = 1,
-    padding: Size | str = 0,
+    padding: Padding = 0,
     dilation: Size = 1,
     groups: int = 1,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     p: float = 2,
     transposed: bool = False,
     output_padding: Size = 0,
@@ -156,10 +156,10 @@ def convolution_norm_is_exact(
     weight: Tensor,
     input_size: Size,
     stride: Size = 1,
-    padding: Size | str = 0,
+    padding: Padding = 0,
     dilation: Size = 1,
     groups: int = 1,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     p: float = 2,
     transposed: bool = False,
     output_padding: Size = 0,

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipbook.norms.arguments import Size, _convolution_exponent, _matrix
+from lipbook.norms.arguments import (
+    Padding,
+    PaddingMode,
+    Size,
+    _convolution_exponent,
+    _matrix,
+    _tensor,
+)
 from lipbook.norms.axes import _half
 from lipbook.norms.convolutions import _completions, convolution_norm_bound
 from lipbook.norms.geometry import _geometry
@@ -82,7 +89,7 @@ def rigorous_matrix_norm(matrix: Tensor, p: float = 2) -> float:
     True
     """
     p = _convolution_exponent(p)
-    matrix = _matrix(matrix.detach()).cpu()
+    matrix = _matrix(matrix).detach().cpu()
     if p == 2:
         return _spectral_bounds(matrix).item()
     terms = matrix.shape[0 if p == 1 else 1] + 4
@@ -152,10 +159,10 @@ def rigorous_convolution_norm(
     weight: Tensor,
     input_size: Size,
     stride: Size = 1,
-    padding: Size | str = 0,
+    padding: Padding = 0,
     dilation: Size = 1,
     groups: int = 1,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     p: float = 2,
     transposed: bool = False,
     output_padding: Size = 0,
@@ -211,6 +218,7 @@ def rigorous_convolution_norm(
         "transposed": transposed,
         "output_padding": output_padding,
     }
+    _tensor("weight", weight)
     weight = weight.detach().cpu()
 
     def sums(p: float) -> float:  # its margin is 4 n eps for sums of n terms, which is above 2 n u

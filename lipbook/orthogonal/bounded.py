@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lipbook.norms.arguments import _got
 from lipbook.orthogonal.orthonormality import (
     admitted,
     check_matrix,
@@ -178,8 +179,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 def _check_rows(rows: Tensor) -> None:
     if not isinstance(rows, Tensor) or not rows.is_floating_point():
-        kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"rows must be a real floating-point tensor, got {kind}")
+        raise TypeError(f"rows must be a real floating-point tensor, got {_got(rows)}")
     if rows.dim() < 1 or 0 in rows.shape:
         raise ValueError(f"rows must have shape (..., n), got {tuple(rows.shape)}")
 

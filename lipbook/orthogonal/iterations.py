@@ -271,8 +271,10 @@ class Bjorck(Orthonormal):
 
     Parameters
     ----------
-    order, steps : int
-        As there.
+    order : int
+        Order p of a step, odd.
+    steps : int
+        Number of steps.
     """
 
     def __init__(self, order: int = 1, steps: int = 15) -> None:
@@ -291,7 +293,7 @@ class Polar(Orthonormal):
     Parameters
     ----------
     condition : float
-        As there.
+        Ratio of the singular values of the raw parameter up to which the weight is orthogonal.
     """
 
     def __init__(self, condition: float = 1e4) -> None:

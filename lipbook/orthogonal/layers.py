@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch.nn.utils import parametrize
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.errors import Analysis, _closed_form, _error_rule_of, _relative
 from lipbook.freezing import register_plain
+from lipbook.norms.arguments import _integer, _real
 from lipbook.orthogonal.bounded import (
     InfinityNorm,
     SpectralNorm,
@@ -64,7 +64,8 @@ class _ConstrainedLinear(Constrained, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        features = (operator.index(in_features), operator.index(out_features))
+        sizes = {"in_features": in_features, "out_features": out_features}
+        features = [_integer(name, size, 1) for name, size in sizes.items()]
         super().__init__(*features, bias, device=device, dtype=dtype)
         parametrize.register_parametrization(self, "weight", self._constraint())
 
@@ -174,7 +175,7 @@ class OrthogonalLinear(_ConstrainedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if method not in _METHODS:
+        if method not in tuple(_METHODS):
             raise ValueError(f"method must be one of {tuple(_METHODS)}, got {method!r}")
         self._constraint = _METHODS[method]
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
@@ -331,6 +332,7 @@ class Scale(nn.Module):
 
     def __init__(self, constant: float) -> None:
         super().__init__()
+        _real("constant", constant)
         if not math.isfinite(constant):
             raise ValueError(f"constant must be finite, got {constant}")
         self.constant = float(constant)

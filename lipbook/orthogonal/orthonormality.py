@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipbook.norms.arguments import _got
+
 __all__ = [
     "without_autocast",
     "power_of_two",
@@ -89,8 +91,7 @@ def save(ctx: Any, *tensors: Tensor) -> None:
 def map_tall(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
     """Apply a map of tall matrices to a tall or wide one, in float32 at least."""
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise TypeError(f"matrix must be a real floating-point tensor, got {kind}")
+        raise TypeError(f"matrix must be a real floating-point tensor, got {_got(matrix)}")
     if matrix.dim() < 2 or 0 in matrix.shape:
         raise ValueError(f"matrix must have shape (..., m, n), got {tuple(matrix.shape)}")
     wide = matrix.shape[-2] < matrix.shape[-1]

@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lipbook.norms.arguments import _got
 
 __all__ = ["Batches", "check_mode", "check_tensors", "pairs"]
 
@@ -68,8 +69,7 @@ def check_tensors(inputs: Any, labels: Any) -> None:
     """Refuse what is no batch of inputs with as many integers."""
     for name, tensor in (("inputs", inputs), ("labels", labels)):
         if not isinstance(tensor, Tensor):
-            advice = ": call torch.from_numpy" if isinstance(tensor, np.ndarray) else ""
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{advice}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {_got(tensor)}")
     if not inputs.is_floating_point():
         raise TypeError(
             f"inputs must be a floating-point tensor, got {inputs.dtype}: call .float(), "

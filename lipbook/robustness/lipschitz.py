@@ -22,8 +22,9 @@ from lipbook.graphs import Graph, trace
 from lipbook.graphs.trace import unwrapped
 from lipbook.norms import dual_exponent
 from lipbook.norms.rigorous import _FLOOR, _UP, _gamma
-from lipbook.robustness.arguments import Batches
+from lipbook.robustness.arguments import Batches, pairs
 from lipbook.robustness.certificate import (
+    VOUCHED,
     Certificate,
     check_logits,
     class_logits,
@@ -103,7 +104,7 @@ def certify(
         (batch, classes), or (batch, 1) for a binary classifier.
     loader : iterable
         Yields ``(inputs, labels)``: (batch, \*input_shape), of a dtype that the dtype of the model
-        holds exactly, and int64 classes.
+        holds exactly, and classes in any integer dtype.
     input_shape : sequence of int
         Shape of one sample.
     p : float
@@ -221,23 +222,21 @@ def certify(
             output=output,
         )
         columns: list[list[Tensor]] = [[], [], [], []]
-        for inputs, labels in loader:
-            x = _check_inputs(inputs, labels, shape, reader.weight)
+        for inputs, labels in pairs(loader):
+            x = _check_inputs(inputs, shape, reader.weight)
             logits, radius, real = reader(x)
             check_logits(logits, labels)
             for column, value in zip(
-                columns, (radius, logits.argmax(1), labels, real), strict=True
+                columns, (radius, logits.argmax(1), labels.long(), real), strict=True
             ):
                 column.append(value.detach().cpu().clone())
-    if not columns[0]:
-        raise ValueError("loader must yield one batch at least, got none")
     radius, predictions, truth, real = (torch.cat(column) for column in columns)
     positive = real > 0
     kept = (radius[positive] / real[positive]).nan_to_num(1.0)  # infinite for both
     facts = {
         "lost_to_rounding": 1 - kept.median().item() if positive.any() else 0.0,
         "layers": reader.layers,
-        "method": method if lipschitz is None else "vouched for by the caller",
+        "method": method if lipschitz is None else VOUCHED,
         "domain": None if domain is None else " ".join(repr(domain).split()),
         "input_shape": list(shape),
         "dtype": str(reader.weight.dtype).removeprefix("torch."),
@@ -267,15 +266,12 @@ def _split(graph: Graph) -> tuple[Graph, nn.Linear | None]:
     return graph, None
 
 
-def _check_inputs(inputs: Tensor, labels: Tensor, shape: Shape, weight: Tensor) -> Tensor:
+def _check_inputs(inputs: Tensor, shape: Shape, weight: Tensor) -> Tensor:
     """Refuse a batch that does not fit; return a copy of the inputs where the model is."""
-    for name, tensor in (("inputs", inputs), ("labels", labels)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tuple(inputs.shape[1:]) != shape or not inputs.is_floating_point() or not len(inputs):
+    if tuple(inputs.shape[1:]) != shape:
         raise ValueError(
-            f"inputs must be floating-point of shape (batch, {', '.join(map(str, shape))}), got "
-            f"{inputs.dtype} of shape {tuple(inputs.shape)}"
+            f"inputs must have shape (batch, {', '.join(map(str, shape))}), got "
+            f"{tuple(inputs.shape)}"
         )
     if not torch.stack(inputs.aminmax()).isfinite().all():  # NaN is the least and the largest
         raise ValueError("inputs must be finite, got NaN or infinite entries")
@@ -337,7 +333,7 @@ class Reader:
             if not 0 <= lipschitz < math.inf:
                 raise ValueError(f"lipschitz must be a finite number >= 0, got {lipschitz}")
             self.body, self.head = self.graph, None
-            return float(lipschitz), f"{lipschitz:g}, vouched for by the caller"
+            return float(lipschitz), f"{lipschitz:g}, {VOUCHED}"
         if self.domain is not None:
             bound = lipschitz_bound(model, self.shape, self.p, domain=self.domain, output=output)
             try:

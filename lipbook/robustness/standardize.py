@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lipbook import errors
 from lipbook.errors import Analysis, forward_error_rule
+from lipbook.norms.arguments import _real
 from lipbook.norms.rigorous import _UP
 from lipbook.rules import Bound, Shape, lipschitz_rule
 
@@ -46,6 +47,9 @@ class Standardize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        for name, numbers in (("mean", mean), ("std", std)):
+            for number in numbers:
+                _real(name, number)
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
         if self.mean.shape != self.std.shape or self.mean.dim() != 1:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from lipbook import composition
@@ -212,6 +211,8 @@ class _Search:
                 f"{self.net.hidden()} units and {rows.shape[1]} inputs without an end: use "
                 "'lipsdp' or 'eclipse' for a bound, or raise max_regions"
             )
+        from scipy.optimize import linprog  # noqa: PLC0415 - slow to import
+
         k, n = rows.shape
         answer = linprog(
             np.append(np.zeros(n), -1.0),

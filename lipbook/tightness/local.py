@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lipbook import composition
 from lipbook.composition import Bound, lipschitz_bound
 from lipbook.norms import dual_exponent, operator_norm
+from lipbook.norms.arguments import _got, _real
 from lipbook.tightness.eclipse import _chain, _eclipse
 from lipbook.tightness.reading import (
     EPS,
@@ -91,10 +92,12 @@ def local_lipschitz_bound(
     """
     p = composition._exponent(p)
     if not isinstance(center, Tensor) or not center.is_floating_point():
-        got = center.dtype if isinstance(center, Tensor) else type(center).__name__
-        raise TypeError(f"center must be a floating-point tensor, got {got}")
+        raise TypeError(f"center must be a floating-point tensor, got {_got(center)}")
+    if not center.dim() or not center.numel():
+        raise ValueError(f"center must be one input, got shape {tuple(center.shape)}")
     if not center.isfinite().all():
         raise ValueError("center must be finite, got NaN or infinite entries")
+    _real("radius", radius)
     if not 0 <= radius < math.inf:
         raise ValueError(f"radius must be finite and at least 0, got {radius}")
     if method not in ("interval", "lipsdp"):

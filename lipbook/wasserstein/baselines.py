@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lipbook.norms.arguments import _floating, _real
 from lipbook.wasserstein.clouds import check_clouds, check_count, check_memory, common_exponent
-from lipbook.wasserstein.critics import evaluate
+from lipbook.wasserstein.critics import _callable, evaluate
 
 __all__ = [
     "gradient_penalty",
@@ -66,6 +67,14 @@ def gradient_penalty(
     ----------
     :cite:t:`gulrajani2017`, equation 3.
     """
+    _callable(critic)
+    for name, points in (("x", x), ("y", y)):
+        _floating(name, points, 2)
+        if not len(points):
+            raise ValueError(f"{name} must hold one point or more, got {tuple(points.shape)}")
+    _real("weight", weight)
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be finite and not negative, got {weight}")
     number = max(len(x), len(y))
     x, y = (z.detach()[torch.arange(number, device=z.device) % len(z)] for z in (x, y))
     mix = torch.rand(number, generator=generator).to(x).view(-1, *[1] * (x.dim() - 1))
@@ -106,8 +115,11 @@ def clip_weights_(critic: nn.Module, limit: float = 0.01) -> None:
     ----------
     :cite:t:`arjovsky2017`, algorithm 1.
     """
-    if not limit > 0:
-        raise ValueError(f"limit must be > 0, got {limit}")
+    if not isinstance(critic, nn.Module):
+        raise TypeError(f"critic must be a torch.nn.Module, got {type(critic).__name__}")
+    _real("limit", limit)
+    if not 0 < limit < math.inf:
+        raise ValueError(f"limit must be > 0 and finite, got {limit}")
     for parameter in critic.parameters():
         parameter.clamp_(-limit, limit)
 
@@ -246,8 +258,10 @@ def sinkhorn(
     backward = torch.is_grad_enabled() and any(z.requires_grad for z in given)
     check_memory(len(x), len(y), 80 if backward else 40)
     steps = check_count("steps", steps)
+    _real("entropy", entropy)
     if not 0 < entropy < math.inf:
         raise ValueError(f"entropy must be finite and > 0, got {entropy}")
+    _real("tolerance", tolerance)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be in (0, 1), got {tolerance}")
     device = x.device if x.device.type in ("cpu", "cuda") else torch.device("cpu")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipbook.norms.arguments import _real
 from lipbook.wasserstein.clouds import (
     Cloud,
     Pair,
@@ -207,6 +208,7 @@ def wasserstein1_bracket(
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if method == "critic" and critic is None:
         raise ValueError('critic must be given for method="critic", got None')
+    _real("tolerance", tolerance)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be in (0, 1), got {tolerance}")
     sweeps = check_count("sweeps", sweeps, 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lipbook.composition import lipschitz_bound
+from lipbook.norms.arguments import _real
 from lipbook.wasserstein.clouds import check_clouds, check_tensor
 
 __all__ = [
@@ -89,6 +90,7 @@ def kantorovich_dual(
                 "pass lipschitz= for a function whose Lipschitz bound you know"
             )
         lipschitz = _bound(critic, x.shape[1:])
+    _real("lipschitz", lipschitz)
     if not 0 <= lipschitz < math.inf:
         raise ValueError(f"lipschitz must be finite and >= 0, got {lipschitz}")
     return _difference(critic, x, y, x_weights, y_weights) / max(1.0, lipschitz)
@@ -197,10 +199,14 @@ def evaluate_in_chunks(critic: Callable[[Tensor], Tensor], points: Tensor) -> Te
     return values
 
 
+def _callable(critic: object) -> None:
+    if not callable(critic):
+        raise TypeError(f"critic must be callable, got {type(critic).__name__}")
+
+
 def first_parameter(critic: Callable[[Tensor], Tensor]) -> Tensor | None:
     """Give the parameter whose dtype and device are the critic's, if it has any."""
     if not isinstance(critic, nn.Module):
-        if not callable(critic):
-            raise TypeError(f"critic must be callable, got {type(critic).__name__}")
+        _callable(critic)
         return None
     return next(critic.parameters(), None)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lipbook.norms.arguments import _real
 from lipbook.wasserstein.clouds import (
     check_count,
     check_finite,
@@ -255,10 +256,12 @@ def _check_fit(
     for name, value in (("batch_size", batch_size), ("held_out_every", held_out_every)):
         if value is not None:
             check_count(name, value)
+    _real("lr", lr)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be finite and > 0, got {lr}")
     if schedule not in ("constant", "cosine"):
         raise ValueError(f'schedule must be "constant" or "cosine", got {schedule!r}')
+    _real("confidence", confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from lipbook.activations import MaxMin
 from lipbook.composition import lipschitz_bound, lipschitz_lower_bound
+from lipbook.composition.bounds import MethodName
 from lipbook.lab.data import mnist
 from lipbook.lab.recipes import Outcome, Rows
 from lipbook.lab.training import accuracy, train
@@ -28,7 +29,7 @@ from lipbook.orthogonal import OrthogonalLinear
 __all__ = ["ENUMERATED", "METHODS", "SIZES", "network", "row", "run", "tiny_digits"]
 
 #: Methods, from the cheapest on.
-METHODS = (
+METHODS: tuple[MethodName, ...] = (
     *("product", "absolute", "averaged", "eclipse", "seqlip", "lipsdp-layer", "lipsdp", "exact"),
 )
 #: Most hidden units for the exact constant.
@@ -91,7 +92,7 @@ def row(
     depth: int,
     *,
     epochs: int = 5,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[MethodName] = METHODS,
     seed: int = 0,
 ) -> Outcome:
     """Bound one network by all methods.

@@ -1,0 +1,831 @@
+"""The catalogue of errors: every public function meets every kind of bad input.
+
+A row names a function of the library, the kind of each argument, and a good value. Each kind has
+its bad values: of another type, shape, dtype, sign, not a number, or an unknown name. Called with
+one of them, the function raises TypeError or ValueError whose message names the argument; or the
+row says that the value is good, and then the call must succeed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import lipbook
+from lipbook import (
+    activations,
+    attacks,
+    composition,
+    convolutions,
+    export,
+    generalization,
+    graphs,
+    interpretability,
+    jacobians,
+    losses,
+    norms,
+    orthogonal,
+    pooling,
+    residual,
+    robustness,
+    rounding,
+    tightness,
+    wasserstein,
+)
+
+NAN, INF = math.nan, math.inf
+
+# What each kind of argument refuses. A function of the good value, or the bad value itself.
+BAD: dict[str, dict[str, Any]] = {
+    "tensor": {
+        "list": lambda good: good.tolist(),
+        "array": lambda good: good.numpy(),
+        "none": None,
+        "integers": lambda good: torch.ones_like(good, dtype=torch.int64),
+        "NaN": lambda good: torch.full_like(good, NAN),
+        "infinity": lambda good: torch.full_like(good, INF),
+        "number": lambda good: torch.ones(()),
+        "empty": lambda good: good[:0],
+    },
+    "point": {  # whose shape only the network knows
+        "list": lambda good: good.tolist(),
+        "array": lambda good: good.numpy(),
+        "none": None,
+        "integers": lambda good: torch.ones_like(good, dtype=torch.int64),
+        "NaN": lambda good: torch.full_like(good, NAN),
+    },
+    "raw": {  # of a layer in training: NaN comes out as NaN
+        "list": lambda good: good.tolist(),
+        "array": lambda good: good.numpy(),
+        "none": None,
+        "integers": lambda good: torch.ones_like(good, dtype=torch.int64),
+        "number": lambda good: torch.ones(()),
+    },
+    "labels": {
+        "list": lambda good: good.tolist(),
+        "array": lambda good: good.numpy(),
+        "floats": lambda good: good.double() + 0.5,
+        "too many": lambda good: torch.cat([good, good]),
+        "no class": lambda good: good + 50,
+    },
+    "positive": {"string": "1", "none": None, "negative": -1.0, "NaN": NAN, "infinity": INF},
+    "not negative": {"string": "1", "none": None, "negative": -1.0, "NaN": NAN},
+    "exponent": {"string": "2", "none": None, "below": 0.5, "NaN": NAN, "negative": -2},
+    "share": {"string": "0.5", "none": None, "negative": -0.5, "NaN": NAN, "two": 2.0},
+    "count": {"string": "3", "none": None, "negative": -1, "zero": 0, "fraction": 1.5},
+    "size": {"string": "3", "none": None, "negative": -1, "zero": 0, "fraction": 1.5},
+    "choice": {"unknown": "nothing", "number": 3, "none": None, "list": ["nothing"], "case": "QR "},
+    "module": {
+        "none": None,
+        "number": 3,
+        "string": "net",
+        "class": nn.Linear,
+        "tensor": torch.eye(2),
+    },
+    "function": {"none": None, "number": 3, "string": "net", "tensor": torch.eye(2), "list": [3]},
+    "shape": {"number": 4, "string": "4", "negative": (-1,), "fraction": (1.5,), "none": None},
+    "loader": {
+        "none": None,
+        "tensor": torch.zeros(2, 4),
+        "empty": [],
+        "one pair": (torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)),
+        "triple": [(torch.zeros(2, 4),) * 3],
+        "dictionary": [{"x": torch.zeros(2, 4)}],
+        "arrays": [(np.zeros((2, 4), np.float32), np.zeros(2, int))],
+        "pixels": [(torch.zeros(2, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))],
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A function, (kind, good value) of each argument that is checked, and its other arguments."""
+
+    call: Callable[..., Any]
+    checked: dict[str, tuple[str, Any]]
+    others: dict[str, Any]
+    fine: frozenset[tuple[str, str]]  # (argument, bad value) that this function takes
+    words: dict[str, str]  # what a message may say in the place of the argument
+
+
+def row(
+    call: Callable[..., Any],
+    fine: str = "",
+    words: dict[str, str] | None = None,
+    others: dict[str, Any] | None = None,
+    **checked: tuple[str, Any],
+) -> Row:
+    pairs = (text.split(": ") for text in fine.split("; ") if text)
+    accepted = frozenset((name, bad) for name, bads in pairs for bad in bads.split(", "))
+    return Row(call, checked, others or {}, accepted, words or {})
+
+
+def tensor(*shape: int) -> Tensor:
+    return torch.linspace(-1.0, 1.0, math.prod(shape)).reshape(shape)
+
+
+def with_first(function: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Pass the only argument by its place, to functions that take no keyword."""
+
+    def call(**arguments: Any) -> Any:
+        (value,) = arguments.values()
+        return function(value)
+
+    return call
+
+
+def registered(constraint: nn.Module) -> nn.Module:
+    """A parametrization in its place, where it learns what it starts from."""
+    parametrize.register_parametrization(nn.Linear(4, 3), "weight", constraint)
+    return constraint
+
+
+NET = nn.Sequential(nn.Linear(4, 3), nn.LeakyReLU(0.5), nn.Linear(3, 2)).eval()
+CRITIC = nn.Linear(2, 1)
+X, Y = tensor(5, 4), torch.tensor([0, 1, 0, 1, 0])
+LOADER = ("loader", [(X, Y)])
+MODULE, SHAPE = ("module", NET), ("shape", (4,))
+TWO = ("exponent", 2)
+MATRIX, IMAGE = ("tensor", tensor(3, 4)), ("raw", tensor(2, 4, 4, 4))
+RAW = ("raw", tensor(3, 4))
+KERNEL = ("tensor", tensor(4, 4, 3, 3))
+CLOUD = ("tensor", tensor(5, 2))
+
+SIZES = {"in_channels": ("size", 4), "out_channels": ("size", 4), "kernel_size": ("size", 3)}
+WEIGHT = {
+    "weight": KERNEL,
+    "input_size": ("size", 6),
+    "stride": ("size", 1),
+    "dilation": ("size", 1),
+}
+PLAIN = nn.Sequential(nn.Linear(4, 3, bias=False), nn.ReLU(), nn.Linear(3, 2, bias=False)).eval()
+COMPLEXITY = generalization.spectral_complexity(PLAIN, (4,))
+
+TABLE: dict[str, Row] = {
+    # activations
+    "activations.group_sort": row(
+        activations.group_sort, x=RAW, group_size=("count", 2), fine="x: integers"
+    ),
+    "activations.max_min": row(
+        activations.max_min,
+        x=RAW,
+        pairing=("choice", "halves"),
+        dim=("choice", 1),
+        fine="x: integers",
+    ),
+    "activations.full_sort": row(activations.full_sort, x=RAW, fine="x: integers"),
+    "activations.householder": row(
+        activations.householder, x=RAW, angle=("raw", tensor(2)), fine="x: integers"
+    ),
+    "activations.absolute_value": row(
+        activations.absolute_value, x=RAW, fine="x: integers, number"
+    ),
+    "activations.GroupSort": row(activations.GroupSort, group_size=("count", 2)),
+    "activations.MaxMin": row(activations.MaxMin, pairing=("choice", "halves")),
+    "activations.FullSort": row(activations.FullSort(), x=RAW, fine="x: integers"),
+    "activations.Householder": row(activations.Householder, channels=("count", 4)),
+    "activations.AbsoluteValue": row(
+        activations.AbsoluteValue(), x=RAW, fine="x: integers, number"
+    ),
+    # attacks
+    "attacks.fgsm": row(
+        attacks.fgsm,
+        model=MODULE,
+        inputs=("tensor", X),
+        labels=("labels", Y),
+        radius=("not negative", 1.0),
+        p=TWO,
+    ),
+    "attacks.pgd": row(
+        attacks.pgd,
+        model=MODULE,
+        inputs=("tensor", X),
+        labels=("labels", Y),
+        radius=("not negative", 1.0),
+        p=TWO,
+        steps=("count", 2),
+        restarts=("count", 1),
+    ),
+    "attacks.decision_attack": row(
+        attacks.decision_attack,
+        model=MODULE,
+        inputs=("tensor", X),
+        labels=("labels", Y),
+        steps=("count", 1),
+        queries=("count", 2),
+        fine="steps: zero",
+    ),
+    "attacks.attacked_accuracy": row(
+        attacks.attacked_accuracy,
+        model=MODULE,
+        words={"loader": "loader or inputs"},
+        loader=LOADER,
+        radius=("not negative", 1.0),
+        confidence=("share", 0.9),
+    ),
+    # composition
+    "composition.Ball": row(
+        composition.Ball,
+        center=("tensor", tensor(4)),
+        radius=("not negative", 1.0),
+        p=TWO,
+        fine="center: list, array, integers, number, empty",
+    ),
+    "composition.Box": row(
+        composition.Box, low=("positive", 1.0), high=("positive", 2.0), fine="low: negative"
+    ),
+    "composition.Residual": row(composition.Residual, branch=MODULE),
+    "composition.Sum": row(with_first(composition.Sum), branches=MODULE),
+    "composition.check_layer": row(
+        composition.check_layer, layer=MODULE, input_shape=SHAPE, samples=("count", 2)
+    ),
+    "composition.lipschitz_bound": row(
+        composition.lipschitz_bound,
+        module=MODULE,
+        input_shape=SHAPE,
+        p=TWO,
+        method=("choice", "product"),
+    ),
+    "composition.lipschitz_lower_bound": row(
+        composition.lipschitz_lower_bound,
+        module=MODULE,
+        inputs=("tensor", X),
+        p=TWO,
+        radius=("positive", 1.0),
+        steps=("count", 1),
+        fine="steps: zero",
+    ),
+    # convolutions
+    "convolutions.block_convolution": row(
+        convolutions.block_convolution,
+        outer=("raw", tensor(4, 4, 2)),
+        inner=("raw", tensor(4, 4, 2)),
+    ),
+    "convolutions.bcop_kernel": row(
+        convolutions.bcop_kernel,
+        seed=("raw", tensor(1, 4, 4)),
+        projectors=("raw", tensor(4, 1, 4, 2)),
+        kernel_size=("choice", (3, 3)),
+    ),
+    "convolutions.rko_kernel": row(
+        convolutions.rko_kernel, weight=("raw", KERNEL[1]), stride=("size", 1), groups=("count", 1)
+    ),
+    "convolutions.aol_kernel": row(
+        convolutions.aol_kernel, weight=("raw", KERNEL[1]), stride=("size", 1), groups=("count", 1)
+    ),
+    "convolutions.kernel_norm_bound": row(
+        convolutions.kernel_norm_bound,
+        kernel=("raw", KERNEL[1]),
+        squarings=("count", 4),
+        fine="squarings: zero",
+    ),
+    "convolutions.skew_kernel": row(convolutions.skew_kernel, weight=("raw", KERNEL[1])),
+    "convolutions.skew_exponential": row(
+        convolutions.skew_exponential,
+        x=IMAGE,
+        kernel=("raw", KERNEL[1]),
+        terms=("count", 4),
+    ),
+    "convolutions.cayley_kernel": row(
+        convolutions.cayley_kernel, weight=("raw", KERNEL[1]), image_size=("size", 4)
+    ),
+    "convolutions.circular_pad": row(
+        convolutions.circular_pad, x=IMAGE, others={"pads": [(1, 1), (1, 1)]}, fine="x: integers"
+    ),
+    "convolutions.circular_fold": row(
+        convolutions.circular_fold, x=IMAGE, others={"pads": [(1, 1), (1, 1)]}, fine="x: integers"
+    ),
+    "convolutions.BCOP": row(
+        lambda groups, rank: convolutions.BCOP((4, 4, 3, 3), groups=groups, rank=rank),
+        groups=("count", 1),
+        rank=("count", 2),
+        fine="rank: none, zero",
+    ),
+    "convolutions.RKO": row(convolutions.RKO(), weight=("raw", KERNEL[1])),
+    "convolutions.AOL": row(convolutions.AOL(), weight=("raw", KERNEL[1])),
+    "convolutions.SOC": row(convolutions.SOC(), weight=("raw", KERNEL[1])),
+    "convolutions.CayleyKernel": row(convolutions.CayleyKernel((4, 4)), weight=("raw", KERNEL[1])),
+    **{
+        f"convolutions.{name}": row(
+            getattr(convolutions, name),
+            **SIZES,
+            stride=("size", 1),
+            groups=("size", 1),
+            padding_mode=("choice", "circular"),
+            method=("choice", method),
+            padding=("choice", "same"),
+        )
+        for start, method in (
+            ("OrthogonalConv", "bcop"),
+            ("OrthogonalConvTranspose", "bcop"),
+            ("NonexpansiveConv", "aol"),
+        )
+        for name in (f"{start}{dims}d" for dims in (1, 2, 3))
+    },
+    "convolutions.SkewOrthogonalConv2d": row(
+        convolutions.SkewOrthogonalConv2d, **SIZES, stride=("size", 1), terms=("count", 4)
+    ),
+    "convolutions.CayleyConv2d": row(
+        convolutions.CayleyConv2d, **SIZES, stride=("size", 1), image_size=("size", 4)
+    ),
+    # export
+    "export.freeze": row(export.freeze, model=MODULE),
+    "export.save_weights": row(export.save_weights, model=MODULE, others={"path": "never"}),
+    "export.load_weights": row(export.load_weights, model=MODULE, others={"path": "never"}),
+    "export.export_onnx": row(
+        export.export_onnx, model=MODULE, input_shape=SHAPE, others={"path": "never"}
+    ),
+    # generalization
+    "generalization.data_norm": row(generalization.data_norm, inputs=("tensor", X)),
+    "generalization.margin_loss": row(
+        generalization.margin_loss,
+        margins=("tensor", tensor(5)),
+        gamma=("positive", 1.0),
+        fine="gamma: negative, infinity",
+    ),
+    "generalization.margins": row(
+        generalization.margins, logits=("tensor", tensor(5, 2)), labels=("labels", Y)
+    ),
+    "generalization.normalized_margins": row(
+        generalization.normalized_margins,
+        logits=("tensor", tensor(5, 2)),
+        labels=("labels", Y),
+        data_norm=("positive", 1.0),
+        complexity=("choice", COMPLEXITY),
+    ),
+    "generalization.pac_bayes_term": row(
+        generalization.pac_bayes_term,
+        complexity=("choice", COMPLEXITY),
+        radius=("positive", 1.0),
+        gamma=("positive", 1.0),
+        n=("count", 10),
+    ),
+    "generalization.spectral_complexity": row(
+        generalization.spectral_complexity, module=("module", PLAIN), input_shape=SHAPE
+    ),
+    "generalization.spectrally_normalized_margin_bound": row(
+        generalization.spectrally_normalized_margin_bound,
+        margins=("tensor", tensor(5)),
+        complexity=("choice", COMPLEXITY),
+        data_norm=("positive", 1.0),
+        gamma=("positive", 1.0),
+        delta=("share", 0.05),
+        fine="gamma: none",
+    ),
+    "graphs.trace": row(graphs.trace, module=MODULE, input_shape=SHAPE),
+    # interpretability
+    "interpretability.alignment": row(
+        interpretability.alignment, inputs=("tensor", X), gradient=("tensor", X.clone())
+    ),
+    "interpretability.counterfactual": row(
+        interpretability.counterfactual,
+        model=MODULE,
+        inputs=("tensor", X),
+        labels=("labels", Y),
+        lipschitz=("positive", 1.0),
+    ),
+    "interpretability.margin_gradient": row(
+        interpretability.margin_gradient, model=MODULE, inputs=("tensor", X), labels=("labels", Y)
+    ),
+    "interpretability.sparsity": row(interpretability.sparsity, gradient=("tensor", X)),
+    "interpretability.stability": row(
+        interpretability.stability,
+        model=MODULE,
+        inputs=("tensor", X),
+        radius=("positive", 1.0),
+        samples=("count", 2),
+    ),
+    # jacobians
+    "jacobians.jacobian": row(
+        jacobians.jacobian,
+        module=("function", NET),
+        inputs=("tensor", X),
+        chunk_size=("count", 2),
+        fine="chunk_size: none",
+    ),
+    "jacobians.jvp": row(
+        jacobians.jvp,
+        module=("function", NET),
+        inputs=("tensor", X),
+        tangents=("tensor", X.clone()),
+    ),
+    "jacobians.vjp": row(
+        jacobians.vjp,
+        module=("function", NET),
+        inputs=("tensor", X),
+        cotangents=("tensor", tensor(5, 2)),
+    ),
+    "jacobians.jacobian_operator": row(
+        jacobians.jacobian_operator, module=("function", NET), x=("point", X[0])
+    ),
+    "jacobians.singular_values": row(
+        jacobians.singular_values,
+        module=("function", NET),
+        x=("point", X[0]),
+        k=("count", 1),
+        which=("choice", "top"),
+    ),
+    "jacobians.layer_jacobians": row(
+        jacobians.layer_jacobians, sequential=MODULE, inputs=("tensor", X)
+    ),
+    "jacobians.linear_jacobian": row(jacobians.linear_jacobian, weight=MATRIX),
+    "jacobians.elementwise_jacobian": row(jacobians.elementwise_jacobian, derivative=("tensor", X)),
+    "jacobians.softmax_jacobian": row(jacobians.softmax_jacobian, logits=("tensor", X)),
+    "jacobians.residual_jacobian": row(
+        jacobians.residual_jacobian, branch_jacobian=("tensor", tensor(5, 4, 4))
+    ),
+    "jacobians.batch_norm_jacobian": row(
+        jacobians.batch_norm_jacobian, inputs=("tensor", X), eps=("positive", 1e-5)
+    ),
+    "jacobians.convolution_matrix": row(
+        jacobians.convolution_matrix, **WEIGHT, padding_mode=("choice", "zeros")
+    ),
+    # losses
+    **{
+        f"losses.{name}": row(
+            getattr(losses, name),
+            **{
+                "logits": ("raw", tensor(5, 2)),
+                "labels": ("labels", Y),
+                "reduction": ("choice", "mean"),
+                **numbers,
+            },
+        )
+        for name, numbers in (
+            ("multi_margin", {"margin": ("positive", 1.0)}),
+            (
+                "offset_cross_entropy",
+                {"offset": ("not negative", 1.0), "temperature": ("positive", 1.0)},
+            ),
+            ("certificate_loss", {"weight": ("not negative", 1.0), "p": TWO}),
+        )
+    },
+    "losses.hinge_kr": row(
+        losses.hinge_kr,
+        words={"outputs": "logits"},
+        outputs=("raw", tensor(5, 2)),
+        labels=("labels", Y),
+        reduction=("choice", "mean"),
+        alpha=("not negative", 1.0),
+        margin=("positive", 1.0),
+    ),
+    "losses.margin_for_radius": row(
+        losses.margin_for_radius,
+        radius=("positive", 1.0),
+        lipschitz=("positive", 1.0),
+        p=TWO,
+    ),
+    "losses.MultiMarginLoss": row(
+        losses.MultiMarginLoss, margin=("positive", 1.0), reduction=("choice", "mean")
+    ),
+    "losses.OffsetCrossEntropyLoss": row(
+        losses.OffsetCrossEntropyLoss,
+        offset=("not negative", 1.0),
+        temperature=("positive", 1.0),
+        reduction=("choice", "mean"),
+    ),
+    "losses.CertificateLoss": row(
+        losses.CertificateLoss, weight=("not negative", 1.0), p=TWO, reduction=("choice", "mean")
+    ),
+    "losses.HingeKRLoss": row(
+        losses.HingeKRLoss,
+        alpha=("not negative", 1.0),
+        margin=("positive", 1.0),
+        reduction=("choice", "mean"),
+    ),
+    # norms
+    "norms.dual_exponent": row(norms.dual_exponent, p=TWO),
+    "norms.operator_norm": row(norms.operator_norm, matrix=MATRIX, p=TWO),
+    "norms.gram_iteration": row(
+        norms.gram_iteration, matrix=MATRIX, steps=("count", 2), fine="steps: zero"
+    ),
+    "norms.power_iteration": row(norms.power_iteration, matrix=MATRIX, steps=("count", 2)),
+    "norms.rigorous_matrix_norm": row(norms.rigorous_matrix_norm, matrix=MATRIX, p=TWO),
+    **{
+        f"norms.{name}": row(getattr(norms, name), **WEIGHT, groups=("count", 1))
+        for name in (
+            "circular_convolution_singular_values",
+            "circular_convolution_norm",
+            "circular_convolution_gram_iteration",
+        )
+    },
+    **{
+        f"norms.{name}": row(
+            getattr(norms, name),
+            **WEIGHT,
+            groups=("count", 1),
+            padding_mode=("choice", "zeros"),
+            p=TWO,
+            padding=("choice", "same"),
+            fine="padding: number",
+        )
+        for name in (
+            "convolution_norm_bound",
+            "convolution_norm_is_exact",
+            "rigorous_convolution_norm",
+        )
+    },
+    # orthogonal
+    **{
+        f"orthogonal.{name}": row(getattr(orthogonal, name), matrix=RAW)
+        for name in (
+            *("bjorck", "polar", "qr", "cholesky_qr", "cayley", "matrix_exp"),
+            *("householder_product", "clip_spectral_norm"),
+        )
+    },
+    **{
+        f"orthogonal.{name}": row(getattr(orthogonal, name), rows=RAW)
+        for name in ("project_l1_ball", "unit_rows")
+    },
+    **{
+        f"orthogonal.{name}": row(
+            registered(getattr(orthogonal, name)()),
+            words={"matrix": "matrix or rows"},
+            **{argument: RAW},
+        )
+        for name, argument in (
+            *((name, "matrix") for name in ("Bjorck", "Polar", "QR", "CholeskyQR")),
+            *((name, "matrix") for name in ("Cayley", "MatrixExp", "HouseholderProduct")),
+            *((name, "matrix") for name in ("SpectralNorm", "InfinityNorm", "UnitNorm")),
+        )
+    },
+    "orthogonal.OrthogonalLinear": row(
+        orthogonal.OrthogonalLinear,
+        in_features=("count", 4),
+        out_features=("count", 3),
+        method=("choice", "qr"),
+    ),
+    **{
+        f"orthogonal.{name}": row(
+            getattr(orthogonal, name), in_features=("count", 4), out_features=("count", 3)
+        )
+        for name in ("SpectralNormLinear", "InfinityNormLinear", "UnitNormLinear")
+    },
+    "orthogonal.Scale": row(
+        orthogonal.Scale, fine="constant: negative", constant=("positive", 2.0)
+    ),
+    # pooling
+    **{
+        f"pooling.{name}": row(
+            getattr(pooling, name),
+            x=IMAGE,
+            window=("size", 2),
+            fine="" if name == "norm_pooling" else "x: integers",
+        )
+        for name in (
+            *("average_pooling", "invertible_downsampling", "invertible_upsampling"),
+            *("norm_pooling", "upsampling"),
+        )
+    },
+    **{
+        f"pooling.{name}": row(getattr(pooling, name), window=("size", 2))
+        for name in (
+            *("AveragePooling", "InvertibleDownsampling", "InvertibleUpsampling"),
+            *("NormPooling", "Upsampling"),
+        )
+    },
+    # residual
+    **{
+        f"residual.{name}": row(
+            getattr(residual, name), features=("count", 4), activation=("choice", "relu")
+        )
+        for name in ("SLLLinear", "CPLLinear")
+    },
+    **{
+        f"residual.{name}": row(
+            getattr(residual, name),
+            channels=("count", 4),
+            kernel_size=("count", 3),
+            activation=("choice", "relu"),
+            padding_mode=("choice", "circular"),
+        )
+        for name in ("SLLConv2d", "CPLConv2d")
+    },
+    "residual.cpl_scale": row(residual.cpl_scale, weight=RAW),
+    "residual.sll_scale": row(residual.sll_scale, weight=RAW, log_q=("raw", tensor(3))),
+    # robustness
+    "robustness.Certificate": row(
+        lambda radius: robustness.Certificate(radius, Y, Y, 2.0, True),
+        radius=("tensor", tensor(5).abs()),
+        fine="radius: integers, infinity",
+    ),
+    "robustness.Standardize": row(
+        lambda mean, std: robustness.Standardize([mean], [std]),
+        fine="mean: negative",
+        mean=("positive", 0.5),
+        std=("positive", 0.5),
+    ),
+    "robustness.certified_radius": row(
+        robustness.certified_radius,
+        logits=("tensor", tensor(5, 2)),
+        labels=("labels", Y),
+        lipschitz=("positive", 1.0),
+        p=TWO,
+    ),
+    "robustness.certify": row(
+        robustness.certify,
+        model=MODULE,
+        words={"loader": "loader or inputs"},
+        loader=LOADER,
+        input_shape=SHAPE,
+        p=TWO,
+        method=("choice", "product"),
+        preprocess=("module", robustness.Standardize([0.5] * 4, [0.5] * 4)),
+        fine="preprocess: none",
+    ),
+    "robustness.certify_by_smoothing": row(
+        robustness.certify_by_smoothing,
+        model=MODULE,
+        words={"loader": "loader or inputs"},
+        loader=LOADER,
+        sigma=("positive", 0.5),
+        samples=("count", 20),
+        selection=("count", 2),
+        alpha=("share", 0.01),
+        batch_size=("count", 50),
+    ),
+    "robustness.smoothed_radius": row(
+        robustness.smoothed_radius,
+        successes=("count", 9),
+        trials=("count", 10),
+        sigma=("positive", 0.5),
+        alpha=("share", 0.01),
+        fine="successes: zero",
+    ),
+    "robustness.wilson_interval": row(
+        robustness.wilson_interval,
+        successes=("count", 9),
+        trials=("count", 10),
+        confidence=("share", 0.9),
+        fine="successes: zero",
+    ),
+    # rounding
+    "rounding.forward_error": row(
+        rounding.forward_error, module=MODULE, inputs=("tensor", X), p=TWO
+    ),
+    # tightness
+    **{
+        f"tightness.{name}": row(getattr(tightness, name), module=MODULE, input_shape=SHAPE, p=TWO)
+        for name in (
+            *("absolute_bound", "averaged_bound", "seqlip_bound", "lipsdp_bound"),
+            *("lipsdp_layer_bound", "eclipse_bound", "exact_constant"),
+        )
+    },
+    "tightness.local_lipschitz_bound": row(
+        tightness.local_lipschitz_bound,
+        module=MODULE,
+        center=("tensor", X[0]),
+        radius=("positive", 1.0),
+        p=TWO,
+        method=("choice", "interval"),
+    ),
+    # wasserstein
+    "wasserstein.wasserstein1": row(wasserstein.wasserstein1, x=CLOUD, y=CLOUD),
+    "wasserstein.c_transform": row(
+        wasserstein.c_transform,
+        potential=("tensor", tensor(5)),
+        points=CLOUD,
+        at=CLOUD,
+        fine="potential: integers",
+    ),
+    "wasserstein.wasserstein1_bracket": row(
+        wasserstein.wasserstein1_bracket,
+        x=CLOUD,
+        y=CLOUD,
+        method=("choice", "auto"),
+        tolerance=("positive", 0.1),
+        sweeps=("count", 2),
+        fine="sweeps: zero",
+    ),
+    "wasserstein.critic_difference": row(
+        wasserstein.critic_difference, critic=("function", CRITIC), x=CLOUD, y=CLOUD
+    ),
+    "wasserstein.kantorovich_dual": row(
+        wasserstein.kantorovich_dual,
+        critic=("function", CRITIC),
+        x=CLOUD,
+        y=CLOUD,
+        lipschitz=("positive", 1.0),
+        fine="lipschitz: none",
+    ),
+    "wasserstein.gradient_penalty": row(
+        wasserstein.gradient_penalty,
+        critic=("function", CRITIC),
+        x=CLOUD,
+        y=CLOUD,
+        weight=("not negative", 10.0),
+        fine="x: NaN, infinity; y: NaN, infinity",
+    ),
+    "wasserstein.clip_weights_": row(
+        wasserstein.clip_weights_, critic=("module", nn.Linear(2, 1)), limit=("positive", 1.0)
+    ),
+    "wasserstein.fit_critic": row(
+        wasserstein.fit_critic,
+        critic=("module", nn.Linear(2, 1)),
+        x=CLOUD,
+        y=CLOUD,
+        steps=("count", 1),
+        lr=("positive", 0.1),
+        schedule=("choice", "constant"),
+        confidence=("share", 0.9),
+    ),
+    "wasserstein.sliced_wasserstein": row(
+        wasserstein.sliced_wasserstein, x=CLOUD, y=CLOUD, projections=("count", 3)
+    ),
+    "wasserstein.sinkhorn": row(
+        wasserstein.sinkhorn,
+        x=CLOUD,
+        y=CLOUD,
+        entropy=("positive", 1.0),
+        steps=("count", 100),
+        tolerance=("positive", 1e-3),
+    ),
+}
+
+# What functions return, and the questions of layers, which the library asks with what it checked.
+RETURNED = {
+    *("composition.Bound", "composition.LayerReport", "robustness.Accuracy"),
+    *("generalization.MarginBound", "generalization.SpectralComplexity"),
+    *("interpretability.Counterfactual", "graphs.Graph", "graphs.Node", "rounding.ForwardError"),
+    *("wasserstein.TransportBracket", "wasserstein.HeldOut", "wasserstein.CriticHistory"),
+    *("export.ConvolutionStep", "export.DenseStep"),
+    *("composition.lipschitz_rule", "export.freeze_rule"),
+}
+INNER = {"rules", "errors", "freezing", "layers"}  # rooms for those who add layers
+SAME = {  # names that stand in two rooms
+    "rounding.forward_error_rule": "errors",
+    "rounding.rigorous_matrix_norm": "norms.rigorous_matrix_norm",
+    "rounding.rigorous_convolution_norm": "norms.rigorous_convolution_norm",
+}
+
+
+def bad_inputs() -> Iterator[tuple[str, str, str]]:
+    for name, each in TABLE.items():
+        for argument, (kind, _) in each.checked.items():
+            for bad in BAD[kind]:
+                yield name, argument, bad
+
+
+def arguments(name: str, **changed: Any) -> dict[str, Any]:
+    good = {key: value for key, (_, value) in TABLE[name].checked.items()}
+    return {**TABLE[name].others, **good, **changed}
+
+
+def test_every_public_function_is_in_the_table() -> None:
+    rooms = {room.name for room in pkgutil.iter_modules(lipbook.__path__)}
+    for room in sorted(rooms - INNER - {"lab", "cli", "__main__"}):
+        module = importlib.import_module(f"lipbook.{room}")
+        public = {f"{room}.{name}" for name in module.__all__}
+        known = TABLE.keys() | RETURNED | SAME.keys()
+        assert public <= known, sorted(public - known)
+        assert {name for name in known if name.startswith(f"{room}.")} <= public
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_good_arguments_are_good(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an error below could have another reason."""
+    monkeypatch.chdir(tmp_path)
+    if name == "export.load_weights":
+        export.save_weights(NET, "never")
+    TABLE[name].call(**arguments(name))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_bad_arguments_are_refused_by_name(name: str) -> None:
+    wrong = []
+    for argument, (kind, good) in TABLE[name].checked.items():
+        for bad, made in BAD[kind].items():
+            value = made(good) if inspect.isfunction(made) else made
+            fine = (argument, bad) in TABLE[name].fine
+            try:
+                TABLE[name].call(**arguments(name, **{argument: value}))
+            except (TypeError, ValueError) as error:
+                words = TABLE[name].words.get(argument, argument).split(" or ")
+                demand = str(error).split(" got ")[0]
+                if fine or not any(word in demand for word in words):
+                    wrong.append(f"{argument}, {bad}: {type(error).__name__}: {error}")
+            except Exception as error:
+                wrong.append(f"{argument}, {bad}: {type(error).__name__}: {error}")
+            else:
+                if not fine:
+                    wrong.append(f"{argument}, {bad}: accepted")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_is_wide() -> None:
+    kinds = dict.fromkeys(TABLE, 0)
+    for name, _, _ in bad_inputs():
+        kinds[name] += 1
+    assert min(kinds.values()) >= 5, min(kinds, key=kinds.__getitem__)
+    assert sum(kinds.values()) > 1500

@@ -1,0 +1,66 @@
+"""The README: its example runs and gives the numbers that stand below it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_project import PYPROJECT, TOP, canonicalize_name, requirements
+
+README = (TOP / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_gives_the_numbers_below_it(tmp_path: Path) -> None:
+    """On this machine, within the confidence intervals of those in the text."""
+    pytest.importorskip("matplotlib", reason="pip install lipbook[lab]")
+    (code,) = (block for block in blocks("python") if "certified.svg" in block)
+    assert len(code.splitlines()) == 12
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (text,) = (block for block in blocks("text") if "certified accuracy" in block)
+    row = r"^ *([\d.]+)  ([\d.]+) % \[([\d.]+), ([\d.]+)\]"
+    printed = re.findall(row, text, re.MULTILINE)
+    rows = re.findall(row, found.stdout, re.MULTILINE)
+    assert [epsilon for epsilon, *_ in printed] == [epsilon for epsilon, *_ in rows]
+    for (_, _, low, high), (_, value, _, _) in zip(printed, rows, strict=True):
+        assert float(low) <= float(value) <= float(high)
+    assert f"{float(printed[1][1]):.0f} % of the test digits" in README
+    assert (tmp_path / "certified.svg").read_text().startswith("<?xml")
+
+
+def test_the_library_in_one_minute_runs() -> None:
+    for code in blocks("python"):
+        if "certified.svg" not in code:
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_table_names_every_extra_and_what_it_brings() -> None:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", README, re.MULTILINE))
+    assert set(rows) == set(extras)
+    for extra, text in rows.items():
+        named = {canonicalize_name(name) for name in re.findall(r"[\w-]+", text)}
+        wanted = set(requirements(extras[extra]))
+        if "…" in text:
+            assert named & wanted
+        else:
+            assert named == wanted
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (TOP / target).exists(), target
