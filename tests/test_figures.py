@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 import sys
@@ -18,6 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+from lipbook.activations import AbsoluteValue, MaxMin
+from lipbook.convolutions import bcop_kernel, rko_kernel
+from lipbook.jacobians import jacobian, layer_jacobians
+from lipbook.norms import circular_convolution_singular_values, operator_norm
+from lipbook.orthogonal import bjorck
 
 pytest.importorskip("playwright", reason="no Playwright: pip install playwright")
 if not (shutil.which("chromium") or shutil.which("chromium-browser")):
@@ -230,11 +238,161 @@ def test_numbers_are_printed_as_in_print(call: Call) -> None:
 # -------------------------------------------------------------------------------- the chapters
 
 
-def test_ellipse(call: Call, page: Any) -> None:
-    from lipbook.jacobians import jacobian  # noqa: PLC0415
+def plane_rotation(angle: float) -> torch.Tensor:
+    c, s = math.cos(angle), math.sin(angle)
+    return tensor([[c, -s], [s, c]])
 
+
+def test_ellipse(call: Call) -> None:
     for A in normal(5, 2, 2, seed=1):
         angle = torch.linspace(0, 2 * torch.pi, 73, dtype=torch.float64)
         circle = torch.stack([angle.cos(), angle.sin()], 1)
         J = jacobian(lambda x, A=A: x @ A.T, circle[:1])[0]
         assert torch.allclose(tensor(call("ellipse.image", A)), circle @ J.T, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0, 1.9, 2.05])
+def test_descent(call: Call, share: float) -> None:
+    eigenvalues, angle = tensor([1.0, 9.0]), 0.5
+    alpha = share / 9
+    A = plane_rotation(angle) @ torch.diag(eigenvalues) @ plane_rotation(-angle)
+    error = normal(2, seed=2).requires_grad_()
+    optimizer = torch.optim.SGD([error], lr=alpha)
+    found = call("descent.path", eigenvalues, angle, error, alpha, 12)
+    for here in found:
+        assert torch.allclose(tensor(here), error.detach(), atol=1e-12)
+        optimizer.zero_grad()
+        (error @ A @ error / 2).backward()
+        optimizer.step()
+    steps = call("descent.tenth", eigenvalues, alpha)
+    worst = torch.linalg.eigvalsh(torch.eye(2) - alpha * A).abs().max().item()
+    assert worst**steps == pytest.approx(0.1) if share < 2 else steps == math.inf
+    on_level = tensor(call("descent.level", eigenvalues, angle, 0.7))
+    assert torch.allclose(((on_level @ A) * on_level).sum(1) / 2, tensor(0.7))
+
+
+def test_depth_draws(call: Call, page: Any) -> None:
+    draws = "() => Array.from({ length: 4000 }, touch.figures.depth.normals(3))"
+    sample = tensor(page.evaluate(draws))
+    assert abs(sample.mean()) < 5 / 4000**0.5
+    assert abs(sample.square().mean() - 1) < 5 * (2 / 4000) ** 0.5
+    assert abs((sample.abs() < 0.6745).double().mean() - 0.5) < 5 * 0.5 / 4000**0.5
+    for W in tensor(call("depth.weights", "orthogonal", 4, 12, 5)):
+        assert torch.allclose(W @ W.T, torch.eye(12).double(), atol=1e-14)
+    gaussian = tensor(call("depth.weights", "Gaussian", 4, 12, 50))
+    assert gaussian.shape == (50, 12, 12)
+    assert abs(12 * gaussian.square().mean() - 1) < 5 * (2 / gaussian.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["tanh", "ReLU", "|x|"])
+def test_depth(call: Call, name: str) -> None:
+    activation = {"tanh": nn.Tanh(), "ReLU": nn.ReLU(), "|x|": AbsoluteValue()}[name]
+    weights, x = normal(6, 5, 5, seed=3), normal(5, seed=4)
+    layers = []
+    for W in weights:
+        layers.append(nn.Sequential(nn.Linear(5, 5, bias=False).double(), activation))
+        layers[-1][0].weight.data = 1.3 * W
+    product = torch.eye(5, dtype=torch.float64)
+    wanted = [torch.ones(5, dtype=torch.float64)]
+    for factor in layer_jacobians(nn.Sequential(*layers), x[None]):
+        product = factor[0].detach() @ product
+        wanted.append(torch.linalg.svdvals(product))
+    found = tensor(call("depth.spectra", weights, 1.3, name, x))
+    for values, exact in zip(found, wanted, strict=True):
+        assert (values - exact).abs().max() <= 1e-13 * exact[0]
+
+
+def test_product(call: Call) -> None:
+    for small, angle in ((0.5, 0.7), (0.0, 1.2), (1.5, 2.9), (2.0, 1.0), (0.3, 0.0)):
+        stretch = torch.diag(tensor([2.0, small]))
+        product = stretch @ plane_rotation(-angle) @ stretch
+        reached = call("product.norm", small, angle)
+        assert reached == pytest.approx(operator_norm(product, 2).item(), rel=1e-13)
+        assert reached <= 4 * (1 + 1e-13)
+        layers = call("product.layers", small, angle)
+        v = tensor([math.cos(angle), math.sin(angle)])  # the direction that can be moved
+        assert (tensor(layers["second"]) @ v).norm() == pytest.approx(2)
+        if small == 2 or angle == 0:  # orthogonal up to a factor, or aligned
+            assert reached == pytest.approx(4)
+
+
+@pytest.mark.parametrize("name", ["MaxMin", "ReLU", "|x|"])
+def test_fold(call: Call, name: str) -> None:
+    activation = {"MaxMin": MaxMin(), "ReLU": nn.ReLU(), "|x|": AbsoluteValue()}[name]
+    angle, shift, depth = 0.8, 0.2, 3
+    linear = nn.Linear(2, 2).double()
+    linear.weight.data = plane_rotation(angle)
+    linear.bias.data = torch.full((2,), shift, dtype=torch.float64)
+    network = nn.Sequential(*[linear, activation] * depth)
+    square = [[-1, -1], [1, -1], [1, 1], [-1, 1]]
+    pieces = call("fold.fold", square, name, angle, shift, depth)
+    assert sum(call("fold.area", piece["points"]) for piece in pieces) == pytest.approx(4)
+    centres = torch.stack([tensor(piece["points"]).mean(0) for piece in pieces])
+    values, J = network(centres).detach(), jacobian(network, centres).detach()
+    for piece, x, value, slope in zip(pieces, centres, values, J, strict=True):
+        A, b = tensor(piece["A"]), tensor(piece["b"])
+        assert torch.allclose(A @ x + b, value, atol=1e-12)
+        assert torch.allclose(A, slope, atol=1e-12)
+
+    shares = tensor(call("fold.kept", pieces))
+    points = torch.from_numpy(np.random.default_rng(5).uniform(-1, 1, (2000, 2)))
+    rank = torch.linalg.matrix_rank(jacobian(network, points).detach(), atol=1e-9)
+    for kept, found in zip((2, 1, 0), shares, strict=True):
+        assert abs((rank == kept).double().mean() - found) <= 5 * 0.5 / 2000**0.5
+    if name != "ReLU":
+        assert shares[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+def test_bjorck(call: Call, p: int) -> None:
+    u, v = (torch.linalg.qr(normal(n, 3, seed=6)).Q for n in (4, 3))
+    identity = torch.eye(3, dtype=torch.float64)
+    for sigma in (0.001, 0.3, 0.9, 1.0, 1.4, 2.0, 2.3):
+        # The iteration by its definition, on a matrix that has this singular value.
+        A = u @ torch.diag(tensor([sigma, 0.5, 1.2])) @ v.T
+        E = identity - A.T @ A
+        terms = [math.comb(2 * j, j) / 4**j * E.matrix_power(j) for j in range(p + 1)]
+        after = u[:, 0] @ A @ sum(terms) @ v[:, 0]
+        assert call("bjorck.step", sigma, p) == pytest.approx(after.item(), abs=1e-11)
+        if p % 2 and sigma <= 1:
+            library = bjorck(torch.diag(tensor([1.0, sigma])), order=p, steps=1)
+            assert call("bjorck.step", sigma, p) == pytest.approx(library[1, 1].item(), abs=1e-14)
+
+
+def test_bjorck_basins(call: Call) -> None:
+    """The end points of the proposition on basins lie where it says."""
+
+    def end(sigma: float, p: int) -> float:
+        return float(call("bjorck.limit", call("bjorck.path", sigma, p)))
+
+    for p, square, inside, outside in (
+        (1, 3, 1, -1),
+        (1, 5, None, math.inf),
+        (2, 7 / 3, 1, math.inf),
+        (3, 3, None, math.inf),
+    ):
+        edge = square**0.5
+        assert end(edge + 1e-3, p) == outside
+        assert end(edge - 1e-3, p) == inside if inside else abs(end(edge - 1e-3, p)) == 1
+
+
+def test_bcop(call: Call) -> None:
+    turn, p, q = 0.4, 1.1, 2.5
+    lines = tensor([[[[math.cos(a)], [math.sin(a)]]] for a in (p, q)])  # (factors, 1, 2, 1)
+    wanted = bcop_kernel(plane_rotation(turn)[None], lines, (2, 2))[0]
+    taps = call("bcop.bcop", turn, p, q)
+    K = tensor(taps).permute(2, 3, 0, 1)
+    assert torch.allclose(K, wanted, atol=1e-14)
+    changed = call("bcop.moved", taps, 0.3)
+    loose = call("bcop.rko", changed)
+    assert torch.allclose(
+        tensor(loose).permute(2, 3, 0, 1),
+        rko_kernel(tensor(changed).permute(2, 3, 0, 1)),
+        atol=1e-14,
+    )
+    for kernel in (taps, changed, loose):
+        exact = circular_convolution_singular_values(tensor(kernel).permute(2, 3, 0, 1), 16)
+        found = tensor(call("bcop.spectrum", kernel))
+        assert torch.allclose(found, exact.flatten().sort(descending=True).values, atol=1e-14)
+    assert (tensor(call("bcop.spectrum", taps)) - 1).abs().max() < 1e-14
+    assert tensor(call("bcop.spectrum", loose)).square().mean() == pytest.approx(1 / 4)

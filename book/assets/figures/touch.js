@@ -84,26 +84,29 @@ const touch = (() => {
     return node;
   }
 
-  /** Put text into an element; what stands between asterisks is set in italics. */
+  /** Put text into an element: *x* is set in italics, _{max} as an index. */
   function write(node, text) {
+    const inside = node.namespaceURI === SVG;
     node.replaceChildren();
-    String(text)
-      .split("*")
-      .forEach((part, index) => {
-        if (!part) return;
-        if (index % 2 === 0) node.append(part);
-        else if (node.namespaceURI === SVG) element(node, "tspan", { class: "variable" }, part);
-        else element(node, "i", {}, part);
-      });
+    for (const part of String(text).split(/(\*[^*]+\*|_\{[^}]+\})/)) {
+      if (part.startsWith("*")) {
+        const italic = inside ? element(node, "tspan", { class: "variable" }) : element(node, "i");
+        italic.append(part.slice(1, -1));
+      } else if (part.startsWith("_{")) {
+        const index = inside ? element(node, "tspan", { class: "index" }) : element(node, "sub");
+        index.append(part.slice(2, -1));
+      } else node.append(part);
+    }
   }
 
-  const plain = (text) => text.replaceAll("*", "");
+  const plain = (text) => text.replace(/[*{}]/g, "").replaceAll("_", " ");
   const fixed = (value) => Math.round(value * 100) / 100; // of a pixel, enough for any screen
 
   // --------------------------------------------------------------------------------- plane
 
   /* Options: title; x and y, the ranges; xticks and yticks, numbers or pairs of a number and its
-     label; xlabel and ylabel; width and height in pixels; equal, to draw circles as circles. */
+     label; xlabel and ylabel; width and height in pixels; equal, to draw circles as circles; axes,
+     false for none at all. */
   class Plane {
     constructor(frame, options) {
       this.frame = frame;
@@ -173,7 +176,7 @@ const touch = (() => {
       const place = (x, y, text, kind, more = {}) =>
         element(this.ground, "text", { x, y, class: kind, ...more }, text);
       if (title) place((left + right) / 2, 17, title, "title middle");
-      if (!xticks && !yticks) {
+      if (!xticks && !yticks && this.options.axes !== false) {
         if (this.y[0] < 0 && this.y[1] > 0) stroke(left, this.py(0), right, this.py(0), "axis");
         if (this.x[0] < 0 && this.x[1] > 0) stroke(this.px(0), top, this.px(0), bottom, "axis");
       }
