@@ -113,23 +113,22 @@ def test_the_still_is_what_the_figure_shows_at_the_start(page: Any, name: str) -
 @pytest.mark.parametrize("name", NAMES)
 def test_every_control_answers_to_keys_and_the_start_comes_back(page: Any, name: str) -> None:
     stills.mount(page, name)
-    page.keyboard.press("Tab")
     start = state(page)
     controls = page.locator(".touch-handle, .touch-live input")
     assert controls.count() > 0
-    for index in range(controls.count()):
-        control = controls.nth(index)
+    for control in controls.all():
         before = state(page)
-        if control.get_attribute("type") == "radio":
-            control.check()
-        else:
-            # A point may be held to a line, so that one of the two keys does nothing.
+        if control.get_attribute("type") != "radio":
+            # A point that is held to a line may answer to two of the keys only.
             for key in ("ArrowLeft", "ArrowDown", "ArrowRight", "ArrowUp"):
                 control.press(key)
                 if state(page) != before:
                     break
-        if not (control.get_attribute("type") == "radio" and index > 0 and before == start):
-            assert state(page) != before or control.is_checked()
+        elif control.is_checked():
+            continue
+        else:
+            control.press("Space")
+        assert state(page) != before
     page.get_by_role("button", name="Start again").press("Enter")
     assert state(page) == start
 
@@ -151,6 +150,33 @@ def test_points_follow_the_pointer(page: Any, name: str) -> None:
         assert moved != before
         page.mouse.move(x, y)  # let go: it follows no longer
         assert state(page) == moved
+
+
+def test_a_finger_moves_a_point_and_not_the_page(page: Any) -> None:
+    stills.mount(page, "ellipse")
+    page.add_style_tag(content="body { height: 3000px; }")
+    before = numbers(page)["‖Jδ‖ ="]
+    box = page.locator(".touch-handle .knob").first.bounding_box()
+    finger = page.context.new_cdp_session(page)
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for kind, dx, dy in (("Start", 0, 0), ("Move", -20, 30), ("Move", -40, 80), ("End", 0, 0)):
+        points = [] if kind == "End" else [{"x": x + dx, "y": y + dy}]
+        finger.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
+    assert numbers(page)["‖Jδ‖ ="] != before
+    assert page.evaluate("window.scrollY") == 0
+
+
+def test_a_figure_that_fails_leaves_its_still(page: Any) -> None:
+    stills.mount(page, "ellipse")
+    page.evaluate(
+        """() => {
+          document.body.innerHTML = '<figure class="touch-broken"><img alt="still"/></figure>';
+          const mount = (frame) => { frame.plane({ x: [0, 1], y: [0, 1] }); throw Error("no"); };
+          try { touch.add("broken", { mount }); } catch (error) { window.caught = error.message; }
+        }"""
+    )
+    assert page.evaluate("window.caught") == "no"
+    assert page.locator("figure").evaluate("figure => figure.children.length") == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

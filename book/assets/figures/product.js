@@ -66,7 +66,7 @@ touch.add(
         },
       });
       frame.slider({
-        label: "smaller singular value *s*",
+        label: "singular value *s*",
         min: 0,
         max: LARGEST,
         step: 0.05,

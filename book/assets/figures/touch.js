@@ -318,7 +318,12 @@ const touch = (() => {
   /** What a figure fills: planes above, controls and numbers below. */
   class Frame {
     constructor(place) {
-      this.live = element(null, "div", { class: "touch-live" });
+      const description = place.querySelector("img").alt; // the still is hidden, this stays
+      this.live = element(null, "div", {
+        class: "touch-live",
+        role: "group",
+        "aria-label": description,
+      });
       this.planes = element(this.live, "div", { class: "touch-planes" });
       this.controls = element(this.live, "div", { class: "touch-controls" });
       place.insertBefore(this.live, place.querySelector("figcaption"));
@@ -414,9 +419,14 @@ const touch = (() => {
     figures[name] = figure;
     for (const place of document.querySelectorAll(`figure.touch-${name}`)) {
       const frame = new Frame(place);
-      figure.mount(frame);
-      frame.finish();
-      place.classList.add("touch-on"); // hides the still figure
+      try {
+        figure.mount(frame);
+        frame.finish();
+        place.classList.add("touch-on"); // hides the still figure
+      } catch (error) {
+        frame.live.remove();
+        throw error;
+      }
     }
   }
 
