@@ -88,6 +88,11 @@ def tensor(value: Any) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
+def plane_rotation(angle: float) -> torch.Tensor:
+    c, s = math.cos(angle), math.sin(angle)
+    return tensor([[c, -s], [s, c]])
+
+
 def state(page: Any) -> str:
     """All that a figure shows, as text."""
     return str(page.locator(".touch-live").evaluate("live => live.innerHTML"))
@@ -155,15 +160,33 @@ def test_points_follow_the_pointer(page: Any, name: str) -> None:
 def test_a_finger_moves_a_point_and_not_the_page(page: Any) -> None:
     stills.mount(page, "ellipse")
     page.add_style_tag(content="body { height: 3000px; }")
-    before = numbers(page)["‖Jδ‖ ="]
-    box = page.locator(".touch-handle .knob").first.bounding_box()
+    knob = page.locator(".touch-handle .knob").nth(1)
+
+    def middle() -> tuple[float, float]:
+        box = knob.bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
     finger = page.context.new_cdp_session(page)
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    for kind, dx, dy in (("Start", 0, 0), ("Move", -20, 30), ("Move", -40, 80), ("End", 0, 0)):
-        points = [] if kind == "End" else [{"x": x + dx, "y": y + dy}]
-        finger.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
-    assert numbers(page)["‖Jδ‖ ="] != before
+    x, y = middle()
+    for way in (0, 5, 15, 30, 45, 60, None):
+        points = [] if way is None else [{"x": x - way / 2, "y": y + way}]
+        kind = {0: "touchStart", None: "touchEnd"}.get(way, "touchMove")
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.wait_for_timeout(30)
+    assert middle() == pytest.approx((x - 30, y + 60), abs=1)
     assert page.evaluate("window.scrollY") == 0
+
+
+def test_keys_turn_a_point_on_a_circle(page: Any) -> None:
+    """Ten steps of five degrees lead from 40 degrees to the right angle, and back."""
+    stills.mount(page, "product")
+    stretch = torch.diag(tensor([2.0, 0.5]))
+    for key, degrees in (("ArrowUp", 90), ("ArrowRight", 40)):
+        for _ in range(10):
+            page.locator(".touch-handle").press(key)
+        reached = operator_norm(stretch @ plane_rotation(math.radians(degrees)) @ stretch, 2)
+        assert numbers(page)["angle of u and v"] == f"{degrees}°"
+        assert numbers(page)["‖W₂W₁‖ ="] == f"{reached:.2f}"
 
 
 def test_a_figure_that_fails_leaves_its_still(page: Any) -> None:
@@ -262,11 +285,6 @@ def test_numbers_are_printed_as_in_print(call: Call) -> None:
 
 
 # -------------------------------------------------------------------------------- the chapters
-
-
-def plane_rotation(angle: float) -> torch.Tensor:
-    c, s = math.cos(angle), math.sin(angle)
-    return tensor([[c, -s], [s, c]])
 
 
 def test_ellipse(call: Call) -> None:
