@@ -143,8 +143,12 @@ def test_a_network_for_colours_is_certified_on_its_images(
 def test_notebooks_are_copied_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "copy"
     assert main(["notebooks", str(folder)]) == 0
-    names = sorted(p.name for p in (Path(__file__).parents[1] / "book").glob("*.ipynb"))
-    assert sorted(p.name for p in folder.iterdir()) == names
+    book = Path(__file__).parents[1] / "book"
+    names = sorted(p.name for p in book.glob("*.ipynb"))
+    assert sorted(p.name for p in folder.glob("*.ipynb")) == names
+    for name in names:  # an image of a chapter is found from its copy, too
+        for image in re.findall(r"\]\((assets/[^)]+)\)", (book / name).read_text("utf-8")):
+            assert (folder / image).read_bytes() == (book / image).read_bytes()
     (folder / names[0]).write_text("mine")
     capsys.readouterr()
     assert main(["notebooks", str(folder)]) == 0
