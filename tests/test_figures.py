@@ -88,6 +88,11 @@ def tensor(value: Any) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
+def plane_rotation(angle: float) -> torch.Tensor:
+    c, s = math.cos(angle), math.sin(angle)
+    return tensor([[c, -s], [s, c]])
+
+
 def state(page: Any) -> str:
     """All that a figure shows, as text."""
     return str(page.locator(".touch-live").evaluate("live => live.innerHTML"))
@@ -113,23 +118,22 @@ def test_the_still_is_what_the_figure_shows_at_the_start(page: Any, name: str) -
 @pytest.mark.parametrize("name", NAMES)
 def test_every_control_answers_to_keys_and_the_start_comes_back(page: Any, name: str) -> None:
     stills.mount(page, name)
-    page.keyboard.press("Tab")
     start = state(page)
     controls = page.locator(".touch-handle, .touch-live input")
     assert controls.count() > 0
-    for index in range(controls.count()):
-        control = controls.nth(index)
+    for control in controls.all():
         before = state(page)
-        if control.get_attribute("type") == "radio":
-            control.check()
-        else:
-            # A point may be held to a line, so that one of the two keys does nothing.
+        if control.get_attribute("type") != "radio":
+            # A point that is held to a line may answer to two of the keys only.
             for key in ("ArrowLeft", "ArrowDown", "ArrowRight", "ArrowUp"):
                 control.press(key)
                 if state(page) != before:
                     break
-        if not (control.get_attribute("type") == "radio" and index > 0 and before == start):
-            assert state(page) != before or control.is_checked()
+        elif control.is_checked():
+            continue
+        else:
+            control.press("Space")
+        assert state(page) != before
     page.get_by_role("button", name="Start again").press("Enter")
     assert state(page) == start
 
@@ -151,6 +155,51 @@ def test_points_follow_the_pointer(page: Any, name: str) -> None:
         assert moved != before
         page.mouse.move(x, y)  # let go: it follows no longer
         assert state(page) == moved
+
+
+def test_a_finger_moves_a_point_and_not_the_page(page: Any) -> None:
+    stills.mount(page, "ellipse")
+    page.add_style_tag(content="body { height: 3000px; }")
+    knob = page.locator(".touch-handle .knob").nth(1)
+
+    def middle() -> tuple[float, float]:
+        box = knob.bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    finger = page.context.new_cdp_session(page)
+    x, y = middle()
+    for way in (0, 5, 15, 30, 45, 60, None):
+        points = [] if way is None else [{"x": x - way / 2, "y": y + way}]
+        kind = {0: "touchStart", None: "touchEnd"}.get(way, "touchMove")
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.wait_for_timeout(30)
+    assert middle() == pytest.approx((x - 30, y + 60), abs=1)
+    assert page.evaluate("window.scrollY") == 0
+
+
+def test_keys_turn_a_point_on_a_circle(page: Any) -> None:
+    """Ten steps of five degrees lead from 40 degrees to the right angle, and back."""
+    stills.mount(page, "product")
+    stretch = torch.diag(tensor([2.0, 0.5]))
+    for key, degrees in (("ArrowUp", 90), ("ArrowRight", 40)):
+        for _ in range(10):
+            page.locator(".touch-handle").press(key)
+        reached = operator_norm(stretch @ plane_rotation(math.radians(degrees)) @ stretch, 2)
+        assert numbers(page)["angle of u and v"] == f"{degrees}°"
+        assert numbers(page)["‖W₂W₁‖ ="] == f"{reached:.2f}"
+
+
+def test_a_figure_that_fails_leaves_its_still(page: Any) -> None:
+    stills.mount(page, "ellipse")
+    page.evaluate(
+        """() => {
+          document.body.innerHTML = '<figure class="touch-broken"><img alt="still"/></figure>';
+          const mount = (frame) => { frame.plane({ x: [0, 1], y: [0, 1] }); throw Error("no"); };
+          try { touch.add("broken", { mount }); } catch (error) { window.caught = error.message; }
+        }"""
+    )
+    assert page.evaluate("window.caught") == "no"
+    assert page.locator("figure").evaluate("figure => figure.children.length") == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -236,11 +285,6 @@ def test_numbers_are_printed_as_in_print(call: Call) -> None:
 
 
 # -------------------------------------------------------------------------------- the chapters
-
-
-def plane_rotation(angle: float) -> torch.Tensor:
-    c, s = math.cos(angle), math.sin(angle)
-    return tensor([[c, -s], [s, c]])
 
 
 def test_ellipse(call: Call) -> None:

@@ -128,6 +128,14 @@ def test_chapters_can_be_downloaded() -> None:
         assert f"_sources/{relative.as_posix()}" in text
 
 
+def test_only_pages_with_figures_to_touch_load_their_scripts() -> None:
+    for path in pages():
+        text = source(path).text
+        shown = set(re.findall(r'class="lip-touch touch-(\w+)', text))
+        loaded = set(re.findall(r'src="[^"]*/figures/(\w+)\.js', text))
+        assert loaded == (shown | {"touch"} if shown else set()), names(path)
+
+
 # --------------------------------------------------------------------------------- in a browser
 
 
@@ -290,6 +298,21 @@ def test_a_slider_shows_one_frame_at_a_time(browser: Any) -> None:
         value = frames.nth(shown).get_attribute("data-value")
         assert figure.locator("output").inner_text() == value
     page.close()
+
+
+def test_figures_to_touch_come_alive_and_stand_without_scripts(browser: Any) -> None:
+    chapters = [path for path in pages() if 'class="lip-touch' in source(path).text]
+    assert chapters
+    for scripts in (True, False):
+        context = browser.new_context(java_script_enabled=scripts)
+        for path in chapters:
+            page = context.new_page()
+            page.goto(path.as_uri(), wait_until="load")
+            for figure in page.locator("figure.lip-touch").all():
+                assert figure.locator(".touch-live svg").count() > 0 or not scripts, names(path)
+                assert figure.locator("> img, > a > img").is_visible() != scripts, names(path)
+            page.close()
+        context.close()
 
 
 def test_the_page_for_missing_pages_works_at_any_depth(browser: Any) -> None:

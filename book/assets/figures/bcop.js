@@ -99,8 +99,8 @@ touch.add(
         x: [0, 2 * GRID * GRID - 1],
         y: [0, 1.25],
         xticks: [
-          [0, "largest"],
-          [2 * GRID * GRID - 1, "smallest"],
+          [35, "largest"],
+          [2 * GRID * GRID - 45, "smallest"],
         ],
         yticks: [0, 0.5, 1],
       });

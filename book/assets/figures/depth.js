@@ -93,6 +93,7 @@ touch.add(
       const state = frame.state({ gain: 1, kind: "Gaussian", activation: "|x|", seed: 1 });
       const plane = frame.plane({
         title: "the 12 singular values",
+        width: 400,
         x: [0, DEPTH],
         y: [-8, 8],
         xticks: [0, 10, 20, 30, 40, 50],

@@ -110,7 +110,9 @@ touch.add(
         return [
           ["factor along", number(along)],
           ["across", number(across)],
-          ["a tenth after", Number.isFinite(steps) ? `${number(steps, 1)} steps` : "no number of steps"],
+          Number.isFinite(steps)
+            ? ["a tenth is left after", `${number(steps, 1)} steps`]
+            : ["a tenth is left", "never"],
         ];
       });
     }

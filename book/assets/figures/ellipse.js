@@ -56,6 +56,9 @@ touch.add(
         move: ([x, y]) => {
           state.angle = Math.atan2(y, x);
         },
+        turn: (angle) => {
+          state.angle += angle;
+        },
       });
       right.handle({
         label: "first column of J",

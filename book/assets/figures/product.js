@@ -32,7 +32,7 @@ touch.add(
       ]);
 
     function mount(frame) {
-      const state = frame.state({ small: 0.5, angle: 0.7 });
+      const state = frame.state({ small: 0.5, angle: Math.PI / 4.5 });
       const ranges = { x: [-4.4, 4.4], y: [-4.4, 4.4], equal: true };
       const middle = frame.plane({ ...ranges, title: "after the first layer" });
       const end = frame.plane({ ...ranges, title: "after both" });
@@ -59,14 +59,16 @@ touch.add(
         label: "direction that the second layer stretches most",
         name: "*v*",
         kind: "c1",
-        step: 0.2,
         at: () => favourite().map((x) => 3 * x),
         move: ([x, y]) => {
           state.angle = Math.atan2(y, x);
         },
+        turn: (angle) => {
+          state.angle += angle;
+        },
       });
       frame.slider({
-        label: "smaller singular value *s*",
+        label: "singular value *s*",
         min: 0,
         max: LARGEST,
         step: 0.05,

@@ -250,10 +250,11 @@ const touch = (() => {
       return element(this.labels, "text", { ...place, class: `label ${kind}` }, text);
     }
 
-    /* A point that can be moved by mouse, finger and arrow keys. Options: label, said aloud;
-       at(), where it is; move([x, y]), what to do when it is taken there; step of an arrow key;
-       kind, its colour. */
-    handle({ label, at, move, step = 0.1, kind = "", name = "" }) {
+    /* A point that can be moved by mouse, finger and arrow keys. Options: label, said aloud; name,
+       written beside it; kind, its colour; at(), where it is; move([x, y]), what to do when it is
+       taken there; step of an arrow key. A point on a circle has turn(angle) for the keys: left
+       and up turn it against the clock. */
+    handle({ label, name = "", kind = "", at, move, turn, step = turn ? Math.PI / 36 : 0.1 }) {
       const handle = element(this.svg, "g", {
         class: `touch-handle ${kind}`,
         tabindex: 0,
@@ -281,6 +282,8 @@ const touch = (() => {
         const [x, y] = this.where(event);
         go([x + grip[0], y + grip[1]]);
       });
+      // Otherwise a finger soon moves the page; touch-action does not work inside a drawing.
+      handle.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
       for (const end of ["pointerup", "pointercancel"])
         handle.addEventListener(end, () => (grip = null));
       handle.addEventListener("keydown", (event) => {
@@ -291,7 +294,10 @@ const touch = (() => {
         event.stopPropagation(); // the theme turns the page
         const size = event.shiftKey ? step / 10 : step;
         const [x, y] = at();
-        go([x + way[0] * size, y + way[1] * size]);
+        if (turn) {
+          turn(size * (way[1] - way[0]));
+          this.frame.update();
+        } else go([x + way[0] * size, y + way[1] * size]);
       });
       this.handles.push(() => {
         const [x, y] = at();
@@ -318,7 +324,12 @@ const touch = (() => {
   /** What a figure fills: planes above, controls and numbers below. */
   class Frame {
     constructor(place) {
-      this.live = element(null, "div", { class: "touch-live" });
+      const description = place.querySelector("img").alt; // the still is hidden, this stays
+      this.live = element(null, "div", {
+        class: "touch-live",
+        role: "group",
+        "aria-label": description,
+      });
       this.planes = element(this.live, "div", { class: "touch-planes" });
       this.controls = element(this.live, "div", { class: "touch-controls" });
       place.insertBefore(this.live, place.querySelector("figcaption"));
@@ -420,9 +431,14 @@ const touch = (() => {
     figures[name] = figure;
     for (const place of document.querySelectorAll(`figure.touch-${name}`)) {
       const frame = new Frame(place);
-      figure.mount(frame);
-      frame.finish();
-      place.classList.add("touch-on"); // hides the still figure
+      try {
+        figure.mount(frame);
+        frame.finish();
+        place.classList.add("touch-on"); // hides the still figure
+      } catch (error) {
+        frame.live.remove();
+        throw error;
+      }
     }
   }
 
