@@ -31,7 +31,7 @@ def encoded(tensor: torch.Tensor) -> str:
 
 
 def data() -> dict[str, Any]:
-    """What the page needs: weights and biases layer by layer, constants, one digit of each kind."""
+    """Give what the page needs: weights and biases, constants, one digit of each kind."""
     model = networks.load(NETWORK)
     images, labels = networks.data(NETWORK)
     bound = forward_error(model, torch.zeros(1, 1, 28, 28))

@@ -1,20 +1,19 @@
 "use strict";
 
-/* A digit that the reader draws, what a network of the book says of it, the radius of its
-   certificate, and the nearest image found of which the network says something else.
-
-   The network is data: book/assets/networks/digit.js, which tools/digit_network.py writes. It is
-   asked for when the figure comes into view. */
+/* A digit that the reader draws, what a network of the book says of it, how surely, and the nearest
+   image found of which it says something else. The network is data, which tools/digit_network.py
+   writes to book/assets/networks/digit.js, and is asked for when the figure comes into view. */
 touch.add(
   "digit",
   (() => {
     const { clamp, number } = touch;
     const SIDE = 28;
     const PIXELS = SIDE * SIDE;
+    const DIGITS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9];
     const INSIDE = 20; // height or width of a drawing, as in the data
     const RADIUS = 1.3; // of the pen, where it is half grey
     const SOFT = 1.2; // pixels from black to white
-    const INK = 0.35; // mean of an image; no digit of the data has more than 0.31
+    const INK = 0.32; // mean of an image; no test digit has more than 0.31
     const script = document.currentScript && document.currentScript.src;
     const watchers = [];
     let network = null;
@@ -22,31 +21,25 @@ touch.add(
     // ------------------------------------------------------------------------- the network
 
     const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const sum = (list) => list.reduce((total, value) => total + value, 0);
 
     /** Numbers of half precision, exactly. */
-    function halves(data) {
-      const view = new DataView(data.buffer);
-      return Float64Array.from({ length: data.length / 2 }, (_, i) => {
-        const bits = view.getUint16(2 * i, true);
-        const [exponent, fraction] = [(bits >> 10) & 31, bits & 1023];
-        const size = exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : fraction * 2 ** -24;
-        return bits >> 15 ? -size : size;
+    const halves = (data) =>
+      Float64Array.from(new Uint16Array(data.buffer), (bits) => {
+        const exponent = (bits >> 10) & 31;
+        const fraction = (bits & 1023) + (exponent && 1024);
+        return (bits >> 15 ? -fraction : fraction) * 2 ** ((exponent || 1) - 25);
       });
-    }
 
-    /** Which inputs each output of a circular convolution of stride 2 with 4×4 taps reads. */
-    function patches(channels, size) {
-      const index = [];
-      for (let y = 0; y < size; y += 2)
-        for (let x = 0; x < size; x += 2)
-          for (let c = 0; c < channels; c += 1)
-            for (let i = 0; i < 4; i += 1)
-              for (let j = 0; j < 4; j += 1) {
-                const [row, column] = [(y + i - 1 + size) % size, (x + j - 1 + size) % size];
-                index.push((c * size + row) * size + column);
-              }
-      return Int32Array.from(index);
-    }
+    /** What each output of a circular convolution of stride 2 with 4×4 taps reads. */
+    const patches = (channels, size) =>
+      Int32Array.from({ length: channels * size * size * 4 }, (_, n) => {
+        const [place, channel] = [Math.floor(n / (16 * channels)), Math.floor(n / 16) % channels];
+        const [up, across] = [Math.floor((2 * place) / size), place % (size / 2)];
+        const row = (2 * up + (Math.floor(n / 4) % 4) - 1 + size) % size;
+        const column = (2 * across + (n % 4) - 1 + size) % size;
+        return (channel * size + row) * size + column;
+      });
 
     /** Take the data of a network: shapes of its layers, and their numbers. */
     function receive({ shapes, weights, examples, ...facts }) {
@@ -66,7 +59,6 @@ touch.add(
       network = {
         ...facts,
         layers,
-        count: at,
         examples: Array.from({ length: images.length / PIXELS }, (_, i) =>
           Float64Array.from(images.subarray(i * PIXELS, (i + 1) * PIXELS), (g) => g / 255),
         ),
@@ -74,16 +66,16 @@ touch.add(
       watchers.forEach((watcher) => watcher());
     }
 
-    /** An affine layer: output o at place p is b[o] + Σ W[o, k] x[index[p, k]]. */
+    /** Output o at place p is b[o] + Σ W[o, k] x[index[p, k]]. */
     function affine({ W, b, index, outputs, terms, places }, x) {
       const y = new Float64Array(outputs * places);
       const patch = new Float64Array(terms);
       for (let p = 0; p < places; p += 1) {
         for (let k = 0; k < terms; k += 1) patch[k] = x[index[p * terms + k]];
         for (let o = 0; o < outputs; o += 1) {
-          let sum = b[o];
-          for (let k = 0, w = o * terms; k < terms; k += 1, w += 1) sum += W[w] * patch[k];
-          y[o * places + p] = sum;
+          let value = b[o];
+          for (let k = 0, w = o * terms; k < terms; k += 1, w += 1) value += W[w] * patch[k];
+          y[o * places + p] = value;
         }
       }
       return y;
@@ -147,16 +139,15 @@ touch.add(
     const gradient = (image, rows) => Array.from(backward(run(image).tape, rows));
 
     /** Classes from the largest logit to the smallest. */
-    const ranking = (z) => Array.from(z, (_, j) => j).sort((i, j) => z[j] - z[i]);
+    const ranking = (z) => [...DIGITS].sort((i, j) => z[j] - z[i]);
 
-    const norm = (x) => Math.sqrt(x.reduce((sum, value) => sum + value * value, 0));
+    const norm = (x) => Math.sqrt(sum(x.map((value) => value * value)));
 
-    /* The radius, for the programs too that compute the function f in float32 or better, in any
-       order. The library proves that such a program P has ‖P(v) - f(v)‖ ≤ a + c‖v‖ for all v
-       (lipbook.rounding.forward_error at the image 0) and Lip(f) ≤ L. So does this one. With the
-       margin m that it has computed at x, a neighbour v at a distance of r has a margin of at
-       least m - √2 (a + c‖x‖) - √2 L r - √2 (a + c‖x‖ + c r): an error moves two logits, and
-       their difference by √2 times its norm at most. That is positive for r below
+    /* The radius, of all programs P that compute the function f in float32 or better, such as this
+       one: ‖P(v) - f(v)‖ ≤ a + c‖v‖ and Lip(f) ≤ L (lipbook.rounding.forward_error at the image 0).
+       If m is the margin found at x, then a program finds one at a distance of r of at least
+       m - √2 (a + c‖x‖) - √2 L r - √2 (a + c‖x‖ + c r), since an error moves the difference of
+       two logits by √2 times its norm at most. It is positive for r below
        (m/√2 - 2(a + c‖x‖)) / (L + c). The last factor pays for the rounding of this line. */
     function radius(z, image) {
       const [first, second] = ranking(z);
@@ -166,8 +157,8 @@ touch.add(
       return (Math.max(0, sure) / (lipschitz + slope)) * (1 - 1e-12);
     }
 
-    /** A number cut after two digits, so that no more is printed than is proved. */
-    const cut = (value) => number(Math.floor(value * 100) / 100);
+    /** A number of two digits, so that no more is printed than is proved or found. */
+    const cut = (value, round) => number(round(value * 100) / 100);
 
     // ---------------------------------------------------------------------- the nearest lie
 
@@ -183,7 +174,7 @@ touch.add(
       const says = (y) => ranking(run(y).logits)[0];
       let best = null;
       for (const rival of others.slice(0, rivals)) {
-        const rows = Array.from(start, (_, j) => (j === label) - (j === rival));
+        const rows = DIGITS.map((j) => (j === label) - (j === rival));
         const length = (start[label] - start[rival]) / 16 + 0.01;
         let [y, far] = [x, null];
         for (let k = 0; k < 50 && !far; k += 1) {
@@ -237,34 +228,27 @@ touch.add(
     function centred(strokes) {
       const points = strokes.flat();
       if (!points.length) return strokes;
-      const ends = (axis) => {
-        const values = points.map((point) => point[axis]);
-        return [Math.min(...values), Math.max(...values)];
-      };
-      const boxes = [ends(0), ends(1)];
-      const longest = Math.max(...boxes.map(([low, high]) => high - low));
+      const boxes = [0, 1].map((axis) => points.map((point) => point[axis]).sort((a, b) => a - b));
+      const ends = boxes.map((values) => [values[0], values[values.length - 1]]);
+      const longest = Math.max(...ends.map(([low, high]) => high - low));
       const scale = Math.min((INSIDE - 2 * RADIUS) / Math.max(longest, 1e-9), 4);
       const place = (middle, target) =>
         strokes.map((stroke) =>
           stroke.map((point) => point.map((value, a) => (value - middle[a]) * scale + target[a])),
         );
-      const middle = boxes.map(([low, high]) => (low + high) / 2);
+      const middle = ends.map(([low, high]) => (low + high) / 2);
       const image = rendered(place(middle, [SIDE / 2, SIDE / 2]));
-      let [mass, x, y] = [0, 0, 0];
-      image.forEach((grey, k) => {
-        mass += grey;
-        x += grey * ((k % SIDE) + 0.5);
-        y += grey * (Math.floor(k / SIDE) + 0.5);
-      });
-      return place(middle, [SIDE - x / mass, SIDE - y / mass]);
+      const mean = (at) => sum(image.map((grey, k) => grey * at(k))) / sum(image);
+      const mass = [mean((k) => k % SIDE), mean((k) => Math.floor(k / SIDE))];
+      return place(middle, mass.map((value) => SIDE - 0.5 - value));
     }
 
+    const over = (image, example) =>
+      example ? image.map((grey, k) => Math.max(grey, example[k])) : image;
+
     /** What the network sees: the strokes, centred, or as they lie on an example. */
-    function seen(strokes, example) {
-      if (!example) return rendered(centred(strokes));
-      const drawn = rendered(strokes);
-      return example.map((grey, k) => Math.max(grey, drawn[k]));
-    }
+    const seen = (strokes, example) =>
+      over(rendered(example ? strokes : centred(strokes)), example);
 
     // ------------------------------------------------------------------------------ the figure
 
@@ -278,44 +262,39 @@ touch.add(
         y: [9.6, -0.6],
         width: 300,
         xticks: [-6, -4, -2, 0, 2],
-        yticks: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+        yticks: DIGITS,
       });
       const eye = frame.plane({ ...sheet, title: "what the network sees" });
       const other = frame.plane({ ...sheet, title: "the nearest lie that was found" });
-      const example = () => (network && state.example !== null ? network.examples[state.example] : null);
-      let drawing = false; // by the pointer
+      const example = () => network && network.examples[state.example];
       let [image, z, found] = [null, null, null];
-      let failed = false;
 
+      const box = (x, y, u, v) => [[x, y], [u, y], [u, v], [x, v]];
       const grey = (plane, levels, kind) =>
         levels.forEach((level, k) => {
-          if (level < 0.004) return;
+          if (level < 0.01) return;
           const [x, y] = [k % SIDE, SIDE - Math.floor(k / SIDE)];
-          const cell = plane.area([[x, y], [x + 1, y], [x + 1, y - 1], [x, y - 1]], `${kind} pixel`);
+          const cell = plane.area(box(x, y - 1, x + 1, y), `${kind} pixel`);
           cell.setAttribute("style", `fill-opacity:${level.toFixed(3)}`);
         });
-      const border = (plane) =>
-        plane.outline([[0, 0], [SIDE, 0], [SIDE, SIDE], [0, SIDE]], "faint thin");
-      const empty = () => state.strokes.length === 0 && state.example === null;
+      const border = (plane) => plane.outline(box(0, 0, SIDE, SIDE), "faint thin");
 
       frame.draw(() => {
         [paper, eye, bars, other].forEach((plane) => plane.clear());
-        const drawn = rendered(state.strokes);
         const under = example();
-        grey(paper, under ? under.map((g, k) => Math.max(g, drawn[k])) : drawn, "");
+        grey(paper, over(rendered(state.strokes), under), "");
         [paper, eye, other].forEach(border);
         [image, z, found] = [null, null, null];
-        if (!network || empty()) return;
+        if (!network || !(under || state.strokes.length)) return;
         image = seen(state.strokes, under);
         z = logits(image);
         grey(eye, image, "");
         const [first, second] = ranking(z);
-        bars.line([[0, -0.6], [0, 9.6]], "faint thin");
         z.forEach((value, j) => {
           const kind = j === first ? "c0 strong" : j === second ? "c1 strong" : "faint";
-          bars.area([[0, j - 0.36], [value, j - 0.36], [value, j + 0.36], [0, j + 0.36]], kind);
+          bars.area(box(0, j - 0.36, value, j + 0.36), kind);
         });
-        if (drawing || state.down) return;
+        if (state.down) return;
         found = lie(image);
         if (!found) return;
         grey(other, found.image.map((g, k) => Math.min(g, image[k])), "");
@@ -326,9 +305,12 @@ touch.add(
       // The pen: a pointer anywhere on the paper, or the arrow keys and the space bar.
       const go = ([x, y]) => {
         state.pen = [x, SIDE - y].map((value) => clamp(value, [0, SIDE]));
-        if (drawing || state.down) state.strokes[state.strokes.length - 1].push(state.pen);
+        if (state.down) state.strokes[state.strokes.length - 1].push(state.pen);
       };
-      const lower = () => state.strokes.push([state.pen]);
+      const lower = () => {
+        state.strokes.push([state.pen]);
+        state.down = true;
+      };
       const pen = paper.handle({
         label: "pen, lowered and lifted by space",
         kind: "c1",
@@ -339,8 +321,8 @@ touch.add(
       pen.addEventListener("keydown", (event) => {
         if (event.key !== " " && event.key !== "Enter") return;
         event.preventDefault();
-        state.down = !state.down;
-        if (state.down) lower();
+        if (state.down) state.down = false;
+        else lower();
         frame.update();
       });
       const svg = paper.svg;
@@ -350,28 +332,27 @@ touch.add(
         event.stopPropagation();
         svg.setPointerCapture(event.pointerId);
         pen.focus({ preventScroll: true });
-        [drawing, state.down] = [false, false];
+        state.down = false;
         go(paper.where(event));
         lower();
-        drawing = true;
         frame.update();
       };
       svg.addEventListener("pointerdown", down, true); // before the point, which would be dragged
+      svg.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
       svg.addEventListener("pointermove", (event) => {
-        if (!drawing) return;
+        if (!svg.hasPointerCapture(event.pointerId)) return;
         go(paper.where(event));
         frame.update();
       });
       for (const end of ["pointerup", "pointercancel"])
         svg.addEventListener(end, () => {
-          if (!drawing) return;
-          drawing = false;
+          state.down = false;
           frame.update();
         });
 
       frame.choice({
         label: "test digit",
-        options: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map((digit) => [digit, `${digit}`]),
+        options: DIGITS.map((digit) => [digit, `${digit}`]),
         get: () => (state.strokes.length ? null : state.example),
         set: (digit) => Object.assign(state, { example: digit, strokes: [], down: false }),
       });
@@ -380,42 +361,31 @@ touch.add(
         press: () => Object.assign(state, { example: null, strokes: [], pen: [14, 5], down: false }),
       });
       frame.readout(() => {
-        if (failed) return [["", "The network could not be loaded. The picture was drawn by it."]];
-        if (!network) return [["", "The network is being loaded."]];
-        if (empty()) return [["", "Draw a digit, or take a test digit."]];
+        if (!network) return [["", "Waiting for the network."]];
+        if (!z) return [["", "Draw a digit, or take a test digit."]];
         const [first, second] = ranking(z);
         const about = [
           ["says", `${first}`],
           ["margin", number(z[first] - z[second])],
-          ["certified radius", cut(radius(z, image))],
+          ["certified radius", cut(radius(z, image), Math.floor)],
         ];
-        const mean = image.reduce((sum, g) => sum + g, 0) / PIXELS;
-        if (mean > INK) about.push(["", "More ink than any digit has: clear, and draw one line."]);
-        if (drawing || state.down) about.push(["nearest lie", "lift the pen"]);
-        else if (found) about.push([`nearest lie (a ${found.label}) at`, number(Math.ceil(found.distance * 100) / 100)]);
-        else about.push(["nearest lie", "none found"]);
+        if (state.down) about.push(["nearest lie", "lift the pen"]);
+        else if (!found) about.push(["nearest lie", "none found"]);
+        else about.push([`nearest lie (a ${found.label}) at`, cut(found.distance, Math.ceil)]);
+        if (sum(image) > INK * PIXELS)
+          about.push(["", "More ink than any digit has: clear, and draw a line."]);
         return about;
       });
 
       watchers.push(() => frame.update());
       if (!script || network) return;
-      const load = () => {
+      const view = new IntersectionObserver((entries) => {
+        if (!entries.some((entry) => entry.isIntersecting)) return;
+        view.disconnect();
         const source = document.createElement("script");
         source.src = new URL("../networks/digit.js", script).href;
-        source.addEventListener("error", () => {
-          failed = true;
-          frame.update();
-        });
         document.head.append(source);
-      };
-      const view = new IntersectionObserver(
-        (entries) => {
-          if (!entries.some((entry) => entry.isIntersecting)) return;
-          view.disconnect();
-          load();
-        },
-        { rootMargin: "300px" },
-      );
+      });
       view.observe(frame.live);
     }
 
