@@ -29,6 +29,7 @@ DRAW = """() => {
     "fill": "rgb(0, 0, 0)", "fill-opacity": "1", "stroke": "none", "stroke-width": "1px",
     "stroke-dasharray": "none", "stroke-linejoin": "miter", "font-size": "16px",
     "font-style": "normal", "text-anchor": "start", "paint-order": "normal",
+    "shape-rendering": "auto",
   };
   const written = (node) => {
     const copy = node.cloneNode(false);
@@ -99,6 +100,9 @@ def mount(page: Any, name: str, theme: str = "light") -> None:
     page.add_style_tag(path=ASSETS / "lipbook.css")
     page.add_script_tag(path=FIGURES / "touch.js")
     page.add_script_tag(path=FIGURES / f"{name}.js")
+    data = ASSETS / "networks" / f"{name}.js"
+    if data.is_file():
+        page.add_script_tag(path=data)
 
 
 def still(page: Any, name: str) -> str:

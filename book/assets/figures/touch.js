@@ -389,6 +389,16 @@ const touch = (() => {
       return row;
     }
 
+    /* Options: label; press(), what to do. */
+    button({ label, press }) {
+      const button = element(this.controls, "button", { type: "button" }, label);
+      button.addEventListener("click", () => {
+        press();
+        this.update();
+      });
+      return button;
+    }
+
     /** Numbers that follow from the state: what() returns pairs of a label and a text. */
     readout(what) {
       const output = element(this.controls, "output", { class: "touch-readout" });
@@ -412,11 +422,7 @@ const touch = (() => {
     }
 
     finish() {
-      const button = element(this.controls, "button", { type: "button" }, "Start again");
-      button.addEventListener("click", () => {
-        this.start.forEach((back) => back());
-        this.update();
-      });
+      this.button({ label: "Start again", press: () => this.start.forEach((back) => back()) });
       this.update();
     }
   }
