@@ -11,7 +11,8 @@
   const PARTS = ["vendor/minisearch.js", "language_data.js", "search-sections.js"];
   const QUESTIONS = ["how", "what", "when", "which", "why", "who", "where", "do", "does", "can",
     "i", "my", "we", "you", "your", "one", "should", "from", "an", "its", "be", "has", "have"];
-  const SAME = { spectrum: "spectral", spectra: "spectral", bjoerck: "bjorck" };
+  const SAME = new Map([
+    ["spectrum", "spectral"], ["spectra", "spectral"], ["bjoerck", "bjorck"]]);
   const FIELDS = ["url", "page", "title", "text", "kind", "above", "terms", "worth"];
   const SHOWN = { dialog: 8, page: 30 };
 
@@ -38,7 +39,7 @@
       if (!known.has(word)) {
         const plain = fold(word).replace(/['’]s?$/, "")
           .replace(/([a-z]{3})is(e[drs]?|ing|ations?|able)$/, "$1iz$2");
-        const usual = SAME[plain] || plain;
+        const usual = SAME.get(plain) || plain;
         known.set(word, nothing.has(usual) || !usual ? null : stemmer.stemWord(usual));
       }
       return known.get(word);
