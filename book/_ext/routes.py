@@ -31,7 +31,6 @@ class Route(NamedTuple):
     """A way through the book for a reader with a given time."""
 
     name: str
-    label: str
     about: str
     steps: list[Step]
 
@@ -47,7 +46,7 @@ def read(path: Path) -> list[Route]:
     for entry in yaml.safe_load(path.read_text("utf-8")):
         try:
             steps = [Step(**step) for step in entry["steps"]]
-            routes.append(Route(entry["name"], entry["label"], entry["about"], steps))
+            routes.append(Route(entry["name"], entry["about"], steps))
         except (KeyError, TypeError) as error:
             raise ExtensionError(f"{path.name}: {entry!r}: {error}") from error
     return routes
@@ -96,6 +95,15 @@ def places(routes: list[Route], page: str) -> list[tuple[Route, int]]:
     return found
 
 
+def following(route: Route, step: int, page: str) -> str | None:
+    """The page after `page` on a route, in the same step or the next one."""
+    here = route.steps[step].pages
+    rest = here[here.index(page) + 1 :]
+    if not rest and step + 1 < len(route.steps):
+        rest = route.steps[step + 1].pages
+    return rest[0] if rest else None
+
+
 def strip(app: Sphinx, docname: str) -> str:
     """HTML of the strip of a page, or nothing where no route leads through it."""
     page = docname.removeprefix(FOLDER)
@@ -117,9 +125,8 @@ def strip(app: Sphinx, docname: str) -> str:
         words[0] += f" of {len(route.steps)}"
         if step.part:
             words.append(f"read {html.escape(step.part)}")
-        inside = step.pages[step.pages.index(page) + 1 :]
-        following = inside or (route.steps[k + 1].pages if k + 1 < len(route.steps) else [])
-        words.append(f"next {link(following[0])}" if following else "the last step")
+        after = following(route, k, page)
+        words.append(f"next {link(after)}" if after else "the last step")
         items.append(f"<li>{', '.join(words)}</li>")
     if not items:
         return ""

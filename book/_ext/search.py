@@ -82,6 +82,15 @@ def clean(html: str) -> Tag | None:
     return article
 
 
+def author_and_year(reference: str) -> str:
+    """First author and year of a work, as the text quotes them."""
+    authors = re.split(r"(?<=[^\W\d_]{2})\. ", reference)[0]
+    names = [name for name in re.split(r",? and |, ", authors) if name]
+    others = {1: "", 2: f" and {names[-1].split()[-1]}"}.get(len(names), " et al.")
+    year = re.findall(r"\b(?:19|20)\d\d\b", reference)
+    return f"{names[0].split()[-1]}{others}" + (f", {year[-1]}" if year else "")
+
+
 def heading_of(section: Tag) -> str:
     heading = section.find(HEADING, recursive=False)
     return words(heading) if isinstance(heading, Tag) else ""
@@ -128,9 +137,8 @@ def read(html: str, address: str) -> Iterator[Entry]:
         text = prose(body, "dl.py > dt") if isinstance(body, Tag) else ""
         yield Entry(f"{address}#{name['id']}", page, name["id"].rpartition(".")[2], text, "api")
     for work in article.select("div.citation[id]"):
-        label = work.select_one("span.label")
-        title = words(label).strip("[] ") if label else ""
-        yield Entry(f"{address}#{work['id']}", page, title, prose(work, "span.label"), "work")
+        text = prose(work, "span.label")
+        yield Entry(f"{address}#{work['id']}", page, author_and_year(text), text, "work")
 
 
 def worth(entry: Entry) -> float:
