@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import lipbook
 from lipbook import export
 from lipbook.lab import networks, records
+from lipbook.lab.chapters import Names, names, readable
 from lipbook.lab.data import mnist
 from lipbook.lab.recipes import Rows, recipes
 from lipbook.robustness import Certificate, certify
@@ -389,7 +390,8 @@ def _add_notebooks(commands: Any) -> None:
         commands,
         "notebooks",
         _notebooks,
-        "Copy the chapters of the book as notebooks. Files that are there already stay.",
+        "Copy the chapters of the book as notebooks, with the names of theorems and works written\n"
+        "out and figures that show at once. Files that are there already stay.",
         "examples:\n  lipbook notebooks\n  lipbook notebooks my-copy && jupyter lab my-copy\n",
     )
     parser.add_argument(
@@ -400,26 +402,46 @@ def _add_notebooks(commands: Any) -> None:
 
 def _notebooks(chosen: Any) -> None:
     chosen.folder.mkdir(parents=True, exist_ok=True)
+    known = _names()
     for source in _chapters():
         target = chosen.folder / source.name
         if target.exists():
             _say(f"{target} is there already")
             continue
         part = target.with_suffix(".part")
-        part.write_bytes(source.read_bytes())
+        copy = readable(json.loads(source.read_text("utf-8")), known)
+        part.write_text(json.dumps(copy, indent=1, ensure_ascii=False) + "\n", "utf-8")
         part.replace(target)
         _say(target)
 
 
-def _chapters() -> list[Any]:
-    """Find the chapters: in the package that was installed, or beside its source."""
+def _names() -> Names:
+    """Read what the chapters refer to: each other, the pages beside them, and the literature."""
+    pages, contents, bibliography = {}, "", ""
+    for file in _pages():
+        if file.name.endswith((".ipynb", ".md")):
+            pages[file.name] = file.read_text("utf-8")
+        elif file.name == "_toc.yml":
+            contents = file.read_text("utf-8")
+        elif file.name == "references.bib":
+            bibliography = file.read_text("utf-8")
+    return names(pages, contents, bibliography)
+
+
+def _pages() -> list[Any]:
+    """Find the book's pages: in the package that was installed, or beside its source."""
     package = resources.files("lipbook")
-    beside = Path(str(package)).parent / "book"
-    for folder in (package / "chapters", beside):
-        if folder.is_dir():
-            found = [file for file in folder.iterdir() if file.name.endswith(".ipynb")]
-            return sorted(found, key=lambda file: file.name)
+    installed, beside = package / "chapters", Path(str(package)).parent / "book"
+    if installed.is_dir():
+        return sorted(installed.iterdir(), key=lambda file: file.name)
+    if beside.is_dir():
+        return [*sorted(beside.iterdir()), beside / "api" / "index.md", beside.parent / "_toc.yml"]
     raise FileNotFoundError("no chapters in the package: install lipbook again")
+
+
+def _chapters() -> list[Any]:
+    """Find the chapters among the pages."""
+    return [file for file in _pages() if file.name.endswith(".ipynb")]
 
 
 if __name__ == "__main__":

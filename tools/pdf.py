@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
+import pikepdf
 import yaml
 from bs4 import BeautifulSoup, Tag
 
@@ -29,8 +30,7 @@ LEFT_OUT = (
 )
 # Print rules of this document alone; the rest is in lipbook.css.
 STYLE = """
-html { background: white; }
-body { font-size: 10.5pt; }
+html { background: white; font-size: 12.8px; }
 article.bd-article { padding: 0; }
 article.bd-article + article.bd-article { break-before: page; }
 .part { break-before: page; break-after: avoid; }
@@ -179,6 +179,8 @@ def print_pdf(source: Path, target: Path) -> None:
             tagged=True,
         )
         browser.close()
+    with pikepdf.open(target, allow_overwriting_input=True) as document:
+        document.save(target, object_stream_mode=pikepdf.ObjectStreamMode.generate)
 
 
 def add_button(path: Path, link: str) -> None:
