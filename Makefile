@@ -18,7 +18,7 @@ BOOK_TMP := $(HERE)/tmp
 BUILD_BOOK = mkdir -p $(BOOK_TMP) && TMPDIR=$(BOOK_TMP) $(BIN)/jupyter-book build -W -n --keep-going --all
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test lint faults bench pages lab chapters clean
+.PHONY: help book html pdf test lint faults bench pages lab chapters clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ book: $(READY) ## execute every chapter afresh and build the book from the resul
 html: $(READY) ## build the book from the stored outputs, executing nothing
 	$(BUILD_BOOK) .
 	@echo "Open _build/html/index.html"
+
+pdf: $(READY) ## print the built book as one PDF, with Chromium, and link it on the first page
+	$(BIN)/python tools/pdf.py _build/html
 
 lint: $(READY) ## static checks: ruff, types, floors, notebook normal form
 	$(BIN)/ruff check .
@@ -60,6 +63,7 @@ pages: $(READY) ## open every built page in Chromium: no outside request, no con
 	$(BIN)/python -m pytest tests/test_pages.py
 
 lab: $(READY) ## JupyterLab on the chapters
+	$(BIN)/jupyter trust --log-level=WARN $(CHAPTERS)
 	$(BIN)/jupyter lab book
 
 chapters: $(READY) ## for authors: execute the chapters and store their outputs

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import lipbook
 from lipbook import export
 from lipbook.lab import networks, records
+from lipbook.lab.chapters import Names, names, readable
 from lipbook.lab.data import mnist
 from lipbook.lab.recipes import Rows, recipes
 from lipbook.robustness import Certificate, certify
@@ -389,7 +390,8 @@ def _add_notebooks(commands: Any) -> None:
         commands,
         "notebooks",
         _notebooks,
-        "Copy the chapters of the book as notebooks. Files that are there already stay.",
+        "Copy the chapters of the book as notebooks, with the names of theorems and works written\n"
+        "out and figures that show at once. Files that are there already stay.",
         "examples:\n  lipbook notebooks\n  lipbook notebooks my-copy && jupyter lab my-copy\n",
     )
     parser.add_argument(
@@ -403,19 +405,33 @@ def _notebooks(chosen: Any) -> None:
     figures.mkdir(parents=True, exist_ok=True)
     for still in _files(_book() / "assets" / "figures", ".svg"):
         (figures / still.name).write_bytes(still.read_bytes())
-    for source in _chapters():
+    known = _names()
+    for source in _files(_book(), ".ipynb"):
         target = chosen.folder / source.name
         if target.exists():
             _say(f"{target} is there already")
             continue
         part = target.with_suffix(".part")
-        part.write_bytes(source.read_bytes())
+        copy = readable(json.loads(source.read_text("utf-8")), known)
+        part.write_text(json.dumps(copy, indent=1, ensure_ascii=False) + "\n", "utf-8")
         part.replace(target)
         _say(target)
 
 
-def _chapters() -> list[Any]:
-    return _files(_book(), ".ipynb")
+def _names() -> Names:
+    """Read what the chapters refer to: each other, the pages beside them, and the literature."""
+    book = _book()
+    beside = [book / "api" / "index.md", book.parent / "_toc.yml"] if isinstance(book, Path) else []
+    files = [*_files(book, ""), *(file for file in beside if file.is_file())]
+    pages, contents, bibliography = {}, "", ""
+    for file in files:
+        if file.name.endswith((".ipynb", ".md")):
+            pages[file.name] = file.read_text("utf-8")
+        elif file.name == "_toc.yml":
+            contents = file.read_text("utf-8")
+        elif file.name == "references.bib":
+            bibliography = file.read_text("utf-8")
+    return names(pages, contents, bibliography)
 
 
 def _files(folder: Any, ending: str) -> list[Any]:

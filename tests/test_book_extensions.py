@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,138 @@ def test_punctuation_stays_with_its_formula(
         for part, word in zip(paragraph.children, words, strict=True)
     ]
     assert "|".join(part for part in parts if part) == expected
+
+
+# -------------------------------------------------------------------------------------- routes
+
+
+@pytest.fixture
+def routes(extension: Any) -> Any:
+    return extension("routes").read(ROOT / "book" / "routes.yml")
+
+
+def reading_times() -> dict[str, int]:
+    """Minutes that each chapter says it takes."""
+    found = {}
+    for path in (ROOT / "book").glob("*.ipynb"):
+        minutes = re.search(r"(\d+) minutes to read", path.read_text("utf-8"))
+        if minutes:
+            found[path.stem] = int(minutes[1])
+    return found
+
+
+def test_routes_take_the_time_that_the_chapters_say(routes: Any) -> None:
+    times = reading_times()
+    assert len(times) == 12
+    for route in routes:
+        for step in route.steps:
+            known = [times[page] for page in step.pages if page in times]
+            if len(known) == len(step.pages) and not step.part:
+                assert step.minutes == sum(known), (route.name, step.pages)
+            elif step.part:
+                assert step.minutes < sum(known), (route.name, step.pages)
+
+
+def test_two_hours_and_a_week_are_what_they_are_called(routes: Any) -> None:
+    hours, week, research = routes
+    assert [route.name for route in routes] == ["Two hours", "A week", "Research"]
+    assert hours.minutes == 120
+    assert len(week.steps) == 7
+    assert sorted(page for step in week.steps for page in step.pages) == sorted(reading_times())
+    assert research.steps[-1].pages[-1] == "reading"
+
+
+def test_routes_name_sections_that_are_there(routes: Any) -> None:
+    for route in routes:
+        for step in route.steps:
+            for section in re.findall("“(.+?)”", step.part):
+                (page,) = step.pages
+                text = (ROOT / "book" / f"{page}.ipynb").read_text("utf-8")
+                assert re.search(rf'"## {re.escape(section)}', text), (page, section)
+
+
+def test_a_page_knows_where_its_routes_lead(extension: Any) -> None:
+    module = extension("routes")
+    week = module.Route("A week", "", [module.Step(["a", "b"], 60), module.Step(["c"], 90)])
+    tour = module.Route("Tour", "", [module.Step(["c"], 30)])
+    assert module.places([week, tour], "b") == [(week, 0)]
+    assert module.places([week, tour], "c") == [(week, 1), (tour, 0)]
+    assert module.following(week, 0, "a") == "b"
+    assert module.following(week, 0, "b") == "c"
+    assert module.following(week, 1, "c") is None
+
+
+@pytest.mark.parametrize(
+    ("minutes", "words"),
+    [(45, "45 minutes"), (120, "2 hours"), (705, "12 hours"), (150, "2½ hours")],
+)
+def test_durations_in_words(minutes: int, words: str, extension: Any) -> None:
+    assert extension("routes").duration(minutes) == words
+
+
+def test_a_route_that_cannot_be_read_is_refused(tmp_path: Path, extension: Any) -> None:
+    path = tmp_path / "routes.yml"
+    path.write_text("- {name: Short, about: x, steps: [{pages: [index], hours: 3}]}")
+    with pytest.raises(Exception, match=r"routes\.yml.*hours"):
+        extension("routes").read(path)
+
+
+# -------------------------------------------------------------------------------- what is searched
+
+PAGE = """<article class="bd-article"><section id="top"><h1>8. Radii<a class="headerlink">#</a></h1>
+<p>How far an answer holds.</p><section id="margins"><h2>8.1. Margins</h2>
+<p>Divide by <span class="math">\\(L\\)</span> or <span class="math">\\(\\sqrt2 L\\)</span>.</p>
+<div class="cell_input"><pre>import torch</pre></div>
+<div class="proof theorem" id="thm-x"><p class="admonition-title">Theorem 8.1 (Radius)</p>
+<section><p>It is the margin.</p></section></div></section></section></article>"""
+
+
+def test_a_page_is_indexed_by_section(extension: Any) -> None:
+    top, margins, theorem = extension("search").read(PAGE, "book/radii.html")
+    assert top[:4] == ("book/radii.html", "8. Radii", "8. Radii", "How far an answer holds.")
+    assert margins.url == "book/radii.html#margins"
+    assert margins.text == "Divide by L or …. Theorem 8.1 (Radius)"
+    assert margins.terms == "Theorem 8.1 (Radius)"
+    assert theorem[:4] == (
+        "book/radii.html#thm-x",
+        "8. Radii",
+        "Theorem 8.1 (Radius)",
+        "It is the margin.",
+    )
+    assert theorem.above == margins.url
+
+
+@pytest.mark.parametrize(
+    ("reference", "title"),
+    [
+        (
+            "Cem Anil, James Lucas, and Roger Grosse. Sorting out. In ICML. 2019.",
+            "Anil et al., 2019",
+        ),
+        ("J. Zico Kolter and Eric Wong. Provable defenses. 2018.", "Kolter and Wong, 2018"),
+        ("Cédric Villani. Optimal transport. Springer, 2009.", "Villani, 2009"),
+    ],
+)
+def test_works_are_called_as_the_text_calls_them(
+    reference: str, title: str, extension: Any
+) -> None:
+    assert extension("search").author_and_year(reference) == title
+
+
+# ----------------------------------------------------------------------- what a screen reader needs
+
+
+def test_folds_of_the_menu_have_names(extension: Any) -> None:
+    menu = '<li><a class="x" href="#">The library</a><details><summary><i></i></summary></details>'
+    named = extension("access").name_folds(menu)
+    assert '<summary aria-label="Pages of: The library">' in named
+
+
+def test_long_signatures_are_lines(extension: Any) -> None:
+    long = (
+        '<dt><span class="sig-paren">(</span>\n\n<dl>\n<dd><em>x</em>,</dd>\n<dd><em>y</em>,</dd>\n'
+        '</dl>\n\n<span class="sig-paren">)</span></dt><dl><dd>not a signature</dd></dl>'
+    )
+    lines = extension("access").lines_of_parameters(long)
+    assert lines.count('<span class="sig-line">') == 2
+    assert lines.count("<dl>") == 1

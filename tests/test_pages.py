@@ -247,6 +247,187 @@ def test_every_page(browser: Any, width: int) -> None:
     assert not found, listed(found)
 
 
+# ------------------------------------------------------------------------------- how it weighs
+
+HEAVY = 1_500_000
+
+
+def test_a_page_is_light(browser: Any) -> None:
+    """All that a page asks for, uncompressed, without fonts and MathJax."""
+    heavy, sizes = [], {}
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, offline=True)
+    for path in pages():
+        if path.name == "404.html":
+            continue
+        asked: set[Path] = set()
+        page = context.new_page()
+        page.on("request", lambda r, a=asked: a.add(Path(unquote(urlsplit(r.url).path))))
+        page.goto(path.as_uri(), wait_until="load")
+        page.close()
+        files = [file for file in asked if file.suffix != ".woff2" and "mathjax" not in file.parts]
+        sizes[path] = sum(file.stat().st_size for file in files if file.is_file())
+        if sizes[path] > HEAVY:
+            heavy.append(f"{names(path)}: {sizes[path] / 1e6:.2f} MB")
+    context.close()
+    assert min(sizes.values()) > 100_000, "not everything was counted"
+    assert not heavy, listed(heavy)
+
+
+# ---------------------------------------------------------------------------------- who can use it
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_page_shuts_anybody_out(browser: Any, scheme: str) -> None:
+    """axe finds no violation that it calls serious or critical."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe").Axe()
+    options = {"resultTypes": ["violations"]}
+    context = browser.new_context(
+        viewport={"width": 1400, "height": 900}, offline=True, color_scheme=scheme
+    )
+    found = []
+    for path in pages():
+        if path.name == "404.html":
+            continue
+        page = context.new_page()
+        page.goto(path.as_uri(), wait_until="load")
+        page.evaluate("() => window.MathJax?.startup?.promise")
+        for fault in axe.run(page, options=options).response["violations"]:
+            if fault["impact"] in ("serious", "critical"):
+                where = fault["nodes"][0]
+                found.append(
+                    f"{names(path)}: {fault['id']} × {len(fault['nodes'])}: "
+                    f"{where['html'][:160]} {where['any'][:1] and where['any'][0]['message']}"
+                )
+        page.close()
+    context.close()
+    assert not found, listed(found)
+
+
+def test_formulas_are_no_stops_and_focus_is_seen(browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
+    page.goto((HTML / "book" / "wasserstein.html").as_uri(), wait_until="load")
+    page.evaluate("() => MathJax.startup.promise")
+    assert page.locator("mjx-container").count() > 100
+    assert page.locator("mjx-container[tabindex='0']").count() == 0
+    unseen = []
+    seen = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        name, shown = page.evaluate(
+            """() => {
+              const e = document.activeElement, s = getComputedStyle(e);
+              const ring = s.outlineStyle !== "none" && parseFloat(s.outlineWidth) >= 1;
+              return [e.outerHTML.slice(0, 120), ring || s.boxShadow !== "none"];
+            }"""
+        )
+        seen.add(name)
+        if not shown:
+            unseen.append(name)
+    page.close()
+    assert len(seen) > 40
+    assert not unseen, listed(unseen)
+
+
+# -------------------------------------------------------------------------------------- the search
+
+ANSWERS = {
+    "how to certify": ["book/robustness.html", "book/api/robustness.html"],
+    "spectral norm of a convolution": ["the-spectrum-of-a-convolution"],
+    "vanishing gradient": ["book/optimisation.html", "book/activations.html"],
+    "Bjorck": ["#the-nearest-orthonormal-matrix", "#orthogonal-bjorck"],
+    "Björck": ["#the-nearest-orthonormal-matrix", "#orthogonal-bjorck"],
+    "certified radius": ["margin-and-radius", "lipbook.robustness.certified_radius"],
+    "margin": ["margin-and-radius", "generalization.html#margins"],
+    "randomised smoothing": ["#smoothing", "#term-randomized-smoothing"],
+    "floating point": ["#floating-point", "from-real-numbers-to-programs"],
+    "dual norm": ["#dual-norms"],
+    "GroupSort": ["book/activations.html", "#term-GroupSort"],
+    "OrthogonalConv2d": ["lipbook.convolutions.OrthogonalConv2d"],
+    "lipschitz_bound": ["lipbook.composition.lipschitz_bound"],
+    "stride": ["convolutions.html#strides"],
+    "batch normalization": ["jacobians.html#batch-normalisation"],
+    "attention": ["networks.html#attention"],
+    "residual": ["jacobians.html#residual-blocks"],
+    "Kantorovich Rubinstein": ["#the-dual-a-function-instead-of-a-plan", "#wasserstein-duality"],
+    "optimal transport": ["book/wasserstein.html", "reading.html#transport"],
+    "GAN": ["#a-wasserstein-gan"],
+    "rademacher": ["#what-a-class-can-do-with-coin-tosses", "#gen-rademacher"],
+    "spectral complexity": ["#the-spectral-complexity-of-a-network"],
+    "orthogonal initialisation": ["#dynamical-isometry-the-whole-spectrum"],
+    "LipSDP": ["#one-inequality-for-the-whole-network", "lipbook.tightness.lipsdp"],
+    "export to ONNX": ["book/api/export.html"],
+    "Sorting out Lipschitz function approximation": ["bibliography.html#", "reading.html"],
+}
+
+
+def searched(page: Any, query: str) -> list[str]:
+    """Addresses of what the search page finds, best first, below the root of the book."""
+    page.fill("#lip-search-page input", query)
+    page.wait_for_function(
+        "query => document.querySelector('#lip-search-page .lip-search').dataset.query === query"
+        " && /section/.test(document.querySelector('#lip-search-page [role=status]').textContent)"
+        " && !/Searching/.test(document.querySelector('#lip-search-page [role=status]').textContent)",
+        arg=query,
+    )
+    links = page.locator("#lip-search-page .lip-search li > a")
+    return [
+        link.removeprefix("./")
+        for link in links.evaluate_all("links => links.map(link => link.getAttribute('href'))")
+    ]
+
+
+def test_the_search_finds_sections(browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
+    visit = Visit(page, HTML.as_uri())
+    page.goto((HTML / "search.html").as_uri(), wait_until="load")
+    missed = []
+    for query, wanted in ANSWERS.items():
+        first = searched(page, query)[:3]
+        if not any(place in link for place in wanted for link in first):
+            missed.append(f"{query!r}: {first}, not {wanted}")
+    assert not visit.complaints, listed(visit.complaints)
+    page.close()
+    assert not missed, listed(missed)
+
+
+def test_the_search_lands_where_it_says_and_shows_prose(browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
+    page.goto((HTML / "search.html").as_uri() + "?q=certified+radius", wait_until="load")
+    page.wait_for_selector(".lip-search li")
+    excerpts = page.locator(".lip-search li > p").all_inner_texts()
+    assert all("import " not in text and "\\" not in text for text in excerpts)
+    assert page.locator(".lip-search mark").count() > 5
+    page.locator(".lip-search li > a").first.click()
+    page.wait_for_load_state("load")
+    assert "#" in page.url
+    anchor = unquote(urldefrag(page.url).fragment)
+    page.wait_for_timeout(300)
+    top = page.evaluate("id => document.getElementById(id).getBoundingClientRect().top", anchor)
+    assert -5 < top < 300
+    page.close()
+
+
+def test_the_search_says_what_to_do_when_it_finds_nothing(browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
+    page.goto((HTML / "search.html").as_uri(), wait_until="load")
+    assert searched(page, "xylophone") == []
+    assert "Try fewer words" in page.inner_text(".lip-search-help")
+    assert page.locator(".lip-search-help a").count() >= 4
+    page.close()
+
+
+def test_the_search_dialog_answers_as_one_types(browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
+    page.goto((HTML / "book" / "jacobians.html").as_uri(), wait_until="load")
+    page.keyboard.press("Control+k")
+    page.keyboard.type("dual norm")
+    hit = page.locator("#pst-search-dialog .lip-search li > a").first
+    hit.wait_for(state="visible")
+    hit.click()
+    page.wait_for_url("**/composition.html#*")
+    page.close()
+
+
 def test_previews_appear_on_hover(browser: Any) -> None:
     chapters = [
         path for path in pages() if '<a class="reference internal" href="#thm-' in source(path).text

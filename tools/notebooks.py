@@ -45,14 +45,23 @@ NOTEBOOK_METADATA = {
 }
 CELL_METADATA = {"mystnb", "tags"}
 COLAB_ID = "colab"
-COLAB_SOURCE = """\
+MISSING = """\
+# The chapters use the library of this book.
+import importlib.util
+
+if importlib.util.find_spec("lipbook") is None:
+    raise ModuleNotFoundError(
+        "lipbook is missing: in a copy of the project, run pip install -e '.[lab]'"
+    )"""
+INSTALL = """\
 # Only for a machine that has no lipbook yet, such as a fresh Google Colab.
 import importlib.util
 import subprocess
 import sys
 
 if importlib.util.find_spec("lipbook") is None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "lipbook[lab]=={version}"]
+    package = "lipbook[lab] @ git+{repository}@v{version}"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", package]
     subprocess.run(command, check=True)"""
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -74,9 +83,20 @@ def package_version(root: Path = ROOT) -> str:
     return found.group(1)
 
 
-def colab_cell() -> NotebookNode:
-    """Cell that makes a chapter run where the library is missing; silent where it is not."""
-    source = COLAB_SOURCE.format(version=package_version())
+def repository(root: Path = ROOT) -> str:
+    """Address of the project's repository, if pyproject.toml gives one under ``Repository``."""
+    found = re.search(r'^Repository = "(.+)"$', (root / "pyproject.toml").read_text(), re.M)
+    return found.group(1) if found else ""
+
+
+def colab_cell(address: str | None = None) -> NotebookNode:
+    """Cell for a machine that has no lipbook; silent where it is.
+
+    It installs from the project's own repository. No index has the library, and whoever registered
+    its name there would be executed: without a repository the cell says what to do.
+    """
+    address = repository() if address is None else address
+    source = INSTALL.format(repository=address, version=package_version()) if address else MISSING
     return nbformat.v4.new_code_cell(source, id=COLAB_ID, metadata={"tags": ["remove-cell"]})
 
 

@@ -1,9 +1,11 @@
-"""Repair what the extensions write: boxes of proofs, ids, and formulas beside punctuation.
+"""Repair what the extensions write: boxes of proofs, ids, numbers, and formulas beside punctuation.
 
 - A proof with ``:class: dropdown`` has no title, so there is nothing to click. It gets one.
   And every proof gets the class ``argument``, to tell it from the theorem in the style sheet.
 - Every theorem's body has the id ``proof-content``, and every block of reStructuredText in a
   page counts its ids from one again. An id may occur once in a page: only the first stays.
+- Figures are numbered by chapter. Outside the chapters they would be "Fig. 1" and "Fig. 2" of the
+  whole book, so there they go without.
 - A browser may break the line between a formula and the comma behind it. The two are tied.
 """
 
@@ -13,6 +15,7 @@ import re
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx_proof.nodes import proof_node
 
 LEAD = "Proof. "
@@ -40,6 +43,14 @@ def drop_repeated_ids(app: Sphinx, doctree: nodes.document, docname: str) -> Non
         seen.update(node["ids"])
 
 
+def drop_stray_numbers(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """After Sphinx has numbered the figures; no page has to be read again for it."""
+    for docname, figures in env.toc_fignumbers.items():
+        if not env.toc_secnumbers.get(docname):
+            figures.pop("figure", None)
+    return []
+
+
 def tie_punctuation(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     for formula in list(doctree.findall(nodes.math)):
         parent = formula.parent
@@ -61,6 +72,7 @@ def tie_punctuation(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-read", dress_proofs)
+    app.connect("env-get-updated", drop_stray_numbers, priority=900)
     app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("doctree-resolved", tie_punctuation)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,25 +1,30 @@
-"""Make the book whole without a network.
+"""Make the book whole without a network, and light.
 
 - MathJax is copied into ``_static/mathjax`` from the package sphinx-mathjax-offline, which is
   used as data only: as an extension it would copy 24 MB, of which a page can use 2.
 - sphinx-thebe, which Jupyter Book always loads, puts the address of a CDN into every page and
   declares it twice, an error in every console. Its scripts are dropped.
 - sphinx-tippy names its data files at random and never removes the old ones below a folder.
+- The theme draws its icons by a script of 1.5 MB, though its style sheet draws the same ones with
+  a font; and it loads an index by page on every page, where `search.py` makes one by section.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
 # The loader with TeX and MathML input and HTML output, its fonts, and the rare TeX commands
 # that it fetches when a page uses them.
 MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
+UNUSED = ("fontawesome.js", "searchtools.js", "language_data.js", "searchindex.js")
 
 
 def mathjax_source() -> Path:
@@ -55,8 +60,19 @@ def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], _
         context[key] = [item for item in context.get(key, []) if not is_thebe(item)]
 
 
+def without_unused(head: str) -> str:
+    """HTML of a page's head without the scripts of the theme that no page needs."""
+    names = "|".join(map(re.escape, UNUSED))
+    return Markup(re.sub(rf'<script[^>]*src="[^"]*/(?:{names})[^>]*></script>\s*', "", head))
+
+
+def offer_lighter(app: Sphinx, page: str, template: str, context: dict[str, Any], _: Any) -> None:
+    context["without_unused"] = without_unused
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", forget_old_tips)
     app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", offer_lighter)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,60 @@
+"""What a screen reader and a keyboard need, where the theme or a writer leaves it out.
+
+- An entry of the menu that folds is named after its page.
+- The list of references has anchors between its entries, which a list may not have, and a role
+  for each that the standard has withdrawn. They are left as plain text.
+- Parameters of a long signature are written as a list of descriptions without terms, inside a
+  term. They are written as lines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from markupsafe import Markup
+from sphinx.application import Sphinx
+
+FOLD = re.compile(r"(<a [^>]*>)([^<]+)(</a>\s*<details[^>]*>\s*)<summary>")
+PARAMETERS = re.compile(
+    r'(<span class="sig-paren">[(\[]</span>)\s*<dl>\s*(.*?)\s*</dl>\s*'
+    r'(?=<span class="sig-paren">)',
+    re.DOTALL,
+)
+
+
+def name_folds(html: str) -> str:
+    """HTML of the menu, each of its folds with a name."""
+    return FOLD.sub(r'\1\2\3<summary aria-label="Pages of: \2">', html)
+
+
+def plain_references(html: str) -> str:
+    """HTML of a page, its references without the roles that do not fit."""
+    html = html.replace(' role="list" class="citation-list"', ' class="citation-list"')
+    return html.replace(' role="doc-biblioentry"', "")
+
+
+def lines_of_parameters(html: str) -> str:
+    """HTML of a page, the parameters of its long signatures as lines."""
+
+    def lines(found: re.Match[str]) -> str:
+        inner = found[2].replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
+        return f"{found[1]}{inner}"
+
+    return PARAMETERS.sub(lines, html)
+
+
+def mend(app: Sphinx, page: str, template: str, context: dict[str, Any], _: Any) -> None:
+    if "body" in context:
+        context["body"] = lines_of_parameters(plain_references(context["body"]))
+    menu: Callable[..., Any] | None = context.get("generate_toctree_html")
+    if menu is not None:
+        context["generate_toctree_html"] = lambda *kind, **options: Markup(
+            name_folds(str(menu(*kind, **options)))
+        )
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("html-page-context", mend, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
