@@ -24,7 +24,7 @@ def lipsdp_bound(
     p: float = 2,
     *,
     solver: str = "barrier",
-    max_units: int = 300,
+    max_units: int = 1000,
 ) -> Bound:
     r"""Upper bound of LipSDP-Neuron: the best diagonal multiplier, one entry a unit.
 
@@ -36,11 +36,25 @@ def lipsdp_bound(
         (\alpha+\beta)\, T W_0 & -2 T + W_1^\top W_1 \end{bmatrix} \preceq 0,
         \quad T \text{ diagonal}
 
-    and likewise for any depth. **Guaranteed**: an upper bound. The value of a solver would not
-    be one, so only its multipliers are taken: the smallest :math:`\rho` that they prove is
-    computed by block elimination, with an allowance for rounding (Note [certificate] in the
-    source). Sorting and Householder activations get the quadratic constraints of
-    :cite:t:`pauli2024`.
+    For any depth write the change of a layer's outputs as
+    :math:`\Delta h_l = C_l\,\Delta z_l + R_l\,\psi_l` with the middle :math:`C_l` and half the
+    width :math:`R_l` of its slopes, so that :math:`\lvert\psi_l\rvert \le \lvert\Delta z_l\rvert`
+    entry by entry. Then :math:`\Delta z_1 = W_1 \Delta x`,
+    :math:`\Delta z_{l+1} = W_{l+1}\Delta h_l` and :math:`\Delta f` are linear in :math:`\Delta x`
+    and all :math:`\psi_l`, and the matrix inequality says that this quadratic form is nowhere
+    negative:
+
+    .. math::
+        \rho \lVert\Delta x\rVert^2 - \lVert\Delta f\rVert^2
+        + \sum_{l=1}^{L-1} \sum_i t_{l,i} \bigl(\psi_{l,i}^2 - (\Delta z_{l,i})^2\bigr) \ge 0
+        \qquad \text{for all } \Delta x, \psi_1, \dots, \psi_{L-1}.
+
+    For a true pair of points no term of the sum is positive, hence
+    :math:`\lVert\Delta f\rVert^2 \le \rho \lVert\Delta x\rVert^2`. **Guaranteed**: an upper
+    bound. The value of a solver would not be one, so only its multipliers :math:`t` are taken: the
+    smallest :math:`\rho` that they prove is computed by block elimination, the last layer first,
+    with an allowance for rounding (Note [certificate] in the source). Sorting and Householder
+    activations get the quadratic constraints of :cite:t:`pauli2024`.
 
     *LipSDP-Network*, which couples pairs of units by further multipliers, is not offered: it
     is not a bound for activations that are merely slope-restricted on each unit
@@ -58,7 +72,8 @@ def lipsdp_bound(
         ``"barrier"``, an interior-point method for this program alone, or the name of a solver of
         cvxpy, such as ``"CLARABEL"`` (some dozens of units) or ``"SCS"``.
     max_units : int
-        Most hidden units. The cost grows with their third power (the sixth for CLARABEL).
+        Most hidden units. The cost grows with their third power (the sixth for CLARABEL): a
+        thousand take about a minute.
 
     Returns
     -------
@@ -98,7 +113,7 @@ def lipsdp_layer_bound(
     p: float = 2,
     *,
     solver: str = "barrier",
-    max_units: int = 300,
+    max_units: int = 1000,
 ) -> Bound:
     r"""Upper bound of LipSDP-Layer: the best multipliers, one scalar a layer.
 
@@ -167,7 +182,7 @@ def _lipsdp(chain: _Chain, multipliers: str, solver: str) -> float:
         return _certify(chain, start)[0]
     program = _program(chain, multipliers, start, rho)
     theta = _barrier(program) if solver == "barrier" else _cvxpy(program, solver)
-    parts = (program.share @ theta[1:]).split(sizes)
+    parts = program.multipliers(theta).split(sizes)
     best = math.inf
     # At an optimum T - RMR is often singular, where the allowance is large: a step inside is tried.
     for room in (0.0, 1e-8, 1e-7, 1e-6):
@@ -203,7 +218,7 @@ def _program(chain: _Chain, multipliers: str, start: list[Tensor], rho: float) -
     inputs, total = first.shape[1], sum(len(on) for on in active)
     signal = torch.zeros(inputs, inputs + total, dtype=torch.float64)
     signal[:, :inputs] = torch.eye(inputs, dtype=torch.float64)
-    maps, shares, column = [], [], inputs
+    maps, shapes, columns, column = [], [], [], inputs
     for k, weight in enumerate([first, *chain.weights[1:-1]]) if active else ():
         signal = weight @ signal
         on = active[k]
@@ -212,13 +227,20 @@ def _program(chain: _Chain, multipliers: str, start: list[Tensor], rho: float) -
         signal[on, column + torch.arange(len(on))] += chain.radius[k][on]
         column += len(on)
         if multipliers == "layer":
-            shares.append(chain.shape(k)[on, None])
+            shapes.append(chain.shape(k)[on])
+            columns.append(torch.zeros(len(on), dtype=torch.int64))
         else:
-            groups = chain.group[k][on]
-            shares.append((groups[:, None] == groups.unique()).double())
+            shapes.append(torch.ones(len(on), dtype=torch.float64))
+            columns.append(chain.group[k][on].unique(return_inverse=True)[1])
     signal = chain.weights[-1] @ signal
-    share = torch.block_diag(*[s for s in shares if len(s)])
+    counts = [int(part.max()) + 1 if len(part) else 0 for part in columns]
+    before = [sum(counts[:k]) for k in range(len(counts))]  # variables of a layer follow the last's
+    columns = [part + k for part, k in zip(columns, before, strict=True)]
+    shape, place = torch.cat(shapes), torch.cat(columns)
     t = torch.cat([t[on] for t, on in zip(start, active, strict=True)])
-    theta = torch.cat((torch.tensor([1.2 * rho], dtype=torch.float64), share.mT @ t))
-    theta[1:] /= (share**2).sum(0)  # least squares: exact, since t is of this form
-    return _Program(torch.cat(maps), signal.mT @ signal, inputs, share, theta)
+    theta = torch.zeros(1 + sum(counts), dtype=torch.float64)
+    theta[0] = 1.2 * rho
+    # Least squares: exact, since t is of this form.
+    theta[1:].index_add_(0, place, shape * t)
+    theta[1:] /= torch.zeros(sum(counts), dtype=torch.float64).index_add(0, place, shape**2)
+    return _Program(torch.cat(maps), signal.mT @ signal, inputs, shape, place, theta)

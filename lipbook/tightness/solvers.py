@@ -18,11 +18,21 @@ class _Program(NamedTuple):
     maps: Tensor  # (a, N): g_i, the input to unit i as a function of (x, psi)
     offset: Tensor  # (N, N): Y
     inputs: int
-    share: Tensor  # (a, k): t = share @ theta[1:]
+    shape: Tensor  # (a,) and
+    column: Tensor  # (a,): t_i = shape_i theta_{1 + column_i}
     start: Tensor  # (1 + k,)
 
+    def multipliers(self, theta: Tensor) -> Tensor:
+        return self.shape * theta[1:][self.column]
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Transpose of the map from theta[1:] to t, along dimension 0."""
+        weighted = self.shape.view(-1, *[1] * (values.dim() - 1)) * values
+        zeros = torch.zeros(len(self.start) - 1, *values.shape[1:], dtype=values.dtype)
+        return zeros.index_add(0, self.column, weighted)
+
     def matrix(self, theta: Tensor) -> Tensor:
-        t = self.share @ theta[1:]
+        t = self.multipliers(theta)
         form = -self.offset - self.maps.mT @ (t[:, None] * self.maps)
         diagonal = torch.cat((theta[0].expand(self.inputs), t))
         return form + torch.diag(diagonal)
@@ -34,54 +44,62 @@ def _barrier(program: _Program) -> Tensor:
     Every term e e' - g g' has rank two, so that the Hessian of log det F is made of the squares of
     the entries of U F^{-1} U' with U the rows e and g: no tensor of order three is formed.
     """
-    maps, inputs, share = program.maps, program.inputs, program.share
+    maps, inputs = program.maps, program.inputs
     a, size = maps.shape
-    rows = torch.cat((torch.eye(size, dtype=torch.float64)[inputs:], maps))
-    sign = torch.cat((torch.ones(a), -torch.ones(a))).double()
     unit = program.start  # the scale of each variable
     y = torch.ones_like(unit)
     # A whiff of all variables in the objective, lest one that does not matter runs away.
     cost = torch.full_like(unit, 1e-10 / len(unit))
     cost[0] = 1.0
-    tau, last = float(size), 1e8 * size
-    for _ in range(300):
-        lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * y))
-        if failed:
-            break
+    tau, last = float(size), 1e7 * size
+    lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * y))
+    for _ in range(0 if failed else 300):
         inverse = torch.cholesky_inverse(lower)
-        products = rows @ inverse @ rows.mT
-        mixed = rows @ inverse[:, :inputs]
-        both = sign * products.diagonal()
-        slope = torch.cat((inverse[:inputs, :inputs].trace()[None], share.mT @ _fold(both)))
-        hessian = torch.empty(len(unit), len(unit), dtype=torch.float64)
+        of_maps = maps @ inverse
+        below = inverse[inputs:, inputs:], of_maps[:, inputs:], of_maps @ maps.mT
+        slope, hessian = torch.empty_like(unit), torch.empty(len(unit), len(unit)).double()
+        slope[0] = inverse.diagonal()[:inputs].sum()
+        slope[1:] = program.gathered(below[0].diagonal() - below[2].diagonal())
         hessian[0, 0] = (inverse[:inputs, :inputs] ** 2).sum()
-        hessian[0, 1:] = hessian[1:, 0] = share.mT @ _fold(sign * (mixed**2).sum(1))
-        squares = sign[:, None] * products**2 * sign
-        hessian[1:, 1:] = share.mT @ _fold(_fold(squares).mT).mT @ share
+        mixed = (inverse[inputs:, :inputs] ** 2).sum(1) - (of_maps[:, :inputs] ** 2).sum(1)
+        hessian[0, 1:] = hessian[1:, 0] = program.gathered(mixed)
+        squares = below[0] ** 2 - below[1] ** 2 - (below[1] ** 2).mT + below[2] ** 2
+        hessian[1:, 1:] = program.gathered(program.gathered(squares).mT)
         gradient = tau * cost - unit * slope
         hessian = unit[:, None] * hessian * unit
         root = hessian.diagonal().rsqrt()
         scaled = root[:, None] * hessian * root + 1e-13 * torch.eye(len(unit)).double()
-        move = -root * torch.linalg.solve(scaled, root * gradient)
+        sides = torch.stack((root * gradient, root * cost), 1)
+        move, ahead = (-root[:, None] * torch.linalg.solve(scaled, sides)).unbind(1)
         decrement = math.sqrt(max(-(gradient @ move).item(), 0.0))
-        step = 1.0 if decrement < 0.25 else 1 / (1 + decrement)
-        while torch.linalg.cholesky_ex(program.matrix(unit * (y + step * move)))[1] != 0:
+        if decrement < 1:  # near the path, y(1 / tau): a step along its tangent
+            if tau * max(y[0].item(), 1e-6) >= last:
+                return unit * y
+            for part in (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03):
+                moved = y + part * tau * ahead
+                lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * moved))
+                if not failed:
+                    y, tau = moved, tau / (1 - part)
+                    break
+            else:
+                return unit * y
+            continue
+        value = tau * cost @ y - 2 * lower.diagonal().log().sum()
+        step = 1.0
+        while True:
+            moved = y + step * move
+            lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * moved))
+            now = tau * cost @ moved - 2 * lower.diagonal().log().sum()
+            # Values are known to some digits only, and close to the path they decide nothing.
+            if not failed and now <= value - 0.1 * step * decrement**2 + 1e-9 * abs(value):
+                break
             step /= 2
             if step < 1e-12:
                 return unit * y
-        y = y + step * move
-        if decrement < 0.5:
-            if tau * max(y[0].item(), 1e-6) >= last:
-                return unit * y
-            tau *= 10
+        y = moved
     raise ValueError(
         f"solver 'barrier' did not converge on {a} units in 300 steps: use method='eclipse'"
     )
-
-
-def _fold(values: Tensor) -> Tensor:
-    first, second = values.chunk(2)
-    return first + second
 
 
 def _cvxpy(program: _Program, solver: str) -> Tensor:
