@@ -61,9 +61,9 @@ class _ConstrainedLinear(Constrained, nn.Linear):
         bias: bool,
         **factory: Any,
     ) -> None:
-        sizes = {"in_features": in_features, "out_features": out_features}
-        features = [_integer(name, size, 1) for name, size in sizes.items()]
-        super().__init__(*features, bias, **factory)
+        inputs = _integer("in_features", in_features, 1)
+        outputs = _integer("out_features", out_features, 1)
+        super().__init__(inputs, outputs, bias, **factory)
         parametrize.register_parametrization(self, "weight", constraint)
 
     def reset_parameters(self) -> None:
