@@ -271,7 +271,7 @@ FAULTS = (
         "if type(frozen) not in _KEEPING:",
         "if type(frozen) in _KEEPING:",
         "frozen attention that takes another kernel",
-        "tests/test_export.py",
+        tests="export",
     ),
     Fault(
         "convolutions/circular",
