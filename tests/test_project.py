@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,23 @@ def test_the_wheel_holds_the_library_and_its_data(tmp_path: Path) -> None:
     shape, chapters = ran.stdout.splitlines()
     assert shape == "(12000, 1, 28, 28)"
     assert chapters.split() == sorted(path.name for path in (TOP / "book").glob("*.ipynb"))
+
+
+def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
+    """All that a test, a command or a page reads: the tests pass from it alone."""
+    code = f"from hatchling.build import build_sdist; print(build_sdist({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=TOP, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("lipbook-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    folders = ("lipbook", "book", "tests", "tools", "benchmarks", ".ci", ".github")
+    files = [path for folder in folders for path in (TOP / folder).rglob("*")]
+    files += [path for path in TOP.iterdir() if not path.name.startswith(".git")]
+    suffixes = {".py", ".ipynb", ".md", ".yml", ".cff", ".txt", ".toml", ".bib", ".json"}
+    kept = [path for path in files if path.is_file() and path.suffix in suffixes]
+    assert len(kept) > 200
+    missing = {str(path.relative_to(TOP)) for path in kept} - names
+    assert not {name for name in missing if ".ipynb_checkpoints" not in name}, missing
 
 
 ROOMS_WITH_A_CHAPTER = (

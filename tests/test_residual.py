@@ -275,7 +275,7 @@ def test_autocast_does_not_reach_the_scale() -> None:
     ("call", "message"),
     [
         (lambda: SLLLinear(3, 3, activation="maxmin"), "activation must be one of"),
-        (lambda: CPLLinear(0), "must be positive"),
+        (lambda: CPLLinear(0), "features must be at least 1"),
         (lambda: SLLConv2d(3, 3, 4), "kernel_size must be odd, got 4"),
         (lambda: CPLConv2d(3, padding_mode="reflect"), "padding_mode must be 'circular' or"),
     ],

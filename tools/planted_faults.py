@@ -256,9 +256,22 @@ FAULTS = (
     ),
     Fault(
         "convolutions/circular",
-        'if padding_mode not in ("circular", "zeros"):',
-        'if padding_mode not in ("circular", "zeros", "reflect", "replicate"):',
+        "if padding_mode not in self._padding_modes:",
+        'if padding_mode not in (*self._padding_modes, "reflect", "replicate"):',
         "padding that copies pixels is accepted",
+    ),
+    Fault(
+        "convolutions/circular",
+        "start, end = x.narrow(axis, 0, before), x.narrow(axis, size - after, after)",
+        "start, end = x.narrow(axis, 1, before), x.narrow(axis, size - after - 1, after)",
+        "symmetric padding that leaves the outermost pixel out",
+    ),
+    Fault(
+        "freezing",
+        "if type(frozen) not in _KEEPING:",
+        "if type(frozen) in _KEEPING:",
+        "frozen attention that takes another kernel",
+        tests="export",
     ),
     Fault(
         "convolutions/circular",

@@ -101,7 +101,7 @@ def lipschitz_lower_bound(
         raise TypeError(f"inputs must be a floating-point tensor, got {_got(inputs)}")
     if inputs.dim() < 2 or inputs.numel() == 0 or not inputs.isfinite().all():
         raise ValueError(
-            "inputs must be finite, of shape (batch, *shape) and not empty, got shape "
+            "inputs must be finite and not empty, of shape (batch, *shape), got shape "
             f"{tuple(inputs.shape)}"
         )
     _real("radius", radius)

@@ -164,8 +164,8 @@ def check_kernel(weight: Tensor, groups: int) -> int:
     dims = weight.dim() - 2
     if dims not in (1, 2, 3):
         raise ValueError(
-            "weight must be a kernel (c_out, c_in / groups, *k) with one to three sizes k, "
-            f"got shape {tuple(weight.shape)}"
+            "weight must be a real floating-point kernel (c_out, c_in / groups, *k) with one to "
+            f"three sizes k, got shape {tuple(weight.shape)}"
         )
     check_groups(len(weight), groups)
     return dims
@@ -178,7 +178,8 @@ def channel_counts(in_channels: int, out_channels: int) -> tuple[int, int]:
 
 def check_groups(channels: int, groups: int) -> None:
     """Refuse groups that do not divide the channels."""
-    if _integer("groups", groups, 1) and channels % groups:
+    _integer("groups", groups, -math.inf)
+    if groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of the weight, got {groups}")
 
 

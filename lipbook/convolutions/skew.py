@@ -158,7 +158,8 @@ def skew_exponential(x: Tensor, kernel: Tensor, terms: int = 8) -> Tensor:
 
 
 def _check_terms(terms: int) -> None:
-    if _integer("terms", terms, 0) < 4 or terms % 4:
+    _integer("terms", terms, 0)
+    if terms < 4 or terms % 4:
         raise ValueError(
             f"terms must be a positive multiple of 4, for the norm to be at most 1, got {terms}"
         )

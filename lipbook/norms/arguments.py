@@ -80,7 +80,7 @@ def _real(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def _integer(name: str, value: int, least: int) -> int:
+def _integer(name: str, value: int, least: float) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:

@@ -64,9 +64,9 @@ class _ConstrainedLinear(Constrained, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = {"in_features": in_features, "out_features": out_features}
-        features = [_integer(name, size, 1) for name, size in sizes.items()]
-        super().__init__(*features, bias, device=device, dtype=dtype)
+        inputs = _integer("in_features", in_features, 1)
+        outputs = _integer("out_features", out_features, 1)
+        super().__init__(inputs, outputs, bias, device=device, dtype=dtype)
         parametrize.register_parametrization(self, "weight", self._constraint())
 
     def reset_parameters(self) -> None:

@@ -118,8 +118,10 @@ def clip_weights_(critic: nn.Module, limit: float = 0.01) -> None:
     if not isinstance(critic, nn.Module):
         raise TypeError(f"critic must be a torch.nn.Module, got {type(critic).__name__}")
     _real("limit", limit)
-    if not 0 < limit < math.inf:
-        raise ValueError(f"limit must be > 0 and finite, got {limit}")
+    if not limit > 0:
+        raise ValueError(f"limit must be > 0, got {limit}")
+    if limit == math.inf:
+        raise ValueError(f"limit must be finite, got {limit}")
     for parameter in critic.parameters():
         parameter.clamp_(-limit, limit)
 
