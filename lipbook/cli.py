@@ -384,6 +384,20 @@ def _plot(certificate: Certificate, path: Path) -> None:
 # ---------------------------------------------------------------------------------- notebooks
 
 
+def _copy_stills(folder: Path) -> None:
+    """Copy the images that the chapters show, as paths beside them."""
+    package = resources.files("lipbook")
+    for book in (package / "chapters", Path(str(package)).parent / "book"):
+        stills = book / "assets" / "figures"
+        if stills.is_dir():
+            target = folder / "assets" / "figures"
+            target.mkdir(parents=True, exist_ok=True)
+            for still in stills.iterdir():
+                if still.name.endswith(".svg"):
+                    (target / still.name).write_bytes(still.read_bytes())
+            return
+
+
 def _add_notebooks(commands: Any) -> None:
     parser = _add(
         commands,
@@ -399,10 +413,8 @@ def _add_notebooks(commands: Any) -> None:
 
 
 def _notebooks(chosen: Any) -> None:
-    figures = chosen.folder / "assets" / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    for still in _files(_book() / "assets" / "figures", ".svg"):
-        (figures / still.name).write_bytes(still.read_bytes())
+    _copy_stills(chosen.folder)
+    chosen.folder.mkdir(parents=True, exist_ok=True)
     for source in _chapters():
         target = chosen.folder / source.name
         if target.exists():
@@ -415,20 +427,13 @@ def _notebooks(chosen: Any) -> None:
 
 
 def _chapters() -> list[Any]:
-    return _files(_book(), ".ipynb")
-
-
-def _files(folder: Any, ending: str) -> list[Any]:
-    found = [file for file in folder.iterdir() if file.name.endswith(ending)]
-    return sorted(found, key=lambda file: file.name)
-
-
-def _book() -> Any:
     """Find the chapters: in the package that was installed, or beside its source."""
     package = resources.files("lipbook")
-    for folder in (package / "chapters", Path(str(package)).parent / "book"):
+    beside = Path(str(package)).parent / "book"
+    for folder in (package / "chapters", beside):
         if folder.is_dir():
-            return folder
+            found = [file for file in folder.iterdir() if file.name.endswith(".ipynb")]
+            return sorted(found, key=lambda file: file.name)
     raise FileNotFoundError("no chapters in the package: install lipbook again")
 
 
