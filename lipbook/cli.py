@@ -384,20 +384,6 @@ def _plot(certificate: Certificate, path: Path) -> None:
 # ---------------------------------------------------------------------------------- notebooks
 
 
-def _copy_stills(folder: Path) -> None:
-    """Copy the images that the chapters show, as paths beside them."""
-    package = resources.files("lipbook")
-    for book in (package / "chapters", Path(str(package)).parent / "book"):
-        stills = book / "assets" / "figures"
-        if stills.is_dir():
-            target = folder / "assets" / "figures"
-            target.mkdir(parents=True, exist_ok=True)
-            for still in stills.iterdir():
-                if still.name.endswith(".svg"):
-                    (target / still.name).write_bytes(still.read_bytes())
-            return
-
-
 def _add_notebooks(commands: Any) -> None:
     parser = _add(
         commands,
@@ -413,8 +399,10 @@ def _add_notebooks(commands: Any) -> None:
 
 
 def _notebooks(chosen: Any) -> None:
-    _copy_stills(chosen.folder)
-    chosen.folder.mkdir(parents=True, exist_ok=True)
+    figures = chosen.folder / "assets" / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for still in _files(_book() / "assets" / "figures", ".svg"):
+        (figures / still.name).write_bytes(still.read_bytes())
     for source in _chapters():
         target = chosen.folder / source.name
         if target.exists():
@@ -427,13 +415,20 @@ def _notebooks(chosen: Any) -> None:
 
 
 def _chapters() -> list[Any]:
+    return _files(_book(), ".ipynb")
+
+
+def _files(folder: Any, ending: str) -> list[Any]:
+    found = [file for file in folder.iterdir() if file.name.endswith(ending)]
+    return sorted(found, key=lambda file: file.name)
+
+
+def _book() -> Any:
     """Find the chapters: in the package that was installed, or beside its source."""
     package = resources.files("lipbook")
-    beside = Path(str(package)).parent / "book"
-    for folder in (package / "chapters", beside):
+    for folder in (package / "chapters", Path(str(package)).parent / "book"):
         if folder.is_dir():
-            found = [file for file in folder.iterdir() if file.name.endswith(".ipynb")]
-            return sorted(found, key=lambda file: file.name)
+            return folder
     raise FileNotFoundError("no chapters in the package: install lipbook again")
 
 
