@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("sphinx", reason="no Sphinx: pip install -e .[book]")
 from docutils import nodes
+from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,6 +101,35 @@ def test_inventories_are_sorted_and_name_what_exists(library: str) -> None:
         module, _, attribute = name.rpartition(".")
         target = getattr(importlib.import_module(module or "builtins"), attribute)
         assert isinstance(target, type) == (kind in ("class", "exception")), name
+
+
+def test_figures_to_touch(tmp_path: Path, extension: Any) -> None:
+    """The directive wraps the still; its page, and no other, loads the script; faults are told."""
+    extension("figures")
+    source, still = tmp_path / "source", "assets/figures/ellipse.svg"
+    (source / still).parent.mkdir(parents=True)
+    (source / still).write_bytes((ROOT / "book" / still).read_bytes())
+    (source / "plain.md").write_text("---\norphan: true\n---\n\n# No figure\n")
+    settings = {"extensions": ["myst_parser", "figures"], "myst_enable_extensions": ["colon_fence"]}
+
+    def build(name: str, alt: str) -> str:
+        figure = f":::{{touch}} {name}\n![{alt}]({still})\n\nThe *caption*.\n:::\n"
+        (source / "index.md").write_text(f"# Title\n\n{figure}")
+        log, folders = tmp_path / "log", (source, None, tmp_path / "html", tmp_path / "trees")
+        with log.open("w") as warnings:
+            Sphinx(*folders, "html", settings, None, warnings, freshenv=True).build()
+        return log.read_text()
+
+    assert build("ellipse", "A disc") == ""
+    text = (tmp_path / "html/index.html").read_text("utf-8")
+    assert text.count('<figure class="lip-touch touch-ellipse') == 1
+    assert text.count(' id="fig-touch-ellipse">') == 1
+    assert text.count('<img alt="A disc" src="_images/ellipse.svg"') == 1
+    assert 0 < text.index('src="_static/figures/touch.js') < text.index("figures/ellipse.js")
+    assert "figures/" not in (tmp_path / "html/plain.html").read_text("utf-8")
+    assert "no figure 'elipse'" in build("elipse", "A disc")
+    assert "no figure 'touch'" in build("touch", "A disc")
+    assert "figure 'ellipse' has no alternative text" in build("ellipse", "")
 
 
 @pytest.mark.parametrize(
