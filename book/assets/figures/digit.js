@@ -18,7 +18,7 @@ touch.add(
     const watchers = [];
     let network = null;
 
-    // ------------------------------------------------------------------------- the network
+    // -------- the network
 
     const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
     const sum = (list) => list.reduce((total, value) => total + value, 0);
@@ -56,13 +56,9 @@ touch.add(
         return { W, b, index, outputs, terms, places: index.length / terms };
       });
       const images = bytes(examples);
-      network = {
-        ...facts,
-        layers,
-        examples: Array.from({ length: images.length / PIXELS }, (_, i) =>
-          Float64Array.from(images.subarray(i * PIXELS, (i + 1) * PIXELS), (g) => g / 255),
-        ),
-      };
+      const example = (i) => images.subarray(i * PIXELS, (i + 1) * PIXELS);
+      const greys = DIGITS.map((i) => Float64Array.from(example(i), (g) => g / 255));
+      network = { ...facts, layers, examples: greys };
       watchers.forEach((watcher) => watcher());
     }
 
@@ -160,7 +156,7 @@ touch.add(
     /** A number of two digits, so that no more is printed than is proved or found. */
     const cut = (value, round) => number(round(value * 100) / 100);
 
-    // ---------------------------------------------------------------------- the nearest lie
+    // -------- the nearest lie
 
     const inRange = (value) => clamp(value, [0, 1]);
 
@@ -199,7 +195,7 @@ touch.add(
       return best;
     }
 
-    // ---------------------------------------------------------------------------- the pen
+    // -------- the pen
 
     /** Grey levels of strokes, lists of points [x, y] in pixels from the upper left corner. */
     function rendered(strokes) {
@@ -250,20 +246,14 @@ touch.add(
     const seen = (strokes, example) =>
       over(rendered(example ? strokes : centred(strokes)), example);
 
-    // ------------------------------------------------------------------------------ the figure
+    // -------- the figure
 
     function mount(frame) {
       const state = frame.state({ example: 3, strokes: [], pen: [3, 3], down: false });
       const sheet = { x: [0, SIDE], y: [0, SIDE], width: 282, axes: false };
       const paper = frame.plane({ ...sheet, title: "draw here" });
-      const bars = frame.plane({
-        title: "logits",
-        x: [-6, 3.5],
-        y: [9.6, -0.6],
-        width: 300,
-        xticks: [-6, -4, -2, 0, 2],
-        yticks: DIGITS,
-      });
+      const axes = { x: [-6, 3.5], y: [9.6, -0.6], xticks: [-6, -4, -2, 0, 2], yticks: DIGITS };
+      const bars = frame.plane({ ...axes, width: 300, title: "logits" });
       const eye = frame.plane({ ...sheet, title: "what the network sees" });
       const other = frame.plane({ ...sheet, title: "the nearest lie that was found" });
       const example = () => network && network.examples[state.example];
