@@ -35,7 +35,7 @@ class Touch(FigureMarkdown):
             return [
                 self.figure_error(f"no figure {name!r}: book/assets/figures/{name}.js is missing")
             ]
-        self.arguments = [f"fig-touch-{name}"]
+        self.arguments[0] = f"fig-touch-{name}"  # becomes the name to refer to
         self.options["class"] = ["lip-touch", f"touch-{name}"]
         figures = super().run()
         for image in (image for node in figures for image in node.findall(nodes.image)):

@@ -77,18 +77,18 @@ touch.add(
         .flatMap((k) => values(K, [Math.floor(k / N), k % N].map((j) => (2 * Math.PI * j) / N)))
         .sort((s, t) => t - s);
 
-    /** A kernel whose entries are moved by fixed amounts, times ε. */
-    const moved = (K, epsilon) =>
+    /** A kernel whose entries are moved by fixed numbers, times an amount. */
+    const moved = (K, amount) =>
       K.map((row, y) =>
         row.map((tap, x) =>
           tap.map((line, i) =>
-            line.map((value, j) => value + epsilon * Math.sin(1 + 7 * y + 5 * x + 3 * i + 2 * j)),
+            line.map((value, j) => value + amount * Math.sin(1 + 7 * y + 5 * x + 3 * i + 2 * j)),
           ),
         ),
       );
 
     function mount(frame) {
-      const state = frame.state({ p: 30, q: 75, turn: 20, epsilon: 0.5 });
+      const state = frame.state({ p: 30, q: 75, turn: 20, amount: 0.5 });
       const kernel = () => {
         const [turn, p, q] = [state.turn, state.p, state.q].map((a) => (a * Math.PI) / 180);
         return bcop(turn, p, q);
@@ -128,7 +128,7 @@ touch.add(
                 taps.text([left + 0.5, top - 0.5], number(value), "middle bare", [0, 4]);
               }
         exact = spectrum(K);
-        loose = spectrum(rko(moved(K, state.epsilon)));
+        loose = spectrum(rko(moved(K, state.amount)));
         all.line(line(exact), "c0");
         all.line(line(loose), "c1");
         all.text([0, exact[0]], "BCOP", "c0", [10, -7]);
@@ -138,7 +138,7 @@ touch.add(
         ["p", "line of *P*", 180, 1, (value) => `${value}°`],
         ["q", "line of *Q*", 180, 1, (value) => `${value}°`],
         ["turn", "turn *H*", 360, 1, (value) => `${value}°`],
-        ["epsilon", "*ε* for RKO", 1, 0.01, (value) => number(value)],
+        ["amount", "moved for RKO", 1, 0.01, (value) => number(value)],
       ])
         frame.slider({
           label,
