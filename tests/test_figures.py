@@ -513,12 +513,12 @@ def test_margins(call: Call) -> None:
 
 def test_walk(call: Call) -> None:
     layers: list[nn.Module] = []
-    for angle, bias in ((0.7, [0.3, -0.4]), (1.9, [-0.5, 0.2]), (2.6, [0.1, 0.3])):
+    for angle, bias in ((1.0, [-0.6, 0.9]), (2.8, [-0.4, 0.6]), (0.3, [0.7, 0.5])):
         linear = nn.Linear(2, 2).double()
         linear.weight.data, linear.bias.data = plane_rotation(angle), tensor(bias)
         layers += [linear, MaxMin()]
     head = nn.Linear(2, 3, bias=False).double()
-    angles = 0.26 + torch.arange(3).double() * 2 * math.pi / 3
+    angles = 0.4 + torch.arange(3).double() * 2 * math.pi / 3
     head.weight.data = torch.stack([angles.cos(), angles.sin()], 1)
     net = nn.Sequential(*layers, head)
     x = 1.5 * normal(10, 2, seed=10)

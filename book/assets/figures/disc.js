@@ -50,7 +50,7 @@ touch.add(
 
     function mount(frame) {
       const state = frame.state({ x: [1.4, 1.7], b: 0.4 });
-      const plane = frame.plane({ x: [-END, END], y: [-END, END], width: 340, height: 340, axes: false });
+      const plane = frame.plane({ title: "a certified disc", x: [-END, END], y: [-END, END], equal: true, axes: false });
       const bias = () => [-0.3, 0.2, state.b];
       frame.draw(() => {
         plane.clear();

@@ -224,7 +224,7 @@ const touch = (() => {
       return element(this.drawing, "polygon", { points, class: `line ${kind}` });
     }
 
-    /** Shade the points of each class: kinds[classify(point)], in n rows of n cells. */
+    /** Shade the points of each class by kinds[classify(point)], if there is one. */
     regions(classify, kinds, n = 104) {
       const [xs, ys] = [this.x, this.y].map(([low, high]) => range(n + 1, low, high));
       const middle = (list, i) => (list[i] + list[i + 1]) / 2;
@@ -233,7 +233,8 @@ const touch = (() => {
         for (let [from, to] = [0, 1]; from < n; to += 1) {
           if (said[to] === said[from]) continue;
           const [l, r, low, high] = [xs[from], xs[to], ys[i], ys[i + 1]];
-          this.area([[l, low], [r, low], [r, high], [l, high]], `${kinds[said[from]]} pixel`);
+          const kind = kinds[said[from]];
+          if (kind) this.area([[l, low], [r, low], [r, high], [l, high]], `${kind} pixel`);
           from = to;
         }
       }

@@ -59,7 +59,7 @@ touch.add(
         left.clear();
         right.clear();
         // Bands of the critic, a quarter wide: their borders are its level lines.
-        right.regions((z) => (Math.floor(4 * f(z)) % 2 ? 0 : 1), ["faint", "c0"], 130);
+        right.regions((z) => (Math.floor(4 * f(z)) % 2 ? 0 : 1), ["c0"]);
         for (const plane of [left, right]) {
           const kind = plane === left ? "" : "thin";
           best.to.forEach((j, i) => plane.line([x[i], y[j]], kind));

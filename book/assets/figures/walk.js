@@ -6,12 +6,12 @@ touch.add(
   (() => {
     const { multiply, number, range, rotation } = touch;
     const LAYERS = [
-      [0.7, [0.3, -0.4]],
-      [1.9, [-0.5, 0.2]],
-      [2.6, [0.1, 0.3]],
+      [1, [-0.6, 0.9]],
+      [2.8, [-0.4, 0.6]],
+      [0.3, [0.7, 0.5]],
     ];
-    const ROWS = [0, 1, 2].map((k) => 0.26 + (k * 2 * Math.PI) / 3).map((a) => [Math.cos(a), Math.sin(a)]);
-    const END = 2.4;
+    const ROWS = [0, 1, 2].map((k) => 0.4 + (k * 2 * Math.PI) / 3).map((a) => [Math.cos(a), Math.sin(a)]);
+    const END = 2.2;
 
     /** Logits at a point, and their Jacobian. */
     function run(x) {
@@ -44,7 +44,7 @@ touch.add(
     }
 
     function mount(frame) {
-      const state = frame.state({ x: [1.6, 1], t: 1.2 });
+      const state = frame.state({ x: [-0.4, -0.2], t: 1.5 });
       const plane = frame.plane({
         title: "three classes and a walk",
         x: [-END, END],
@@ -58,9 +58,9 @@ touch.add(
         title: "margin along the walk",
         height: 336,
         x: [0, 3],
-        y: [-2, 3],
+        y: [-1.5, 2],
         xticks: [0, 1, 2, 3],
-        yticks: [-2, -1, 0, 1, 2, 3],
+        yticks: [-1, 0, 1, 2],
         xlabel: "*t*, in certified radii",
       });
       const kinds = ["faint", "c2", "c3"];
