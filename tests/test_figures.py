@@ -552,12 +552,12 @@ def test_multiplier(call: Call) -> None:
         for t in (0.6 * top, top, 2 * top):
             rho = call("multiplier.rho", W, t)
             # The inequality of matrices holds at rho and at nothing smaller.
-            I = torch.eye(2, dtype=torch.float64)
+            one = torch.eye(2, dtype=torch.float64)
             M = torch.zeros(4, 4, dtype=torch.float64)
-            M[:2, :2], M[:2, 2:] = -rho * I, t * W1.T
-            M[2:, :2], M[2:, 2:] = t * W1, -2 * t * I + W2.T @ W2
+            M[:2, :2], M[:2, 2:] = -rho * one, t * W1.T
+            M[2:, :2], M[2:, 2:] = t * W1, -2 * t * one + W2.T @ W2
             assert abs(torch.linalg.eigvalsh(M)[-1]) < 1e-12
-            M[:2, :2] += 1e-3 * I
+            M[:2, :2] += 1e-3 * one
             assert torch.linalg.eigvalsh(M)[-1] > 1e-6
             assert rho >= corners**2 * (1 - 1e-9)
         assert call("multiplier.rho", W, top) <= product**2 * (1 + 1e-9)
