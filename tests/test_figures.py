@@ -21,11 +21,16 @@ import pytest
 import torch
 from torch import nn
 
+from lipbook import generalization
 from lipbook.activations import AbsoluteValue, MaxMin
+from lipbook.composition import Ball, lipschitz_bound
 from lipbook.convolutions import bcop_kernel, rko_kernel
+from lipbook.interpretability import counterfactual
 from lipbook.jacobians import jacobian, layer_jacobians
 from lipbook.norms import circular_convolution_singular_values, operator_norm
 from lipbook.orthogonal import bjorck
+from lipbook.robustness import certified_radius
+from lipbook.wasserstein import c_transform, wasserstein1
 
 pytest.importorskip("playwright", reason="no Playwright: pip install playwright")
 if not (shutil.which("chromium") or shutil.which("chromium-browser")):
@@ -440,3 +445,145 @@ def test_bcop(call: Call) -> None:
         assert torch.allclose(found, exact.flatten().sort(descending=True).values, atol=1e-14)
     assert (tensor(call("bcop.spectrum", taps)) - 1).abs().max() < 1e-14
     assert tensor(call("bcop.spectrum", loose)).square().mean() == pytest.approx(1 / 4)
+
+
+def test_transport(call: Call) -> None:
+    for seed in range(5):
+        x, y = normal(2, 5, 2, seed=seed)
+        exact = wasserstein1(x, y).item()
+        plan = call("transport.plan", x, y)
+        assert plan["cost"] == pytest.approx(exact, rel=1e-12)
+        assert sorted(plan["to"]) == [0, 1, 2, 3, 4]
+        v = tensor(call("transport.potential", x, y, plan["to"]))
+        points = torch.cat([x, y, normal(20, 2, seed=seed + 10)])
+        f = tensor([call("transport.critic", z, y, v) for z in points])
+        assert torch.allclose(f, c_transform(v, y, points), atol=1e-14)
+        assert (f[:5].mean() - f[5:10].mean()).item() == pytest.approx(exact, rel=1e-12)
+
+
+def test_disc(call: Call) -> None:
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), MaxMin(), nn.Linear(2, 3)).double()
+    angles = torch.arange(3).double() * 2 * math.pi / 3 + 1.0
+    net[0].weight.data = plane_rotation(math.pi / 5)
+    net[2].weight.data = torch.stack([angles.cos(), angles.sin()], 1)
+    side = torch.linspace(-4, 4, 801, dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)
+    for bias in ([-0.3, 0.2, 0.4], [-0.3, 0.2, -0.8]):
+        net[2].bias.data = tensor(bias)
+        decisions = net(grid).argmax(1)
+        for x in normal(8, 2, seed=7):
+            z = net(x[None]).detach()
+            assert torch.allclose(tensor(call("disc.logits", x, bias)), z[0], atol=1e-14)
+            label = z.argmax(1)
+            exact = certified_radius(z, label, head=net[2].weight.detach()).item()
+            radius = call("disc.radius", z[0])
+            assert radius == pytest.approx(exact, rel=1e-12)
+            nearest = call("disc.nearest", x, bias)
+            assert nearest["length"] >= radius - 1e-12
+            there = net(tensor([nearest["point"]]))[0]
+            assert there.topk(2).values.diff().abs() < 1e-9  # on the border
+            by_grid = (grid[decisions != label] - x).norm(dim=1).min().item()
+            assert by_grid - 0.02 < nearest["length"] <= by_grid
+
+
+def test_margins(call: Call) -> None:
+    points = call("margins.sample", 600)
+    X, s = tensor([p["x"] for p in points]), tensor([p["s"] for p in points])
+    assert s.sum() == 0
+    noise = X - s[:, None] * tensor([1.0, 0.6])
+    assert abs(noise.mean()) < 5 * 0.5 / 1200**0.5
+    assert abs(noise.square().mean() - 0.25) < 5 * 0.25 * (2 / 1200) ** 0.5
+    for w in normal(3, 2, seed=8):
+        logits = torch.stack([torch.zeros(600), X @ w], 1) * 1.0
+        exact = generalization.margins(logits, (s > 0).long())
+        found = tensor(call("margins.margins", points, w))
+        assert torch.allclose(found, exact, atol=1e-12)
+        for gamma in (0.1, 1.0):
+            loss = generalization.margin_loss(exact, gamma)
+            assert call("margins.loss", found, gamma) == pytest.approx(loss)
+            size = w.norm().item()
+            exact_term = 2 * generalization.data_norm(X) * size / (gamma * 600)
+            assert call("margins.complexity", points, size, gamma) == pytest.approx(exact_term)
+            # At least as much as the supremum over signs that are drawn, on average.
+            signs = torch.from_numpy(np.random.default_rng(9).choice([-1.0, 1.0], (2000, 600)))
+            tossed = 2 * size * (signs @ X).norm(dim=1).mean().item() / (gamma * 600)
+            assert tossed <= exact_term <= 3**0.5 * tossed * 1.05
+    assert call("margins.chance", 600) == pytest.approx(3 * math.sqrt(math.log(40) / 1200))
+
+
+def test_walk(call: Call) -> None:
+    layers: list[nn.Module] = []
+    for angle, bias in ((1.0, [-0.6, 0.9]), (2.8, [-0.4, 0.6]), (0.3, [0.7, 0.5])):
+        linear = nn.Linear(2, 2).double()
+        linear.weight.data, linear.bias.data = plane_rotation(angle), tensor(bias)
+        layers += [linear, MaxMin()]
+    head = nn.Linear(2, 3, bias=False).double()
+    angles = 0.4 + torch.arange(3).double() * 2 * math.pi / 3
+    head.weight.data = torch.stack([angles.cos(), angles.sin()], 1)
+    net = nn.Sequential(*layers, head)
+    x = 1.5 * normal(10, 2, seed=10)
+    multiples = (0.0, 0.5, 0.999, 2.0)
+    # The rows are a tight frame: their norm is the root of 3/2, which makes √3 of √2.
+    exact = counterfactual(net, x, multiples=multiples, lipschitz=1.5**0.5)
+    for k, point in enumerate(x):
+        run = call("walk.run", point)
+        assert torch.allclose(tensor(run["z"]), net(point[None])[0], atol=1e-13)
+        assert torch.allclose(tensor(run["J"]), jacobian(net, point[None])[0], atol=1e-13)
+        start = call("walk.start", point)
+        assert start["radius"] == pytest.approx(exact.radius[k].item(), rel=1e-10)
+        for t, path, decision in zip(multiples, exact.path, exact.decisions, strict=True):
+            found = tensor(call("walk.after", point, t))
+            assert torch.allclose(found, path[k], atol=1e-11)
+            if t < 1:
+                assert decision[k] == start["y"]
+
+
+def test_multiplier(call: Call) -> None:
+    for angle in (0.0, 0.4, 1.2):
+        W = call("multiplier.weights", angle)
+        W1, W2 = (tensor(w) for w in W)
+        network = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+        network[0].weight.data, network[2].weight.data = W1, W2
+        top = torch.linalg.matrix_norm(W2, 2).item() ** 2
+        corners = lipschitz_bound(network, (2,), method="seqlip").value
+        assert call("multiplier.patterns", W) == pytest.approx(corners, rel=1e-9)
+        product = lipschitz_bound(network, (2,)).value
+        assert call("multiplier.product", W) == pytest.approx(product, rel=1e-9)
+        for t in (0.6 * top, top, 2 * top):
+            rho = call("multiplier.rho", W, t)
+            # The inequality of matrices holds at rho and at nothing smaller.
+            one = torch.eye(2, dtype=torch.float64)
+            M = torch.zeros(4, 4, dtype=torch.float64)
+            M[:2, :2], M[:2, 2:] = -rho * one, t * W1.T
+            M[2:, :2], M[2:, 2:] = t * W1, -2 * t * one + W2.T @ W2
+            assert abs(torch.linalg.eigvalsh(M)[-1]) < 1e-12
+            M[:2, :2] += 1e-3 * one
+            assert torch.linalg.eigvalsh(M)[-1] > 1e-6
+            assert rho >= corners**2 * (1 - 1e-9)
+        assert call("multiplier.rho", W, top) <= product**2 * (1 + 1e-9)
+        best = call("multiplier.best", W)
+        least = min(call("multiplier.rho", W, t) for t in np.linspace(0.51, 2, 60) * top)
+        assert call("multiplier.rho", W, best) <= least * (1 + 1e-9)
+
+
+def test_domain(call: Call) -> None:
+    class SelfAttention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    attention = SelfAttention()
+    for tokens in normal(5, 2, 2, seed=11):
+        assert torch.allclose(
+            tensor(call("domain.outputs", tokens)), attention(tokens[None])[0], atol=1e-13
+        )
+        exact = jacobian(attention, tokens[None])[0].reshape(4, 4)
+        found = call("domain.jacobian", tokens)
+        assert torch.allclose(tensor(found), exact, atol=1e-13)
+        size = torch.linalg.matrix_norm(exact, 2).item()
+        assert call("domain.norm", found) == pytest.approx(size, rel=1e-6)
+        radius = tokens.norm(dim=1).max().item()
+        assert size <= call("domain.bound", radius)
+    for radius in (0.1, 1.0, 4.0):
+        ball = Ball(torch.zeros(2, 2).double(), radius)
+        exact = lipschitz_bound(attention, (2, 2), domain=ball).value
+        assert call("domain.bound", radius) == pytest.approx(exact, rel=1e-6)

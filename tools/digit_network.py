@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lipbook.lab import networks
 from lipbook.rounding import forward_error
@@ -35,8 +36,8 @@ def data() -> dict[str, Any]:
     model = networks.load(NETWORK)
     images, labels = networks.data(NETWORK)
     bound = forward_error(model, torch.zeros(1, 1, 28, 28))
-    layers = [layer for layer in model if hasattr(layer, "weight")]
-    values = [part.flatten().half() for layer in layers for part in (layer.weight, layer.bias)]
+    layers = [layer for layer in model if isinstance(layer, nn.Conv2d | nn.Linear)]
+    values = [part.flatten().half() for layer in layers for part in layer.parameters()]
     first = torch.stack([images[labels == digit][0] for digit in range(10)])
     return {
         "name": NETWORK,

@@ -18,7 +18,7 @@ touch.add(
     const watchers = [];
     let network = null;
 
-    // ------------------------------------------------------------------------- the network
+    // -------- the network
 
     const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
     const sum = (list) => list.reduce((total, value) => total + value, 0);
@@ -56,13 +56,9 @@ touch.add(
         return { W, b, index, outputs, terms, places: index.length / terms };
       });
       const images = bytes(examples);
-      network = {
-        ...facts,
-        layers,
-        examples: Array.from({ length: images.length / PIXELS }, (_, i) =>
-          Float64Array.from(images.subarray(i * PIXELS, (i + 1) * PIXELS), (g) => g / 255),
-        ),
-      };
+      const example = (i) => images.subarray(i * PIXELS, (i + 1) * PIXELS);
+      const greys = DIGITS.map((i) => Float32Array.from(example(i), (g) => g / 255));
+      network = { ...facts, layers, examples: greys };
       watchers.forEach((watcher) => watcher());
     }
 
@@ -141,7 +137,7 @@ touch.add(
     /** Classes from the largest logit to the smallest. */
     const ranking = (z) => [...DIGITS].sort((i, j) => z[j] - z[i]);
 
-    const norm = (x) => Math.sqrt(sum(x.map((value) => value * value)));
+    const norm = (x) => Math.sqrt(x.reduce((total, value) => total + value * value, 0));
 
     /* The radius, of all programs P that compute the function f in float32 or better, such as this
        one: ‖P(v) - f(v)‖ ≤ a + c‖v‖ and Lip(f) ≤ L (lipbook.rounding.forward_error at the image 0).
@@ -160,7 +156,7 @@ touch.add(
     /** A number of two digits, so that no more is printed than is proved or found. */
     const cut = (value, round) => number(round(value * 100) / 100);
 
-    // ---------------------------------------------------------------------- the nearest lie
+    // -------- the nearest lie
 
     const inRange = (value) => clamp(value, [0, 1]);
 
@@ -199,27 +195,22 @@ touch.add(
       return best;
     }
 
-    // ---------------------------------------------------------------------------- the pen
+    // -------- the pen
 
     /** Grey levels of strokes, lists of points [x, y] in pixels from the upper left corner. */
     function rendered(strokes) {
-      const image = new Float64Array(PIXELS);
+      const image = new Float32Array(PIXELS);
       for (const stroke of strokes)
         stroke.forEach(([x2, y2], k) => {
           const [x1, y1] = stroke[Math.max(0, k - 1)];
-          const reach = RADIUS + SOFT;
-          const [left, right] = [Math.min(x1, x2) - reach, Math.max(x1, x2) + reach];
-          const [top, bottom] = [Math.min(y1, y2) - reach, Math.max(y1, y2) + reach];
           const length = (x2 - x1) ** 2 + (y2 - y1) ** 2;
-          for (let i = Math.max(0, Math.floor(top)); i < Math.min(SIDE, bottom); i += 1)
-            for (let j = Math.max(0, Math.floor(left)); j < Math.min(SIDE, right); j += 1) {
-              const [px, py] = [j + 0.5, i + 0.5];
-              const dot = (px - x1) * (x2 - x1) + (py - y1) * (y2 - y1);
-              const t = length ? inRange(dot / length) : 0;
-              const d = Math.hypot(px - x1 - t * (x2 - x1), py - y1 - t * (y2 - y1));
-              const grey = inRange((RADIUS - d) / SOFT + 0.5);
-              image[i * SIDE + j] = Math.max(image[i * SIDE + j], grey);
-            }
+          image.forEach((old, pixel) => {
+            const [px, py] = [(pixel % SIDE) + 0.5, Math.floor(pixel / SIDE) + 0.5];
+            const dot = (px - x1) * (x2 - x1) + (py - y1) * (y2 - y1);
+            const t = length ? inRange(dot / length) : 0;
+            const d = Math.hypot(px - x1 - t * (x2 - x1), py - y1 - t * (y2 - y1));
+            image[pixel] = Math.max(old, inRange((RADIUS - d) / SOFT + 0.5));
+          });
         });
       return image;
     }
@@ -250,20 +241,14 @@ touch.add(
     const seen = (strokes, example) =>
       over(rendered(example ? strokes : centred(strokes)), example);
 
-    // ------------------------------------------------------------------------------ the figure
+    // -------- the figure
 
     function mount(frame) {
       const state = frame.state({ example: 3, strokes: [], pen: [3, 3], down: false });
       const sheet = { x: [0, SIDE], y: [0, SIDE], width: 282, axes: false };
       const paper = frame.plane({ ...sheet, title: "draw here" });
-      const bars = frame.plane({
-        title: "logits",
-        x: [-6, 3.5],
-        y: [9.6, -0.6],
-        width: 300,
-        xticks: [-6, -4, -2, 0, 2],
-        yticks: DIGITS,
-      });
+      const axes = { x: [-6, 3.5], y: [9.6, -0.6], xticks: [-6, -4, -2, 0, 2], yticks: DIGITS };
+      const bars = frame.plane({ ...axes, width: 300, title: "logits" });
       const eye = frame.plane({ ...sheet, title: "what the network sees" });
       const other = frame.plane({ ...sheet, title: "the nearest lie that was found" });
       const example = () => network && network.examples[state.example];
@@ -305,7 +290,10 @@ touch.add(
       // The pen: a pointer anywhere on the paper, or the arrow keys and the space bar.
       const go = ([x, y]) => {
         state.pen = [x, SIDE - y].map((value) => clamp(value, [0, SIDE]));
-        if (state.down) state.strokes[state.strokes.length - 1].push(state.pen);
+        if (!state.down) return;
+        const stroke = state.strokes[state.strokes.length - 1];
+        const [u, v] = stroke[stroke.length - 1];
+        if (Math.hypot(u - state.pen[0], v - state.pen[1]) > 0.4) stroke.push(state.pen);
       };
       const lower = () => {
         state.strokes.push([state.pen]);

@@ -50,43 +50,21 @@ touch.add(
 
     function mount(frame) {
       const state = frame.state({ x: [1.4, 1.7], b: 0.4 });
-      const plane = frame.plane({ x: [-END, END], y: [-END, END], width: 340, height: 340, axes: false });
+      const plane = frame.plane({ title: "a certified disc", x: [-END, END], y: [-END, END], equal: true, axes: false });
       const bias = () => [-0.3, 0.2, state.b];
-      const N = 104;
       frame.draw(() => {
         plane.clear();
-        const side = (2 * END) / N;
-        for (const y of range(N, -END, END - side)) {
-          const said = range(N, -END, END - side).map((x) =>
-            decision(logits([x + side / 2, y + side / 2], bias())),
-          );
-          for (let [from, to] = [0, 1]; from < N; to += 1) {
-            if (said[to] === said[from]) continue;
-            const [l, r, t] = [from * side - END, to * side - END, y + side];
-            plane.area([[l, y], [r, y], [r, t], [l, t]], `${["faint", "c2", "c3"][said[from]]} pixel`);
-            from = to;
-          }
-        }
+        plane.regions((x) => decision(logits(x, bias())), ["faint", "c2", "c3"]);
         const size = radius(logits(state.x, bias()));
         const at = (a) => [state.x[0] + size * Math.cos(a), state.x[1] + size * Math.sin(a)];
         plane.outline(range(91, 0, 2 * Math.PI).map(at), "c0");
         plane.line([state.x, nearest(state.x, bias()).point], "c1 dash");
       });
-      plane.handle({
-        label: "input",
-        name: "*x*",
-        kind: "c0",
-        at: () => state.x,
-        move: (x) => Object.assign(state, { x }),
-      });
-      frame.slider({
-        label: "bias of a class",
-        min: -1,
-        max: 1,
-        step: 0.05,
-        get: () => state.b,
-        set: (b) => Object.assign(state, { b }),
-      });
+      const move = (x) => Object.assign(state, { x });
+      plane.handle({ label: "input", name: "*x*", kind: "c0", at: () => state.x, move });
+      const set = (b) => Object.assign(state, { b });
+      const bounds = { min: -1, max: 1, step: 0.05 };
+      frame.slider({ label: "bias of a class", ...bounds, get: () => state.b, set });
       frame.readout(() => {
         const z = logits(state.x, bias());
         const [first, second] = [...z].sort((s, t) => t - s);

@@ -224,6 +224,22 @@ const touch = (() => {
       return element(this.drawing, "polygon", { points, class: `line ${kind}` });
     }
 
+    /** Shade the points of each class by kinds[classify(point)], if there is one. */
+    regions(classify, kinds, n = 104) {
+      const [xs, ys] = [this.x, this.y].map(([low, high]) => range(n + 1, low, high));
+      const middle = (list, i) => (list[i] + list[i + 1]) / 2;
+      for (let i = 0; i < n; i += 1) {
+        const said = xs.slice(1).map((_, j) => classify([middle(xs, j), middle(ys, i)]));
+        for (let [from, to] = [0, 1]; from < n; to += 1) {
+          if (said[to] === said[from]) continue;
+          const [l, r, low, high] = [xs[from], xs[to], ys[i], ys[i + 1]];
+          const kind = kinds[said[from]];
+          if (kind) this.area([[l, low], [r, low], [r, high], [l, high]], `${kind} pixel`);
+          from = to;
+        }
+      }
+    }
+
     dot([x, y], kind = "", r = 4) {
       const place = { cx: this.px(x), cy: this.py(y), r };
       return element(this.drawing, "circle", { ...place, class: `dot ${kind}` });
