@@ -187,7 +187,8 @@ def test_a_page_knows_where_its_routes_lead(extension: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("minutes", "words"), [(45, "45 minutes"), (120, "2 hours"), (705, "12 hours"), (150, "2½ hours")]
+    ("minutes", "words"),
+    [(45, "45 minutes"), (120, "2 hours"), (705, "12 hours"), (150, "2½ hours")],
 )
 def test_durations_in_words(minutes: int, words: str, extension: Any) -> None:
     assert extension("routes").duration(minutes) == words
@@ -228,7 +229,7 @@ def test_a_page_is_indexed_by_section(extension: Any) -> None:
 @pytest.mark.parametrize(
     ("reference", "title"),
     [
-        ("Cem Anil, James Lucas, and Roger Grosse. Sorting out. In ICML. 2019.", "Anil et al., 2019"),
+        ("Cem Anil, James Lucas, and Roger Grosse. Sorting out. 2019.", "Anil et al., 2019"),
         ("J. Zico Kolter and Eric Wong. Provable defenses. 2018.", "Kolter and Wong, 2018"),
         ("Cédric Villani. Optimal transport. Springer, 2009.", "Villani, 2009"),
     ],

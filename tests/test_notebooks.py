@@ -101,6 +101,23 @@ def test_every_exercise_has_a_solution(path: Path) -> None:
     assert "{cite:t}" in last[2]
 
 
+def test_no_chapter_installs_a_name_that_is_not_ours(tmp_path: Path) -> None:
+    """Who registers a free name at an index is executed by those who install it."""
+    for path in CHAPTERS:
+        (first,) = [c for c in nbformat.read(path, as_version=4).cells if c.get("id") == "colab"]
+        assert "lipbook[lab]==" not in first.source
+    assert "subprocess" not in notebooks.colab_cell("").source
+    installs = notebooks.colab_cell("https://example.org/someone/lipbook").source
+    version = lipbook.__version__
+    assert f"lipbook[lab] @ git+https://example.org/someone/lipbook@v{version}" in installs
+
+    missing = notebooks.colab_cell("").source.replace('"lipbook"', '"lipbook_is_not_here"')
+    (tmp_path / "cell.py").write_text(missing)
+    done = run(tmp_path / "cell.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: lipbook is missing" in done.stderr
+
+
 # --------------------------------------------------------------------------------- the normal form
 
 

@@ -83,6 +83,7 @@ class Document:
         return f"#{place(name, unquote(anchor))}" if name in self.pages else None
 
     def article(self, page: str) -> str:
+        """Text of a page, its addresses made those of the document."""
         soup = BeautifulSoup((self.built / f"{page}.html").read_text("utf-8"), "html.parser")
         article = soup.select_one("article.bd-article")
         if not isinstance(article, Tag):
@@ -110,8 +111,10 @@ class Document:
         return str(article)
 
     def title(self, page: str) -> str:
+        """Heading of a page with its number."""
         html = (self.built / f"{page}.html").read_text("utf-8")
         heading = BeautifulSoup(html, "html.parser").select_one("article h1")
+        assert heading is not None, page
         for link in heading.select("a.headerlink"):
             link.decompose()
         return heading.get_text().strip()
@@ -127,6 +130,7 @@ class Document:
         return f'<nav class="contents"><h2>Contents</h2><ol>{"".join(lines)}</ol></nav>'
 
     def html(self) -> str:
+        """Write the whole document."""
         first = self.parts[0][1][0]
         soup = BeautifulSoup((self.built / f"{first}.html").read_text("utf-8"), "html.parser")
         here = (self.built / f"{first}.html").as_uri()
@@ -139,7 +143,9 @@ class Document:
             if script.get("src"):
                 script["src"] = urljoin(here, script["src"])
         pages = [self.article(page) for _, names in self.parts for page in names]
-        body = "\n".join([pages[0].replace("</article>", f"{self.contents()}</article>"), *pages[1:]])
+        body = "\n".join(
+            [pages[0].replace("</article>", f"{self.contents()}</article>"), *pages[1:]]
+        )
         return (
             '<!DOCTYPE html><html lang="en" data-theme="light" data-mode="light"><head>'
             f'<meta charset="utf-8"><title>{soup.title.text}</title>{"".join(sheets)}'
