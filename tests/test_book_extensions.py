@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,25 @@ def test_repository_of_a_job(reference: str, branch: str, tmp_path: Path, extens
     }
     found = extension("address").repository(environment, str(tmp_path))
     assert found == ("https://github.com/someone/lipbook", "github", branch)
+
+
+@pytest.mark.parametrize("site", ["", "https://example.org/lipbook/"])
+def test_pages_are_announced_where_their_address_is_known(
+    site: str, tmp_path: Path, extension: Any
+) -> None:
+    builder = SimpleNamespace(name="html", get_target_uri="{}.html".format)
+    app = SimpleNamespace(
+        builder=builder,
+        config=SimpleNamespace(html_baseurl=site),
+        env=SimpleNamespace(found_docs={"book/index"}),
+        outdir=tmp_path,
+    )
+    extension("address").announce(app, None)
+    if not site:
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert f"<loc>{site}book/index.html</loc>" in (tmp_path / "sitemap.xml").read_text()
+    assert (tmp_path / "robots.txt").read_text() == f"Sitemap: {site}sitemap.xml\n"
 
 
 @pytest.mark.parametrize("library", ["numpy", "python", "scipy", "torch"])
