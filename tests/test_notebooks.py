@@ -463,3 +463,22 @@ def test_stored_numbers_are_compared_and_drawings_overlooked(tree: Path) -> None
     assert len(failures) == 1, result.stdout
     assert failures[0].startswith("edited.ipynb::Cell 2")
     assert "7 passed" in result.stdout
+
+
+def test_chapters_that_keep_a_reader_waiting_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(*cells: tuple[str, float]) -> Path:
+        cases = "".join(
+            f'<testcase classname="_build.alone.{name}.ipynb" name="Cell" time="{seconds}" />'
+            for name, seconds in cells
+        )
+        path = tmp_path / "times.xml"
+        path.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+        return path
+
+    assert notebooks.main(["times", str(report(("one", 40.0), ("one", 41.0), ("two", 3.0)))]) == 0
+    assert capsys.readouterr().out == "  81.0 s  one\n   3.0 s  two\n"
+    assert notebooks.main(["times", str(report(("one", 50.0), ("one", 41.0)))]) == 1
+    assert "91.0 s  one  more than 90" in capsys.readouterr().out
+    assert notebooks.main(["times", str(report())]) == 1, "a report of nothing"

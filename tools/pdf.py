@@ -34,11 +34,11 @@ html { background: white; font-size: 12.8px; }
 article.bd-article { padding: 0; }
 article.bd-article + article.bd-article { break-before: page; }
 .part { break-before: page; break-after: avoid; }
-nav.contents ol { list-style: none; margin: 0; padding-left: 1.4em; }
-nav.contents > ol { padding-left: 0; }
-nav.contents > ol > li { font-weight: 600; margin-top: 1.2em; }
-nav.contents ol ol { font-weight: 400; }
-nav.contents a { text-decoration: none; }
+nav.pdf-contents ol { list-style: none; margin: 0; padding-left: 1.4em; }
+nav.pdf-contents > ol { padding-left: 0; }
+nav.pdf-contents > ol > li { font-weight: 600; margin-top: 1.2em; }
+nav.pdf-contents ol ol { font-weight: 400; }
+nav.pdf-contents a { text-decoration: none; }
 """
 FOOTER = (
     '<div style="font: 9px serif; width: 100%; text-align: center; color: #444">'
@@ -127,7 +127,7 @@ class Document:
                 continue
             items = "".join(f'<li><a href="#{p}">{self.title(p)}</a></li>' for p in pages)
             lines.append(f"<li>{caption}<ol>{items}</ol></li>")
-        return f'<nav class="contents"><h2>Contents</h2><ol>{"".join(lines)}</ol></nav>'
+        return f'<nav class="pdf-contents"><h2>Contents</h2><ol>{"".join(lines)}</ol></nav>'
 
     def html(self) -> str:
         """Write the whole document."""
