@@ -260,6 +260,15 @@ def test_works_are_called_as_the_text_calls_them(
     assert extension("search").author_and_year(reference) == title
 
 
+def test_scripts_that_no_page_needs_are_dropped(extension: Any) -> None:
+    head = (
+        '<script src="searchindex.js"></script><script defer src="../_static/fontawesome.js?x">'
+        '</script><script src="../_static/search.js"></script>'
+    )
+    kept = extension("offline").without_unused(head)
+    assert kept == '<script src="../_static/search.js"></script>'
+
+
 # ----------------------------------------------------------------------- what a screen reader needs
 
 

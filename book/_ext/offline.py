@@ -63,7 +63,7 @@ def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], _
 def without_unused(head: str) -> str:
     """HTML of a page's head without the scripts of the theme that no page needs."""
     names = "|".join(map(re.escape, UNUSED))
-    return Markup(re.sub(rf'<script[^>]*src="[^"]*/(?:{names})[^>]*></script>\s*', "", head))
+    return Markup(re.sub(rf'<script[^>]*src="(?:[^"]*/)?(?:{names})[^>]*></script>\s*', "", head))
 
 
 def offer_lighter(app: Sphinx, page: str, template: str, context: dict[str, Any], _: Any) -> None:
