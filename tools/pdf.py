@@ -93,20 +93,21 @@ class Document:
         for details in article.select("details"):
             details["open"] = ""
         for node in article.select("[id]"):
-            node["id"] = place(page, node["id"])
+            node["id"] = place(page, str(node["id"]))
         for label in article.select("[for], [aria-labelledby], [aria-describedby]"):
             for name in ("for", "aria-labelledby", "aria-describedby"):
                 if name in label.attrs:
-                    label[name] = place(page, label[name])
+                    label[name] = place(page, str(label[name]))
         for link in article.select("a[href]"):
-            target = self.target(page, link["href"])
+            target = self.target(page, str(link["href"]))
             if target is None:
                 link.unwrap()
             else:
                 link["href"] = target
         for image in article.select("img[src]"):
-            if not image["src"].startswith("data:"):
-                image["src"] = urljoin((self.built / f"{page}.html").as_uri(), image["src"])
+            source = str(image["src"])
+            if not source.startswith("data:"):
+                image["src"] = urljoin((self.built / f"{page}.html").as_uri(), source)
         article["id"] = page
         return str(article)
 
@@ -135,20 +136,20 @@ class Document:
         soup = BeautifulSoup((self.built / f"{first}.html").read_text("utf-8"), "html.parser")
         here = (self.built / f"{first}.html").as_uri()
         sheets = [
-            f'<link rel="stylesheet" href="{urljoin(here, link["href"])}">'
+            f'<link rel="stylesheet" href="{urljoin(here, str(link["href"]))}">'
             for link in soup.select("link[rel=stylesheet]")
         ]
         math = [s for s in soup.select("script") if "MathJax" in s.text or "mathjax" in str(s)]
         for script in math:
             if script.get("src"):
-                script["src"] = urljoin(here, script["src"])
+                script["src"] = urljoin(here, str(script["src"]))
         pages = [self.article(page) for _, names in self.parts for page in names]
         body = "\n".join(
             [pages[0].replace("</article>", f"{self.contents()}</article>"), *pages[1:]]
         )
         return (
             '<!DOCTYPE html><html lang="en" data-theme="light" data-mode="light"><head>'
-            f'<meta charset="utf-8"><title>{soup.title.text}</title>{"".join(sheets)}'
+            f'<meta charset="utf-8"><title>{self.title(first)}</title>{"".join(sheets)}'
             f"<style>{STYLE}</style>{''.join(map(str, math))}</head>"
             f'<body><div class="bd-content"><main>{body}</main></div></body></html>'
         )
