@@ -269,6 +269,13 @@ def test_scripts_that_no_page_needs_are_dropped(extension: Any) -> None:
     assert kept == '<script src="../_static/search.js"></script>'
 
 
+def test_icons_that_no_page_shows_are_dropped(extension: Any) -> None:
+    used = '.fa-bars:before,.fa-navicon:before{content:"\\f0c9"}'
+    style = f'.fa-solid{{font-weight:900}}.fa-0:before{{content:"0"}}{used}'
+    kept = extension("offline").with_icons(style, {"fa-solid", "fa-bars"})
+    assert kept == f".fa-solid{{font-weight:900}}{used}"
+
+
 # ----------------------------------------------------------------------- what a screen reader needs
 
 
