@@ -6,7 +6,8 @@
   declares it twice, an error in every console. Its scripts are dropped.
 - sphinx-tippy names its data files at random and never removes the old ones below a folder.
 - The theme draws its icons by a script of 1.5 MB, though its style sheet draws the same ones with
-  a font, with a rule for each of 1,900 icons, of which the pages use a dozen; and it loads an index by page on every page, where `search.py` makes one by section.
+  a font, with a rule for each of 1,900 icons, of which the pages use a dozen; and it loads an
+  index by page on every page, where `search.py` makes one by section.
 """
 
 from __future__ import annotations
