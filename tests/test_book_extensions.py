@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,25 @@ def test_repository_of_a_job(reference: str, branch: str, tmp_path: Path, extens
     }
     found = extension("address").repository(environment, str(tmp_path))
     assert found == ("https://github.com/someone/lipbook", "github", branch)
+
+
+@pytest.mark.parametrize("site", ["", "https://example.org/lipbook/"])
+def test_pages_are_announced_where_their_address_is_known(
+    site: str, tmp_path: Path, extension: Any
+) -> None:
+    builder = SimpleNamespace(name="html", get_target_uri="{}.html".format)
+    app = SimpleNamespace(
+        builder=builder,
+        config=SimpleNamespace(html_baseurl=site),
+        env=SimpleNamespace(found_docs={"book/index"}),
+        outdir=tmp_path,
+    )
+    extension("address").announce(app, None)
+    if not site:
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert f"<loc>{site}book/index.html</loc>" in (tmp_path / "sitemap.xml").read_text()
+    assert (tmp_path / "robots.txt").read_text() == f"Sitemap: {site}sitemap.xml\n"
 
 
 @pytest.mark.parametrize("library", ["numpy", "python", "scipy", "torch"])
@@ -259,10 +279,7 @@ def test_a_page_is_indexed_by_section(extension: Any) -> None:
 @pytest.mark.parametrize(
     ("reference", "title"),
     [
-        (
-            "Cem Anil, James Lucas, and Roger Grosse. Sorting out. In ICML. 2019.",
-            "Anil et al., 2019",
-        ),
+        ("Cem Anil, James Lucas, and Roger Grosse. Sorting out. 2019.", "Anil et al., 2019"),
         ("J. Zico Kolter and Eric Wong. Provable defenses. 2018.", "Kolter and Wong, 2018"),
         ("Cédric Villani. Optimal transport. Springer, 2009.", "Villani, 2009"),
     ],
@@ -271,6 +288,22 @@ def test_works_are_called_as_the_text_calls_them(
     reference: str, title: str, extension: Any
 ) -> None:
     assert extension("search").author_and_year(reference) == title
+
+
+def test_scripts_that_no_page_needs_are_dropped(extension: Any) -> None:
+    head = (
+        '<script src="searchindex.js"></script><script defer src="../_static/fontawesome.js?x">'
+        '</script><script src="../_static/search.js"></script>'
+    )
+    kept = extension("offline").without_unused(head)
+    assert kept == '<script src="../_static/search.js"></script>'
+
+
+def test_icons_that_no_page_shows_are_dropped(extension: Any) -> None:
+    used = '.fa-bars:before,.fa-navicon:before{content:"\\f0c9"}'
+    style = f'.fa-solid{{font-weight:900}}.fa-0:before{{content:"0"}}{used}'
+    kept = extension("offline").with_icons(style, {"fa-solid", "fa-bars"})
+    assert kept == f".fa-solid{{font-weight:900}}{used}"
 
 
 # ----------------------------------------------------------------------- what a screen reader needs

@@ -101,6 +101,23 @@ def test_every_exercise_has_a_solution(path: Path) -> None:
     assert "{cite:t}" in last[2]
 
 
+def test_no_chapter_installs_a_name_that_is_not_ours(tmp_path: Path) -> None:
+    """Who registers a free name at an index is executed by those who install it."""
+    for path in CHAPTERS:
+        (first,) = [c for c in nbformat.read(path, as_version=4).cells if c.get("id") == "colab"]
+        assert "lipbook[lab]==" not in first.source
+    assert "subprocess" not in notebooks.colab_cell("").source
+    installs = notebooks.colab_cell("https://example.org/someone/lipbook").source
+    version = lipbook.__version__
+    assert f"lipbook[lab] @ git+https://example.org/someone/lipbook@v{version}" in installs
+
+    missing = notebooks.colab_cell("").source.replace('"lipbook"', '"lipbook_is_not_here"')
+    (tmp_path / "cell.py").write_text(missing)
+    done = run(tmp_path / "cell.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: lipbook is missing" in done.stderr
+
+
 # --------------------------------------------------------------------------------- the normal form
 
 
@@ -446,3 +463,22 @@ def test_stored_numbers_are_compared_and_drawings_overlooked(tree: Path) -> None
     assert len(failures) == 1, result.stdout
     assert failures[0].startswith("edited.ipynb::Cell 2")
     assert "7 passed" in result.stdout
+
+
+def test_chapters_that_keep_a_reader_waiting_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(*cells: tuple[str, float]) -> Path:
+        cases = "".join(
+            f'<testcase classname="_build.alone.{name}.ipynb" name="Cell" time="{seconds}" />'
+            for name, seconds in cells
+        )
+        path = tmp_path / "times.xml"
+        path.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+        return path
+
+    assert notebooks.main(["times", str(report(("one", 40.0), ("one", 41.0), ("two", 3.0)))]) == 0
+    assert capsys.readouterr().out == "  81.0 s  one\n   3.0 s  two\n"
+    assert notebooks.main(["times", str(report(("one", 50.0), ("one", 41.0)))]) == 1
+    assert "91.0 s  one  more than 90" in capsys.readouterr().out
+    assert notebooks.main(["times", str(report())]) == 1, "a report of nothing"

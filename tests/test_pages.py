@@ -250,6 +250,8 @@ def test_every_page(browser: Any, width: int) -> None:
 # ------------------------------------------------------------------------------- how it weighs
 
 HEAVY = 1_500_000
+# The reference of what the chapters share is one long page, with a preview of each name.
+LONG = {"book/api/lab.html": 1_700_000}
 
 
 def test_a_page_is_light(browser: Any) -> None:
@@ -266,7 +268,7 @@ def test_a_page_is_light(browser: Any) -> None:
         page.close()
         files = [file for file in asked if file.suffix != ".woff2" and "mathjax" not in file.parts]
         sizes[path] = sum(file.stat().st_size for file in files if file.is_file())
-        if sizes[path] > HEAVY:
+        if sizes[path] > LONG.get(names(path), HEAVY):
             heavy.append(f"{names(path)}: {sizes[path] / 1e6:.2f} MB")
     context.close()
     assert min(sizes.values()) > 100_000, "not everything was counted"
@@ -280,7 +282,10 @@ def test_a_page_is_light(browser: Any) -> None:
 def test_no_page_shuts_anybody_out(browser: Any, scheme: str) -> None:
     """axe finds no violation that it calls serious or critical."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe").Axe()
-    options = {"resultTypes": ["violations"]}
+    options: dict[str, Any] = {"resultTypes": ["violations"]}
+    if scheme == "dark":  # nothing else depends on the colours
+        options["runOnly"] = ["color-contrast", "link-in-text-block"]
+    formulas = {"exclude": [["mjx-container"]]}  # MathJax speaks for itself, and is large
     context = browser.new_context(
         viewport={"width": 1400, "height": 900}, offline=True, color_scheme=scheme
     )
@@ -291,7 +296,7 @@ def test_no_page_shuts_anybody_out(browser: Any, scheme: str) -> None:
         page = context.new_page()
         page.goto(path.as_uri(), wait_until="load")
         page.evaluate("() => window.MathJax?.startup?.promise")
-        for fault in axe.run(page, options=options).response["violations"]:
+        for fault in axe.run(page, context=formulas, options=options).response["violations"]:
             if fault["impact"] in ("serious", "critical"):
                 where = fault["nodes"][0]
                 found.append(
@@ -308,7 +313,11 @@ def test_formulas_are_no_stops_and_focus_is_seen(browser: Any) -> None:
     page.goto((HTML / "book" / "wasserstein.html").as_uri(), wait_until="load")
     page.evaluate("() => MathJax.startup.promise")
     assert page.locator("mjx-container").count() > 100
-    assert page.locator("mjx-container[tabindex='0']").count() == 0
+    stops = page.evaluate(
+        """() => [...document.querySelectorAll("mjx-container")]
+          .filter((e) => e.tabIndex >= 0 && e.scrollWidth <= e.clientWidth).length"""
+    )
+    assert stops == 0, "formulas that need no moving"
     unseen = []
     seen = set()
     for _ in range(60):
@@ -364,9 +373,11 @@ def searched(page: Any, query: str) -> list[str]:
     """Addresses of what the search page finds, best first, below the root of the book."""
     page.fill("#lip-search-page input", query)
     page.wait_for_function(
-        "query => document.querySelector('#lip-search-page .lip-search').dataset.query === query"
-        " && /section/.test(document.querySelector('#lip-search-page [role=status]').textContent)"
-        " && !/Searching/.test(document.querySelector('#lip-search-page [role=status]').textContent)",
+        """query => {
+          const box = document.querySelector("#lip-search-page .lip-search");
+          const said = box.querySelector("[role=status]").textContent;
+          return box.dataset.query === query && /^(\\d+ section|No section)/.test(said);
+        }""",
         arg=query,
     )
     links = page.locator("#lip-search-page .lip-search li > a")

@@ -3,11 +3,13 @@
     python tools/notebooks.py check book/*.ipynb
     python tools/notebooks.py execute --inplace book/jacobians.ipynb
     python tools/notebooks.py execute --to _build/source
+    python tools/notebooks.py times _build/alone/times.xml
 
 A chapter is stored with its outputs, in one normal form, so that a change of one number is a
 change of one line. ``check`` says where a notebook departs from it. ``execute --inplace`` runs
 a chapter and writes that form; it is the author's command. ``execute --to`` leaves the chapters
-as they are and makes an executed copy of the book's source, which Sphinx then renders.
+as they are and makes an executed copy of the book's source, which Sphinx then renders. ``times``
+reads what nbval wrote of a run, and says which chapters took longer than a reader should wait.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import nbformat
 from nbclient import NotebookClient
@@ -35,6 +38,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 400_000
+MAX_SECONDS = 90  # a chapter, on one core
 NOTEBOOK_METADATA = {
     "kernelspec": {
         "display_name": "Python 3 (ipykernel)",
@@ -394,6 +398,19 @@ def execute_copy(root: Path, target: Path, timeout: int, workers: int) -> int:
     return failures
 
 
+# ----------------------------------------------------------------------------- how long it takes
+
+
+def times(report: Path) -> dict[str, float]:
+    """Seconds of each notebook in a JUnit report of nbval, which times each cell."""
+    seconds: dict[str, float] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        found = re.search(r"(\w+)\.ipynb$", case.get("classname", ""))
+        if found:
+            seconds[found[1]] = seconds.get(found[1], 0.0) + float(case.get("time", "0"))
+    return seconds
+
+
 # -------------------------------------------------------------------------------- command line
 
 
@@ -408,7 +425,15 @@ def main(arguments: list[str] | None = None) -> int:
     where.add_argument("--to", type=Path, metavar="DIR", help="executed copy of the book's source")
     run.add_argument("--timeout", type=int, default=600, help="seconds a cell (600)")
     run.add_argument("--workers", type=int, default=2, help="chapters at a time (2)")
+    timed = commands.add_parser("times", help="say how long each notebook of a report took")
+    timed.add_argument("report", type=Path, metavar="XML", help="written by pytest --junitxml")
     options = parser.parse_args(arguments)
+    if options.command == "times":
+        seconds = times(options.report)
+        for name in sorted(seconds, key=lambda name: -seconds[name]):
+            late = f"  more than {MAX_SECONDS}" if seconds[name] > MAX_SECONDS else ""
+            print(f"{seconds[name]:6.1f} s  {name}{late}")
+        return int(not seconds or max(seconds.values()) > MAX_SECONDS)
     for path in options.paths if options.command == "check" else options.inplace or []:
         if not path.is_file():
             parser.error(f"no such notebook: {path}")

@@ -34,11 +34,11 @@ html { background: white; font-size: 12.8px; }
 article.bd-article { padding: 0; }
 article.bd-article + article.bd-article { break-before: page; }
 .part { break-before: page; break-after: avoid; }
-nav.contents ol { list-style: none; margin: 0; padding-left: 1.4em; }
-nav.contents > ol { padding-left: 0; }
-nav.contents > ol > li { font-weight: 600; margin-top: 1.2em; }
-nav.contents ol ol { font-weight: 400; }
-nav.contents a { text-decoration: none; }
+nav.pdf-contents ol { list-style: none; margin: 0; padding-left: 1.4em; }
+nav.pdf-contents > ol { padding-left: 0; }
+nav.pdf-contents > ol > li { font-weight: 600; margin-top: 1.2em; }
+nav.pdf-contents ol ol { font-weight: 400; }
+nav.pdf-contents a { text-decoration: none; }
 """
 FOOTER = (
     '<div style="font: 9px serif; width: 100%; text-align: center; color: #444">'
@@ -83,6 +83,7 @@ class Document:
         return f"#{place(name, unquote(anchor))}" if name in self.pages else None
 
     def article(self, page: str) -> str:
+        """Text of a page, its addresses made those of the document."""
         soup = BeautifulSoup((self.built / f"{page}.html").read_text("utf-8"), "html.parser")
         article = soup.select_one("article.bd-article")
         if not isinstance(article, Tag):
@@ -92,26 +93,29 @@ class Document:
         for details in article.select("details"):
             details["open"] = ""
         for node in article.select("[id]"):
-            node["id"] = place(page, node["id"])
+            node["id"] = place(page, str(node["id"]))
         for label in article.select("[for], [aria-labelledby], [aria-describedby]"):
             for name in ("for", "aria-labelledby", "aria-describedby"):
                 if name in label.attrs:
-                    label[name] = place(page, label[name])
+                    label[name] = place(page, str(label[name]))
         for link in article.select("a[href]"):
-            target = self.target(page, link["href"])
+            target = self.target(page, str(link["href"]))
             if target is None:
                 link.unwrap()
             else:
                 link["href"] = target
         for image in article.select("img[src]"):
-            if not image["src"].startswith("data:"):
-                image["src"] = urljoin((self.built / f"{page}.html").as_uri(), image["src"])
+            source = str(image["src"])
+            if not source.startswith("data:"):
+                image["src"] = urljoin((self.built / f"{page}.html").as_uri(), source)
         article["id"] = page
         return str(article)
 
     def title(self, page: str) -> str:
+        """Heading of a page with its number."""
         html = (self.built / f"{page}.html").read_text("utf-8")
         heading = BeautifulSoup(html, "html.parser").select_one("article h1")
+        assert heading is not None, page
         for link in heading.select("a.headerlink"):
             link.decompose()
         return heading.get_text().strip()
@@ -124,27 +128,28 @@ class Document:
                 continue
             items = "".join(f'<li><a href="#{p}">{self.title(p)}</a></li>' for p in pages)
             lines.append(f"<li>{caption}<ol>{items}</ol></li>")
-        return f'<nav class="contents"><h2>Contents</h2><ol>{"".join(lines)}</ol></nav>'
+        return f'<nav class="pdf-contents"><h2>Contents</h2><ol>{"".join(lines)}</ol></nav>'
 
     def html(self) -> str:
+        """Write the whole document."""
         first = self.parts[0][1][0]
         soup = BeautifulSoup((self.built / f"{first}.html").read_text("utf-8"), "html.parser")
         here = (self.built / f"{first}.html").as_uri()
         sheets = [
-            f'<link rel="stylesheet" href="{urljoin(here, link["href"])}">'
+            f'<link rel="stylesheet" href="{urljoin(here, str(link["href"]))}">'
             for link in soup.select("link[rel=stylesheet]")
         ]
         math = [s for s in soup.select("script") if "MathJax" in s.text or "mathjax" in str(s)]
         for script in math:
             if script.get("src"):
-                script["src"] = urljoin(here, script["src"])
+                script["src"] = urljoin(here, str(script["src"]))
         pages = [self.article(page) for _, names in self.parts for page in names]
         body = "\n".join(
             [pages[0].replace("</article>", f"{self.contents()}</article>"), *pages[1:]]
         )
         return (
             '<!DOCTYPE html><html lang="en" data-theme="light" data-mode="light"><head>'
-            f'<meta charset="utf-8"><title>{soup.title.text}</title>{"".join(sheets)}'
+            f'<meta charset="utf-8"><title>{self.title(first)}</title>{"".join(sheets)}'
             f"<style>{STYLE}</style>{''.join(map(str, math))}</head>"
             f'<body><div class="bd-content"><main>{body}</main></div></body></html>'
         )

@@ -3,14 +3,17 @@
 The repository is taken from the environment of a CI job or else from git's remote ``origin``,
 if that is on a host whose pages Sphinx's theme can address. The address of the published book
 is taken from ``LIPBOOK_URL``, which the job that publishes it sets. Without them the pages have
-no such button and no such link: nothing is guessed.
+no such button and no such link: nothing is guessed. With the address of the published book comes
+a list of its pages for search engines.
 """
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import subprocess
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -91,7 +94,21 @@ def no_unknown_address(
         )
 
 
+def announce(app: Sphinx, exception: Exception | None) -> None:
+    """List the pages for search engines, in the form that they read, if the address is known."""
+    site = app.config.html_baseurl
+    if exception is not None or app.builder.name != "html" or not site:
+        return
+    pages = [app.builder.get_target_uri(name) for name in sorted(app.env.found_docs)]
+    urls = "".join(f"<url><loc>{html.escape(site + page)}</loc></url>\n" for page in pages)
+    schema = "http://www.sitemaps.org/schemas/sitemap/0.9"
+    text = f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="{schema}">\n{urls}</urlset>\n'
+    (Path(app.outdir) / "sitemap.xml").write_text(text, "utf-8")
+    (Path(app.outdir) / "robots.txt").write_text(f"Sitemap: {site}sitemap.xml\n", "utf-8")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", configure, priority=100)
     app.connect("html-page-context", no_unknown_address, priority=900)
+    app.connect("build-finished", announce)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

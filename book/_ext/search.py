@@ -131,11 +131,12 @@ def read(html: str, address: str) -> Iterator[Entry]:
         text = prose(meaning) if isinstance(meaning, Tag) else ""
         yield Entry(f"{address}#{term['id']}", page, words(term), text, "term")
     for name in article.select("dl.py > dt[id]"):
-        if name.find_parent("dl", class_="py").find_parent("dl", class_="py"):
+        if len(name.find_parents("dl", class_="py")) > 1:
             continue  # a method belongs to its class
-        body = name.find_next_sibling("dd")
-        text = prose(body, "dl.py > dt") if isinstance(body, Tag) else ""
-        yield Entry(f"{address}#{name['id']}", page, name["id"].rpartition(".")[2], text, "api")
+        told = name.find_next_sibling("dd")
+        text = prose(told, "dl.py > dt") if isinstance(told, Tag) else ""
+        bare = str(name["id"]).rpartition(".")[2]
+        yield Entry(f"{address}#{name['id']}", page, bare, text, "api")
     for work in article.select("div.citation[id]"):
         text = prose(work, "span.label")
         yield Entry(f"{address}#{work['id']}", page, author_and_year(text), text, "work")

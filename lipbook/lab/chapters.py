@@ -26,13 +26,26 @@ DIRECTIVE = re.compile(r"^(?P<fence>:{3,})\{(?P<name>[\w:-]+)\}[ \t]*(?P<title>.
 LABEL = re.compile(r"^:label:\s*(\S+)\n", re.MULTILINE)
 PLACE = re.compile(r"^\(([\w-]+)\)=\n+#+ (.+)$", re.MULTILINE)
 DISPLAY = re.compile(
-    r"^(?P<indent>[ \t]*)\$\$[ \t]*\n(?P<body>.*?)\n[ \t]*\$\$(?:[ \t]*\((?P<label>[\w-]+)\))?[ \t]*$",
+    r"^(?P<indent>[ \t]*)\$\$[ \t]*\n(?P<body>.*?)\n[ \t]*\$\$"
+    r"(?:[ \t]*\((?P<label>[\w-]+)\))?[ \t]*$",
     re.MULTILINE | re.DOTALL,
 )
 ROLE = re.compile(r"\{(?P<name>[\w:]+)\}`(?P<content>[^`]+)`")
 EXPLICIT = re.compile(r"(?P<text>.+?)\s*<(?P<target>[^<>]+)>", re.DOTALL)
 ENTRY = re.compile(r"^@\w+\{([^,\s]+),(.*?)^\}", re.MULTILINE | re.DOTALL)
+SITE_ONLY = re.compile(
+    r"^(:{3,})\{(?:container|routes)\}.*?^\1[ \t]*$\n*", re.MULTILINE | re.DOTALL
+)
+SOLUTION = re.compile(
+    r"^:{3,}\{solution-start\}[ \t]*(\S+)\n(?::.*\n)*:{3,}[ \t]*$\n*", re.MULTILINE
+)
+SOLUTION_END = re.compile(r"^:{3,}\{solution-end\}[ \t]*\n:{3,}[ \t]*$\n*", re.MULTILINE)
+LINK = re.compile(r"^:link: (\S+)\n:link-type: ref\n", re.MULTILINE)
 ENVIRONMENT = re.compile(r"\s*\\begin\{(align|gather|equation|multline)\*?\}")
+ACCENTS = {'"': "\u0308", "'": "\u0301", "`": "\u0300", "^": "\u0302", "~": "\u0303"}
+ACCENTS |= {"c": "\u0327", "v": "\u030c", "u": "\u0306", "=": "\u0304", "H": "\u030b"}
+LETTERS = {r"\o": "ø", r"\O": "Ø", r"\l": "ł", r"\L": "Ł", r"\ss": "ß", r"\ae": "æ", r"\i": "ı"}
+ACCENT = re.compile(r"\\([\"'`^~=]|[cvuH](?=[\s{]))\s*\{?(\\i|\w)\}?")
 
 
 class Names(NamedTuple):
@@ -44,7 +57,7 @@ class Names(NamedTuple):
 
 
 def names(pages: Mapping[str, str], contents: str, bibliography: str) -> Names:
-    """Number and name all that the chapters refer to, as the book does.
+    r"""Find the names and numbers that the book gives to what the chapters refer to.
 
     Parameters
     ----------
@@ -62,9 +75,9 @@ def names(pages: Mapping[str, str], contents: str, bibliography: str) -> Names:
     Examples
     --------
     >>> from lipbook.lab.chapters import names
-    >>> text = "(ch-a)=\\n# Radii\\n\\n:::{prf:theorem} Margin\\n:label: thm-a\\n\\nIt is.\\n:::"
+    >>> text = "(ch-a)=\n# Radii\n\n:::{prf:theorem} Margin\n:label: thm-a\n\nIt is.\n:::"
     >>> cell = {"cell_type": "markdown", "metadata": {}, "source": text}
-    >>> toc = "- caption: One\\n  numbered: true\\n  chapters:\\n    - file: book/a"
+    >>> toc = "- caption: One\n  numbered: true\n  chapters:\n    - file: book/a"
     >>> known = names({"a.ipynb": json.dumps({"cells": [cell]})}, toc, "")
     >>> known.numbers["thm-a"], known.titles["ch-a"]
     ('Theorem 1.1', ('Radii', 'a.ipynb'))
@@ -130,12 +143,6 @@ def _label(text: str, directive: re.Match[str]) -> str:
     return label[1] if label else ""
 
 
-ACCENTS = {'"': "\u0308", "'": "\u0301", "`": "\u0300", "^": "\u0302", "~": "\u0303"}
-ACCENTS |= {"c": "\u0327", "v": "\u030c", "u": "\u0306", "=": "\u0304", "H": "\u030b"}
-LETTERS = {r"\o": "ø", r"\O": "Ø", r"\l": "ł", r"\L": "Ł", r"\ss": "ß", r"\ae": "æ", r"\i": "ı"}
-ACCENT = re.compile(r"\\([\"'`^~=]|[cvuH](?=[\s{]))\s*\{?(\\i|\w)\}?")
-
-
 def _unicode(tex: str) -> str:
     """Names as TeX writes them, in letters."""
     text = ACCENT.sub(lambda m: m[2].replace(r"\i", "i") + ACCENTS[m[1]], tex)
@@ -157,11 +164,11 @@ def _work(fields: str) -> tuple[str, str]:
 
 
 def _role(match: re.Match[str], known: Names) -> str:
-    """What the book would print for a role."""
+    """Write what the book would print for a role."""
     explicit = EXPLICIT.fullmatch(match["content"])
     text, target = (explicit["text"], explicit["target"]) if explicit else ("", match["content"])
     kind = match["name"]
-    if kind in ("prf:ref", "eq", "numref"):
+    if kind in ("prf:ref", "eq", "numref") or (kind == "ref" and target in known.numbers):
         number = known.numbers.get(target, target)
         return text.replace("%s", number.partition(" ")[2]) if text else number
     if kind == "ref":
@@ -180,7 +187,7 @@ def _role(match: re.Match[str], known: Names) -> str:
 
 
 def _display(match: re.Match[str], known: Names) -> str:
-    """Displayed formula that no reader numbers by itself, with the number that the book gives it."""
+    """Display a formula that no reader numbers by itself, with the number of the book."""
     lines = [line for line in match["body"].split("\n") if line.strip()]
     if ENVIRONMENT.match(match["body"]):
         return match[0]
@@ -192,7 +199,7 @@ def _display(match: re.Match[str], known: Names) -> str:
 
 
 def _box(match: re.Match[str], text: str, known: Names) -> str:
-    """Opening line of a box with its name."""
+    """Open a box with its name."""
     kind, title = match["name"], match["title"].strip()
     number = known.numbers.get(_label(text, match), "")
     if kind in KINDS or kind == "exercise":
@@ -204,16 +211,6 @@ def _box(match: re.Match[str], text: str, known: Names) -> str:
     else:
         return match[0]
     return f"{match['fence']}{{admonition}} {shown}".rstrip()
-
-
-SITE_ONLY = re.compile(
-    r"^(:{3,})\{(?:container|routes)\}.*?^\1[ \t]*$\n*", re.MULTILINE | re.DOTALL
-)
-SOLUTION = re.compile(
-    r"^:{3,}\{solution-start\}[ \t]*(\S+)\n(?::.*\n)*:{3,}[ \t]*$\n*", re.MULTILINE
-)
-SOLUTION_END = re.compile(r"^:{3,}\{solution-end\}[ \t]*\n:{3,}[ \t]*$\n*", re.MULTILINE)
-LINK = re.compile(r"^:link: (\S+)\n:link-type: ref\n", re.MULTILINE)
 
 
 def _prose(text: str, known: Names) -> str:
@@ -228,7 +225,7 @@ def _prose(text: str, known: Names) -> str:
 
 
 def _solution(text: str, known: Names) -> str:
-    """The start of a solution whose code follows: its words in a box that is folded."""
+    """Fold the words of a solution whose code follows."""
     before, label, words = SOLUTION.split(text, maxsplit=1)
     name = f"Solution of {known.numbers.get(label, label)}"
     if words.strip():

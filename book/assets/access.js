@@ -1,0 +1,8 @@
+/* What is wider than its place can be moved with the keyboard: it becomes a stop of the Tab key. */
+
+addEventListener("load", async () => {
+  await window.MathJax?.startup?.promise;
+  for (const box of document.querySelectorAll("article pre, article mjx-container[display]")) {
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+  }
+});
