@@ -1,0 +1,141 @@
+"""Exercises of chapter 4, Activations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipbook.activations import GroupSort, full_sort, max_min
+from lipbook.jacobians import jacobian
+from lipbook.lab.exercises.registry import exercise
+
+
+@exercise(
+    "4.1",
+    level=1,
+    kind="warm-up",
+    mistakes={
+        "one group of six": torch.eye(6)[[1, 2, 0, 3, 5, 4]].flip(0),
+        "the transpose": torch.eye(6)[[1, 2, 0, 3, 5, 4]].T,
+        "in descending order": torch.eye(6)[[0, 2, 1, 4, 5, 3]],
+    },
+)
+def sorted_groups() -> Tensor:
+    x = torch.tensor([[3.0, 1.0, 2.0, 4.0, 6.0, 5.0]], dtype=torch.float64)
+    return jacobian(GroupSort(3), x)[0]
+
+
+@exercise(
+    "4.2",
+    level=1,
+    kind="warm-up",
+    mistakes={
+        "the mean of the square": [2.0**-10, 0.5],
+        "a sum in place of a product": [10 * math.sqrt(0.5), math.sqrt(0.5)],
+        "the others give it back": [1 / 32, 1.0],
+    },
+)
+def leaks() -> list[float]:
+    return [math.prod([math.sqrt(0.5)] * 10), math.sqrt(0.5)]
+
+
+def _ceiling(weights: int) -> float:
+    odd = weights % 2
+    return math.sqrt((weights - 1) / (weights + 3)) if odd else weights / (weights + 2)
+
+
+@exercise(
+    "4.3",
+    level=1,
+    kind="compute",
+    mistakes={"odd numbers only": [39, 2], "hidden layers": [37, 1], "one weight": [38, 1]},
+)
+def depth_for_a_slope() -> list[int]:
+    return [next(weights for weights in itertools.count(2) if _ceiling(weights) >= 0.95), 2]
+
+
+@exercise("4.4", level=2, kind="derive", at=lambda: [(torch.randn(8, 4),) for _ in range(3)])
+def four_by_pairs() -> Callable[[Tensor], Tensor]:
+    return full_sort
+
+
+def _no_letter(answer: Any) -> str | None:
+    try:
+        layers = [tuple(torch.as_tensor(part).detach().double() for part in pair) for pair in answer]
+        shapes = [(*W.shape, *b.shape) for W, b in layers]
+    except (TypeError, ValueError):
+        return "Expected a list of three pairs (W, b) of nested lists or tensors."
+    if len(layers) != 3:
+        return f"Expected three layers, got {len(layers)}."
+    widths = [1, *(W.shape[0] for W, _ in layers if W.ndim == 2)]
+    for place, (W, b) in enumerate(layers):
+        if W.ndim != 2 or b.shape != W.shape[:1] or W.shape[1] != widths[place]:
+            return f"The shapes do not fit: (rows, columns, biases) are {shapes}."
+        if torch.linalg.matrix_norm(W, 2) > 1 + 1e-6:
+            return f"The norm of weight {place + 1} is larger than 1."
+    x = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None]
+    found = x
+    for place, (W, b) in enumerate(layers):
+        found = found @ W.T + b
+        if place < 2:
+            if found.shape[1] % 2:
+                return "MaxMin needs an even number of units."
+            found = max_min(found)
+    if found.shape[1] != 1:
+        return "Expected one output."
+    wrong = (found - (x.abs() - 1).abs()).abs()[:, 0] > 1e-3
+    if not wrong.any():
+        return None
+    inside = not wrong[(x[:, 0].abs() < 1)].any()
+    return f"The values are {'right' if inside else 'wrong'} between -1 and 1, but not everywhere."
+
+
+@exercise("4.6", level=2, kind="derive", complaint=_no_letter)
+def letter() -> list[tuple[list[list[float]], list[float]]]:
+    s = math.sqrt(0.5)
+    return [
+        ([[s], [-s]], [0.0, 0.0]),
+        ([[-0.5, 0.5], [0.5, -0.5]], [-s, s]),
+        ([[-s, s]], [0.0]),
+    ]
+
+
+@exercise(
+    "4.8",
+    level=2,
+    kind="change the experiment",
+    mistakes={
+        "the ceiling of ReLU": 0.5,
+        "what is left of a gradient on average": 0.75,
+        "the fold": 1.0,
+    },
+)
+def leaky_ceiling() -> Tensor:
+    s = math.sqrt(0.5)
+    first, last = torch.tensor([[s], [-s]]), torch.tensor([s, s])
+    ends, middle = torch.tensor([[-1.0], [1.0]]), torch.zeros(1, 1)
+    values = [nn.functional.leaky_relu(x @ first.T, 0.5) @ last for x in (ends, middle)]
+    return values[0].mean() - values[1].mean()
+
+
+@exercise(
+    "4.9",
+    level=3,
+    kind="compute",
+    mistakes={
+        "not divided by the norm": [2.0, 1.0, 1.0],
+        "without the active unit": [0.0, math.sqrt(0.5), math.sqrt(0.5)],
+        "all alike": [math.sqrt(1 / 3)] * 3,
+    },
+)
+def last_row() -> Tensor:
+    first = torch.tensor([[1.0], [-1.0]]) / math.sqrt(2)
+    second = torch.tensor([[2.0, 2.0], [2.0, -1.0], [-1.0, 2.0]]) / 3
+    ends = torch.tensor([[1.0], [-1.0]])
+    hidden = ((ends @ first.T).relu() @ second.T).relu()  # (2, 3)
+    return torch.linalg.lstsq(hidden, ends.abs() / math.sqrt(3), driver="gelsd").solution[:, 0]
