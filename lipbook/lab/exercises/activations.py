@@ -64,35 +64,32 @@ def four_by_pairs() -> Callable[[Tensor], Tensor]:
     return full_sort
 
 
+def _layers(answer: Any) -> list[tuple[Tensor, Tensor]]:
+    layers = [[torch.as_tensor(part).detach().double() for part in pair] for pair in answer]
+    if [len(layer) for layer in layers] != [2, 2, 2]:
+        raise ValueError
+    return [(weight, bias) for weight, bias in layers]
+
+
 def _no_letter(answer: Any) -> str | None:
     try:
-        layers = [tuple(torch.as_tensor(part).detach().double() for part in pair) for pair in answer]
-        shapes = [(*W.shape, *b.shape) for W, b in layers]
+        layers = _layers(answer)
     except (TypeError, ValueError):
         return "Expected a list of three pairs (W, b) of nested lists or tensors."
-    if len(layers) != 3:
-        return f"Expected three layers, got {len(layers)}."
-    widths = [1, *(W.shape[0] for W, _ in layers if W.ndim == 2)]
-    for place, (W, b) in enumerate(layers):
-        if W.ndim != 2 or b.shape != W.shape[:1] or W.shape[1] != widths[place]:
-            return f"The shapes do not fit: (rows, columns, biases) are {shapes}."
-        if torch.linalg.matrix_norm(W, 2) > 1 + 1e-6:
-            return f"The norm of weight {place + 1} is larger than 1."
+    norms = [torch.linalg.svdvals(weight).max().item() for weight, _ in layers if weight.ndim == 2]
+    if len(norms) < 3 or max(norms) > 1 + 1e-6:
+        return (
+            f"Expected three matrices of norm at most 1, got {[round(norm, 4) for norm in norms]}."
+        )
     x = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None]
-    found = x
-    for place, (W, b) in enumerate(layers):
-        found = found @ W.T + b
-        if place < 2:
-            if found.shape[1] % 2:
-                return "MaxMin needs an even number of units."
-            found = max_min(found)
-    if found.shape[1] != 1:
-        return "Expected one output."
-    wrong = (found - (x.abs() - 1).abs()).abs()[:, 0] > 1e-3
-    if not wrong.any():
-        return None
-    inside = not wrong[(x[:, 0].abs() < 1)].any()
-    return f"The values are {'right' if inside else 'wrong'} between -1 and 1, but not everywhere."
+    (first, a), (second, b), (third, c) = layers
+    try:
+        found = max_min(max_min(x @ first.T + a) @ second.T + b) @ third.T + c
+        errors = (found - (x.abs() - 1).abs()).abs().reshape(61)
+    except (RuntimeError, ValueError) as error:
+        return f"The shapes do not fit: {error}"
+    wrong = int((errors > 1e-3).sum())
+    return f"It is wrong at {wrong} of 61 points of [-3, 3]." if wrong else None
 
 
 @exercise("4.6", level=2, kind="derive", complaint=_no_letter)

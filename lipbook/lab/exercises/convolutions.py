@@ -160,13 +160,19 @@ def _no_double(answer: Any) -> str | None:
         except Exception as error:
             return f"Your function raises {type(error).__name__}: {error}"
         if found.shape != (2 * n, 2 * n):
-            return f"Expected the shape {(2 * n, 2 * n)} for {n} channels, got {tuple(found.shape)}."
-        if (found - found.T).abs().max() > 1e-6 or (found @ found - found).abs().max() > 1e-6:
-            return "It is no symmetric projector."
-        if (found[:, :n] - torch.cat([projector, 0 * projector])).abs().max() > 1e-6:
-            return "It does not send (x, 0) to (Px, 0)."
-        if round(found.trace().item()) != n:
-            return "Its rank is not that of half of the channels."
+            return (
+                f"Expected the shape {(2 * n, 2 * n)} for {n} channels, got {tuple(found.shape)}."
+            )
+        off = {
+            "It is not symmetric.": found - found.T,
+            "Its square is not itself.": found @ found - found,
+            "It does not send (x, 0) to (Px, 0).": found[:, :n]
+            - torch.cat([projector, 0 * projector]),
+            "Its rank is not half of the channels.": found.trace() - n,
+        }
+        for wrong, difference in off.items():
+            if difference.abs().max() > 1e-6:
+                return wrong
     return None
 
 

@@ -49,7 +49,10 @@ def sorting() -> Tensor:
     "1.4",
     level=1,
     kind="compute",
-    mistakes={"without p pᵀ": [0.5, 0.25, 0.25], "the bound in place of the largest": [0.5, 0.25, 0.0]},
+    mistakes={
+        "without p pᵀ": [0.5, 0.25, 0.25],
+        "the bound in place of the largest": [0.5, 0.25, 0.0],
+    },
 )
 def three_scores() -> Tensor:
     p = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
