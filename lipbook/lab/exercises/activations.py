@@ -14,6 +14,8 @@ from lipbook.activations import GroupSort, full_sort, max_min
 from lipbook.jacobians import jacobian
 from lipbook.lab.exercises.registry import exercise
 
+__all__: list[str] = []  # answers are asked for by their numbers
+
 
 @exercise(
     "4.1",

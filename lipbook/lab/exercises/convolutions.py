@@ -16,6 +16,8 @@ from lipbook.jacobians import convolution_matrix
 from lipbook.lab.exercises.registry import exercise
 from lipbook.norms import circular_convolution_singular_values
 
+__all__: list[str] = []  # answers are asked for by their numbers
+
 
 @exercise(
     "6.1",

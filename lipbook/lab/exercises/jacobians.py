@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lipbook.jacobians import convolution_matrix, jacobian, softmax_jacobian
 from lipbook.lab.exercises.registry import exercise
 
+__all__: list[str] = []  # answers are asked for by their numbers
+
 
 @exercise(
     "1.1",
