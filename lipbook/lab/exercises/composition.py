@@ -14,6 +14,8 @@ from lipbook.composition import lipschitz_bound
 from lipbook.lab.exercises.registry import exercise
 from lipbook.norms import circular_convolution_norm, operator_norm
 
+__all__: list[str] = []  # answers are asked for by their numbers
+
 
 def _matrix(*rows: list[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lipbook.jacobians import convolution_matrix, jacobian, softmax_jacobian
 from lipbook.lab.exercises.registry import exercise
+
+__all__: list[str] = []  # answers are asked for by their numbers
 
 
 @exercise(
@@ -101,7 +103,7 @@ def layer_normalisation() -> Tensor:
     return torch.linalg.svdvals(jacobian(layer, x)[0])
 
 
-def _padded(size: int, mode: str) -> float:
+def _padded(size: int, mode: Literal["zeros", "circular"]) -> float:
     kernel = torch.tensor([[[-1.0, 2.0, 0.6]]], dtype=torch.float64)
     matrix = convolution_matrix(kernel, size, padding=1, padding_mode=mode)
     return float(torch.linalg.svdvals(matrix)[0])

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lipbook.lab.exercises.registry import exercise
 
+__all__: list[str] = []  # answers are asked for by their numbers
+
 
 @exercise(
     "2.1",
