@@ -134,10 +134,12 @@ def graph_error(graph: Graph, example: Tensor, p: float) -> Analysis:
     for node in graph.nodes[1:]:
         layer = node.layer
         assert layer is not None
-        if isinstance(layer, Join):
-            steps.append(layer)
-        else:
-            with node.located():
+        with node.located():
+            if isinstance(layer, Join):
+                if type(layer).errors is Join.errors:
+                    layer.errors((), examples[0], p)  # which refuses
+                steps.append(layer)
+            else:
                 steps.append(_analysis(layer, examples[node.inputs[0]], p, ""))
 
     def analysis(x: Tensor) -> ForwardError:
