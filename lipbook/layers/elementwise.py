@@ -26,7 +26,6 @@ from lipbook.errors import (
     _by_input,
     _check_single,
     _closed_form,
-    _entries,
     _entrywise,
     _error_rule_of,
     _quantum,
@@ -35,7 +34,7 @@ from lipbook.errors import (
     moved_error,
     range_error_rule,
 )
-from lipbook.norms.rigorous import _UP, _gamma
+from lipbook.norms.rigorous import _UP
 from lipbook.rules import (
     Bound,
     Range,
