@@ -11,16 +11,21 @@ a program can be from its function near an input. A layer joins by :func:`forwar
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lipbook.composition.reading import compose
+from lipbook.composition.local import ranges_of, stretches
+from lipbook.composition.reading import compose, times
 from lipbook.errors import (
     Analysis,
     ForwardError,
+    RangeAnalysis,
     _analysis,
     _check_arithmetic,
+    _range_analysis,
     _then,
     _unrounded,
     forward_error_rule,
@@ -29,7 +34,13 @@ from lipbook.graphs import Graph, trace
 from lipbook.layers.joins import Join
 from lipbook.norms.arguments import _floating
 from lipbook.norms.rigorous import rigorous_convolution_norm, rigorous_matrix_norm
-from lipbook.rules import _exponent
+from lipbook.rules import (
+    Domain,
+    Range,
+    _exponent,
+    local_lipschitz_rule,
+    outward,
+)
 
 __all__ = [
     "ForwardError",
@@ -41,7 +52,9 @@ __all__ = [
 
 
 @torch.no_grad()
-def forward_error(module: nn.Module, inputs: Tensor, p: float = 2) -> ForwardError:
+def forward_error(
+    module: nn.Module, inputs: Tensor, p: float = 2, domain: Domain | None = None
+) -> ForwardError:
     r"""Bound how far the program of a module is from its function, at inputs and around them.
 
     Layer by layer, each with its rule (:func:`forward_error_rule`). If the first of two layers has
@@ -67,6 +80,10 @@ def forward_error(module: nn.Module, inputs: Tensor, p: float = 2) -> ForwardErr
         (batch, \*shape).
     p : float
         1, 2 or :data:`math.inf`.
+    domain : Box or Ball, optional
+        Set that holds the inputs. Then the error is one for the whole set, the slope is 0 and the
+        Lipschitz bound is that of the domain: products, attention and recurrence need one. See
+        :func:`range_errors`.
 
     Returns
     -------
@@ -103,7 +120,18 @@ def forward_error(module: nn.Module, inputs: Tensor, p: float = 2) -> ForwardErr
         )
     with torch.inference_mode(False):
         graph = trace(module, tuple(inputs.shape[1:]))
-        return graph_error(graph, inputs, p)(inputs)
+        if domain is None:
+            return graph_error(graph, inputs, p)(inputs)
+        shape, double = tuple(inputs.shape[1:]), graph.double()
+        ranges = ranges_of(double, domain.range(shape))
+        if not domain.range(shape).holds(inputs.double()):
+            raise ValueError(f"inputs must lie in the domain {domain}")
+        error = range_errors(graph, double, inputs, p)(ranges)
+        lipschitz = stretches(double, ranges, p)[double.output].max().item() * (1 + 2.0**-30)
+        outputs = graph.run(inputs.clone())
+        whole = error.expand(len(inputs)).clone()
+        room = torch.where(whole.isfinite(), math.inf, 0.0)
+        return ForwardError(outputs, lipschitz, whole, 0.0, room)
 
 
 def graph_error(graph: Graph, example: Tensor, p: float) -> Analysis:
@@ -113,10 +141,12 @@ def graph_error(graph: Graph, example: Tensor, p: float) -> Analysis:
     for node in graph.nodes[1:]:
         layer = node.layer
         assert layer is not None
-        if isinstance(layer, Join):
-            steps.append(layer)
-        else:
-            with node.located():
+        with node.located():
+            if isinstance(layer, Join):
+                if type(layer).errors is Join.errors:
+                    layer.errors((), examples[0], p)  # which refuses
+                steps.append(layer)
+            else:
                 steps.append(_analysis(layer, examples[node.inputs[0]], p, ""))
 
     def analysis(x: Tensor) -> ForwardError:
@@ -141,3 +171,111 @@ def graph_error(graph: Graph, example: Tensor, p: float) -> Analysis:
         return dataclasses.replace(total, lipschitz=min(total.lipschitz, blocks))
 
     return analysis
+
+
+def range_errors(
+    graph: Graph, double: Graph, example: Tensor, p: float
+) -> Callable[[Sequence[Range]], Tensor]:
+    r"""Analysis of a graph on sets of inputs: bounds that hold for every input of a set.
+
+    Node by node, with :math:`R_k` the range of the exact values and
+    :math:`\lVert\tilde v_k - v_k\rVert_p \le e_k`: the computed values lie in :math:`R_k` widened
+    by :math:`e_k`, which is a convex set that holds the exact ones too. There a layer with inputs
+    :math:`j` stretches by :math:`c_j` at most and rounds by :math:`\eta`, so that
+
+    .. math:: e_k = \sum_j c_j e_j + \eta .
+
+    (For a join that is stacked the p-norm of the :math:`c_j e_j`.) The factors are those of
+    :func:`~lipbook.composition.local_lipschitz_rule` and of joins, :math:`\eta` that of
+    :func:`~lipbook.errors.range_error_rule`.
+
+    Parameters
+    ----------
+    graph : Graph
+        The program.
+    double : Graph
+        The same graph in float64, whose layers give ranges and factors.
+    example : torch.Tensor
+        A batch of inputs.
+    p : float
+        Exponent of the norms.
+
+    Returns
+    -------
+    callable
+        From the ranges of the nodes of ``double`` to the error of the output, (batch,); infinite
+        where numbers may overflow.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a layer has no such bound, or the dtype is not float32 or float64.
+    """
+    examples = graph.values(example.clone())
+    steps: list[RangeAnalysis | Join | None] = [None]
+    for node in graph.nodes[1:]:
+        layer = node.layer
+        assert layer is not None
+        with node.located():
+            seen = [examples[j] for j in node.inputs]
+            if any(part.dtype not in (torch.float32, torch.float64) for part in seen):
+                raise ValueError(
+                    "errors on a domain are bounded in float32 and float64, got "
+                    f"{', '.join(str(part.dtype) for part in seen)}: call .float(), or use "
+                    "sound=False"
+                )
+            if isinstance(layer, Join):
+                _check_arithmetic(seen[0])
+                steps.append(layer)
+            else:
+                steps.append(_range_analysis(layer, seen[0], p))
+
+    def analysis(ranges: Sequence[Range]) -> Tensor:
+        found = [torch.zeros(len(ranges[0].low), dtype=torch.float64)]
+        seen = [ranges[0]]
+        lost = ~_holds(ranges[0], examples[0].dtype)
+        for k, step in enumerate(steps[1:], 1):
+            node, twin = graph.nodes[k], double.nodes[k].layer
+            assert twin is not None
+            parts, before = [seen[j] for j in node.inputs], [found[j] for j in node.inputs]
+            with node.located():
+                if isinstance(step, Join):
+                    assert isinstance(twin, Join)
+                    factors = twin.factors(parts, p)
+                    own = step.rounding(parts, examples[k].dtype, p)
+                else:
+                    assert step is not None
+                    factors = [local_lipschitz_rule(twin, parts[0], p)]
+                    own = step(parts[0])
+            if len(factors) < len(before):
+                factors = factors * len(before)
+            carried = torch.stack(
+                torch.broadcast_tensors(
+                    *(times(c, e) for c, e in zip(factors, before, strict=True))
+                )
+            )
+            stacked = isinstance(step, Join) and step.stacked
+            joined = torch.linalg.vector_norm(carried, p, dim=0) if stacked else carried.sum(0)
+            error = ((joined + own) * (1 + 2.0**-40)).nan_to_num(math.inf, posinf=math.inf)
+            lost = lost | ~error.isfinite()
+            found.append(error)
+            seen.append(_widened(ranges[k], torch.where(error.isfinite(), error, 0.0), p))
+            lost = lost | ~_holds(seen[k], examples[k].dtype)
+        return torch.where(lost, math.inf, found[graph.output])
+
+    return analysis
+
+
+def _holds(values: Range, dtype: torch.dtype) -> Tensor:
+    """Whether a dtype holds all values, with room to spare."""
+    return values.abs().flatten(1).amax(1) <= torch.finfo(dtype).max / 8
+
+
+def _widened(values: Range, error: Tensor, p: float) -> Range:
+    """Range of all points within a distance of a range, for each sample."""
+    entry = error.view(-1, *[1] * (values.low.dim() - 1))
+    low, high = outward(values.low - entry, values.high + entry)
+    if values.center is None or values.radius is None:
+        return Range(low, high)
+    longest = math.sqrt(values.low[0].numel()) if p == math.inf else 1.0
+    return Range(low, high, values.center, (values.radius + error * longest) * (1 + 2.0**-40))

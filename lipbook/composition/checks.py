@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from lipbook.composition.bounds import lipschitz_bound
 from lipbook.composition.lower import lipschitz_lower_bound
-from lipbook.errors import _analysis, forward_error_rule
+from lipbook.errors import (
+    _analysis,
+    _range_analysis,
+    forward_error_rule,
+    range_error_rule,
+)
 from lipbook.freezing import freeze
 from lipbook.norms.arguments import _integer
 from lipbook.rules import (
@@ -69,7 +74,7 @@ def check_layer(
     slopes                 difference quotients, entry by entry
     matrix                 the layer itself, at samples; bounds of :math:`|A|` by its columns
     rows of the Jacobian   the Jacobian by automatic differentiation
-    error of the program   the same layer in float64
+    error of the program   the same layer in float64, at samples and on sets
     frozen copy            the layer, bit by bit
     gradient               central differences
     =====================  =====================================================================
@@ -126,6 +131,7 @@ def check_layer(
         check.ranges()
         check.rows_of_the_jacobian()
         check.program()
+        check.program_on_sets()
         check.frozen()
         check.gradient()
     return LayerReport(tuple(check.rows))
@@ -345,6 +351,38 @@ class _Check:
             )
         worst = (off / result.error.clamp(min=1e-300)).max().item()
         self.rows.append(("error of the program", "holds", f"{worst:.3g} of the bound"))
+
+    def program_on_sets(self) -> None:
+        rules = (forward_error_rule, range_error_rule)
+        if all(rule.dispatch(type(self.layer)) is rule.dispatch(object) for rule in rules):
+            return
+        single = _plain_copy(self.layer).float().requires_grad_(False)
+        exact = copy.deepcopy(single).double()
+        worst = 0.0
+        for values, domain in self.neighbourhoods():
+            x = self.inside(values, domain).float()
+            x = torch.minimum(torch.maximum(x, values.low.float()), values.high.float())
+            middle = values.middle.float()
+            reach = (values.high - values.low) / 2 * (1 + 2.0**-20) + middle.abs() * 2.0**-20
+            held = Range(middle - reach, middle + reach)  # which holds rounded points, too
+            try:
+                with torch.no_grad():
+                    bound = _range_analysis(single, x[:2], 2.0)(held)
+            except ValueError as error:
+                self.rows.append(("error on a set", "refused", str(error)))
+                return
+            with torch.no_grad():
+                off = (single(x.clone()).double() - exact(x.double())).flatten(1).norm(dim=1)
+            if bool((off > bound * (1 + 1e-6) + 1e-12 * off).any()):
+                row = int((off - bound).argmax())
+                raise self.wrong(
+                    "range_error_rule",
+                    f"an error of {bound.max().item():.6g}",
+                    f"float32 is off by {off[row].item():.6g}",
+                    x[row],
+                )
+            worst = max(worst, (off / bound.clamp(min=1e-300)).max().item())
+        self.rows.append(("error on a set", "holds", f"{worst:.3g} of the bound"))
 
     def frozen(self) -> None:
         frozen = freeze(self.layer)

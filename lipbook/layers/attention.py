@@ -29,6 +29,16 @@ r"""Attention: Lipschitz on bounded sets, and not on all of space :cite:p:`kim20
 # The sum c is at most the number of queries. Since two logits of a row differ by their masks and by
 # at most d = 2 s R_q R_k, P_ij <= e^(m_ij) / (e^(m_ij) + e^(-d) sum_(l != j) e^(m_il)), which is
 # summed over i.
+
+# Note [rounding of attention]
+# Logits s q.k are sums of d products, with the scale multiplied in before or behind: they are off by
+# gamma_(d+10) s R_q R_k, and by 2u (s R_q R_k + |m|) for a mask. Call Lambda the sum, with
+# s (D_q R_k + R_q D_k) for queries and keys that are off by D_q and D_k. A change of the logits by at
+# most Lambda changes P_i by at most Lambda in the 1-norm: dP = P (dl - mean dl), and a variable in
+# [-Lambda, Lambda] has a mean deviation of at most Lambda. The softmax is off by Note [rounding of a
+# softmax], with E twice for each block of keys (torch takes 512 at a time, 32 are assumed), the sum
+# over keys by gamma_(keys+8). All of this multiplies the largest |v_j| of an entry; errors of the
+# values are averaged.
 """
 
 from __future__ import annotations
@@ -41,10 +51,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lipbook.errors import _ELEMENTARY, _entrywise, _quantum
 from lipbook.freezing import keep_kernels
 from lipbook.layers.joins import NEEDS_DOMAIN, Join
-from lipbook.layers.softmax import sum_of_others
+from lipbook.layers.softmax import softmax_units, sum_of_others
 from lipbook.norms import operator_norm
+from lipbook.norms.rigorous import _gamma
 from lipbook.rules import Affine, Range, _check_weight, affine_rule, outward
 
 __all__ = ["MultiheadCall", "ScaledDotProduct"]
@@ -110,6 +122,15 @@ class ScaledDotProduct(Join):
         mask = self.mask(ranges[0].shape[-2], ranges[1].shape[-2])
         factors = block_factors(ranges, s, mask, p)  # (batch, ...) with heads or without
         return [factor.unsqueeze(-1).flatten(1).amax(1) for factor in factors]
+
+    def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
+        """Bound of Note [rounding of attention]."""
+        query, key, value = ranges
+        scale = self.options.get("scale")
+        s = 1 / math.sqrt(query.shape[-1]) if scale is None else abs(scale)
+        mask = self.mask(query.shape[-2], key.shape[-2])
+        share = averaging_error(query, key, s, mask, dtype)[..., None, None]
+        return _entrywise(off_averages(share, value.abs(), query.shape[-2], dtype), p)
 
     def range(self, ranges: Sequence[Range]) -> Range:
         """Averages of the values."""
@@ -205,6 +226,31 @@ def averages(value: Range, queries: int, mask: Tensor | None) -> Range:
     radii = _distances(value, mean_token(value)).square() * queries
     radius = radii.view(len(radii), -1).sum(1).sqrt() * _UP
     return Range(low.expand(shape), high.expand(shape), mean_token(value).expand(shape), radius)
+
+
+def averaging_error(
+    query: Range, key: Range, s: float, mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Error of an average, relative to the largest value, for each block, (batch, ...)."""
+    features, keys = query.shape[-1], key.shape[-2]
+    info = torch.finfo(dtype)
+    size = s * token_norms(query) * token_norms(key) * _UP
+    logits = _gamma(features + 10, dtype) * size + 4 * features * _quantum(dtype) * (1 + size)
+    if mask is not None:
+        finite = mask[mask.isfinite()].abs()
+        added_up = size + (finite.amax() if finite.numel() else 0.0)
+        logits = logits + info.eps * added_up
+    units = softmax_units(keys) + 2 * _ELEMENTARY * (1 + keys // 32)
+    relative = _gamma(units, dtype) + _gamma(keys + 8, dtype) + 8 * keys * _quantum(dtype)
+    fits = (size < info.max / 64) & torch.tensor(relative < 0.01)
+    return torch.where(fits, logits + 1.02 * relative, math.inf)
+
+
+def off_averages(share: Tensor, size: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+    """Errors of averages of values of so large a modulus, (batch, ..., queries, features)."""
+    largest = size.amax(-2, keepdim=True)
+    error = share * largest * _UP + 8 * size.shape[-2] * _quantum(dtype) * (1 + largest)
+    return error.expand(*error.shape[:-2], queries, error.shape[-1])
 
 
 # ------------------------------------------------------------------------- several heads
@@ -354,6 +400,38 @@ class MultiheadCall(Join):
             totals[place] = totals[place] + outer * inner * _UP
         return totals[: len(ranges)]
 
+    def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
+        """Bound of Note [rounding of attention], between the errors of two projections."""
+        module = self.module
+        if dtype != module.out_proj.weight.dtype:
+            raise ValueError(f"must run in the dtype of its weights, got {dtype}: use sound=False")
+        points = [Range(t[None], t[None]) for t in (t.double() for t in self.tokens())]
+        known = [*ranges, *points]
+        parts, errors = [], []
+        for exact, place, (weight, bias) in zip(
+            self.heads(ranges), self.places, self.projections(), strict=True
+        ):
+            inside = known[place].abs() @ weight.abs().mT + bias.abs()
+            off = _projection_error(inside, weight.shape[1], dtype)
+            off = off.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+            parts.append(Range(*outward(exact.low - off, exact.high + off)))
+            errors.append(off)
+        query, key, value = parts
+        s = 1 / math.sqrt(module.head_dim)
+        mask = self.mask(query.shape[-2], key.shape[-2])
+        wrong = [torch.linalg.vector_norm(off, dim=-1).amax(-1) for off in errors[:2]]
+        moved = s * (wrong[0] * token_norms(key) + token_norms(query) * wrong[1]) * _UP
+        share = (averaging_error(query, key, s, mask, dtype) + moved)[..., None, None]
+        off = off_averages(share, value.abs(), query.shape[-2], dtype)
+        off = off + errors[2].amax(-2, keepdim=True) * _UP
+        size = value.abs().amax(-2, keepdim=True) + off
+        off, size = (part.transpose(1, 2).flatten(2) for part in (off, size))
+        outer = module.out_proj.weight.detach().double().abs()
+        bias = module.out_proj.bias
+        inside = size @ outer.mT + (0.0 if bias is None else bias.detach().double().abs())
+        error = off @ outer.mT * _UP + _projection_error(inside, outer.shape[1], dtype)
+        return _entrywise(error, p)
+
     def range(self, ranges: Sequence[Range]) -> Range:
         """Project averages of the values."""
         query, key, value = self.heads(ranges)
@@ -371,6 +449,13 @@ class MultiheadCall(Join):
         assert image.radius is not None
         radius = mean.radius * operator_norm(weight, 2) * _UP + image.radius
         return Range(image.low, image.high, image.center, radius)
+
+
+def _projection_error(inside: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    r"""Error of :math:`W x + b` for values of :math:`|W| |x| + |b|`."""
+    error = _gamma(features + 4, dtype) * inside * _UP
+    error = error + 4 * features * _quantum(dtype) * (1 + inside.amax())
+    return torch.where(inside < torch.finfo(dtype).max / 8, error, math.inf)
 
 
 def _linear(weight: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Affine:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipbook.layers.joins import NEEDS_DOMAIN, Join
+from lipbook.layers.joins import NEEDS_DOMAIN, Join, rounded
 from lipbook.rules import Range, outward
 
 __all__ = ["BilinearCall"]
@@ -54,6 +54,19 @@ class BilinearCall(Join):
             norm = norm + torch.linalg.matrix_norm(half + rounding * 2.0**-48, p)
             factors.append((norm.flatten(1).amax(1) if norm.dim() > 1 else norm) * _UP)
         return factors
+
+    def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
+        r"""Bound sums of products of three, :math:`\gamma (|A| |x_1| |x_2| + |b|)`."""
+        if dtype != self.module.weight.dtype:
+            raise ValueError(f"must run in the dtype of its weight, got {dtype}: use sound=False")
+        weight, bias = self.module.weight.detach().double().abs(), self.module.bias
+        first, second = (r.abs() for r in ranges)
+        size = torch.einsum("kij,...i,...j->...k", weight, first, second)
+        if bias is not None:
+            size = size + bias.detach().double().abs()
+        m, n = weight.shape[1:]
+        largest = (1 + weight.amax()) * (1 + first.amax()) * (1 + second.amax())
+        return rounded(size, m + n + m * n + 4, dtype, p, m * n * largest)
 
     def range(self, ranges: Sequence[Range]) -> Range:
         """Interval product, by middle and radius."""

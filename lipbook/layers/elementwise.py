@@ -19,13 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from lipbook.errors import (
+    _ELEMENTARY,
     Analysis,
+    ForwardError,
+    RangeAnalysis,
+    _by_input,
+    _check_single,
     _closed_form,
+    _entrywise,
     _error_rule_of,
+    _quantum,
     _relative,
     clipped_error,
     moved_error,
+    range_error_rule,
 )
+from lipbook.norms.rigorous import _UP
 from lipbook.rules import (
     Bound,
     Range,
@@ -441,7 +450,148 @@ def _(module: nn.Hardtanh, example: Tensor, p: float) -> Analysis:
     return clipped_error(module, example, p, (module.min_val, module.max_val))
 
 
-@_error_rule_of(nn.LeakyReLU, nn.PReLU)
+@_error_rule_of(nn.LeakyReLU, nn.PReLU, nn.RReLU)
 def _(module: Any, example: Tensor, p: float) -> Analysis:
     lipschitz = _closed_form(module, example, p)
     return lambda x: _relative(module, x, p, lipschitz, 3)  # the slope and the product
+
+
+# Note [errors of elementwise functions]
+# E stands for the error of an elementary function, 64u (Note [elementary functions]).
+#
+# Relative to the output: tanh (E); sigmoid 1 / (1 + exp(-x)), whose denominator is off by E at
+# most, and two roundings; softsign, hardsigmoid and hardswish, which are a few sums, products and
+# quotients of one sign: x + 3 is rounded once, and clipped at 0 and at 6 as the exact sum is, up to
+# that rounding.
+#
+# Relative to the input: GELU is x/2 (1 + erf(x / √2)). The argument is off by 3u, which moves erf
+# by at most 3u max |z erf'(z)| <= 2u, erf itself by 32u, and 1 + erf is at most 2 before it is
+# rounded: 20u |x| in all. With tanh, the argument √(2/π) (x + 0.044715 x³) is a sum of numbers of
+# one sign and off by 10u, which moves tanh by at most 10u max |z tanh'(z)| <= 5u: with E and the
+# last roundings 40u |x|. SiLU: x times a sigmoid that is off by E + 4u. Mish: softplus here is off
+# by a relative 2E + 2u, and tanh has the condition number 1 at most: 3E + 8u. Tanhshrink:
+# |tanh x| <= |x|.
+#
+# Absolute: exp - 1 with exp <= 1 is off by E + 2u, so ELU, CELU and SELU by (E + 8u) alpha for
+# negative inputs, and by three roundings of the output for others; where CELU and SELU divide
+# the input or multiply it, |z e^z| <= 1 covers its rounding. Sines are assumed to be off by 16u.
+#
+# Softplus log(1 + exp(bx)) / b: exp(bx) is off by E + |bx|u, of which softplus keeps a share
+# p/(p + 1) b / log(1 + p) <= 1 as a relative error, and log1p adds E: 2E + 8u of the output,
+# 4u |x| of the input as sigmoid <= 1. Beyond the threshold x is returned, which is off by
+# exp(-threshold) / b at most. Logsigmoid is -softplus(-x), with no threshold.
+
+_RELATIVE: dict[type[nn.Module], int] = {
+    nn.Tanh: _ELEMENTARY,
+    nn.Sigmoid: _ELEMENTARY + 4,
+    nn.Softsign: 4,
+    nn.Hardsigmoid: 6,
+    nn.Hardswish: 8,
+}
+_BY_INPUT: dict[type[nn.Module], Callable[[Any], int]] = {
+    nn.GELU: lambda m: _ELEMENTARY,
+    nn.SiLU: lambda m: _ELEMENTARY + 8,
+    nn.Mish: lambda m: 4 * _ELEMENTARY,
+    nn.Tanhshrink: lambda m: _ELEMENTARY + 4,
+}
+
+
+@_error_rule_of(*_RELATIVE)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    _check_single(example)
+    lipschitz = _closed_form(module, example, p)
+    roundings = next(_RELATIVE[c] for c in type(module).__mro__ if c in _RELATIVE)
+    return lambda x: _relative(module, x, p, lipschitz, roundings)
+
+
+@_error_rule_of(*_BY_INPUT)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    _check_single(example)
+    lipschitz = _closed_form(module, example, p)
+    units = next(_BY_INPUT[c] for c in type(module).__mro__ if c in _BY_INPUT)(module)
+    return lambda x: _by_input(module, x, p, lipschitz, units)
+
+
+@_error_rule_of(nn.ELU, nn.CELU, nn.SELU)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    _check_single(example)
+    lipschitz = _closed_form(module, example, p)
+    alpha = abs(getattr(module, "alpha", 2.0))
+    constant = (_ELEMENTARY + 16) * max(1.0, alpha) * torch.finfo(example.dtype).eps
+    return lambda x: _by_input(module, x, p, lipschitz, 4 * max(1.0, lipschitz), constant)
+
+
+@_error_rule_of(nn.Softplus, nn.LogSigmoid)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    _check_single(example)
+    lipschitz = _closed_form(module, example, p)
+    beta, threshold = getattr(module, "beta", 1.0), getattr(module, "threshold", math.inf)
+    if isinstance(module, nn.Softplus) and math.exp(min(threshold, 709.0)) > (
+        torch.finfo(example.dtype).max / 8
+    ):
+        raise ValueError(
+            f"its exponential overflows below the threshold of {threshold:g}: use 20, or sound=False"
+        )
+    jump = math.exp(-threshold) / beta * _UP
+
+    def analysis(x: Tensor) -> ForwardError:
+        result = _relative(module, x, p, lipschitz, 2 * _ELEMENTARY + 8)
+        other = _by_input(module, x, p, lipschitz, 4.0, jump)
+        return dataclasses.replace(
+            result,
+            error=(result.error + other.error) * _UP,
+            slope=(result.slope + other.slope) * _UP,
+            limit=torch.minimum(result.limit, other.limit / max(beta, 1.0)),
+        )
+
+    return analysis
+
+
+@_error_rule_of(nn.Softshrink)
+def _(module: nn.Softshrink, example: Tensor, p: float) -> Analysis:
+    _check_single(example)
+    constant = abs(module.lambd) * torch.finfo(example.dtype).eps
+    return lambda x: _by_input(module, x, p, 1.0, 2, constant)
+
+
+@_error_rule_of(nn.Threshold)
+def _(module: nn.Threshold, example: Tensor, p: float) -> Analysis:
+    return clipped_error(module, example, p, (module.value,))
+
+
+@_error_rule_of(Sine)
+def _(module: Sine, example: Tensor, p: float) -> Analysis:
+    _check_single(example)
+    constant = 16 * torch.finfo(example.dtype).eps
+    return lambda x: _by_input(module, x, p, 1.0, 2, constant)
+
+
+@_rule_of(Exp, Log, Reciprocal, Power, nn.GLU, dispatch=range_error_rule)
+def _(module: Any, example: Tensor, p: float) -> RangeAnalysis:
+    r"""Errors relative to the largest output of each entry.
+
+    One rounding for quotients and roots, :math:`k - 1` for a small power, E for the others, and
+    :math:`|k \log x|` times the rounding of an exponent :math:`k` that the dtype does not hold.
+    GLU: a product with a sigmoid.
+    """
+    _check_single(example)
+    dtype = example.dtype
+    info = torch.finfo(dtype)
+
+    def analysis(values: Range) -> Tensor:
+        size = range_rule(module, values).abs()
+        units = torch.full_like(size, _ELEMENTARY + 8.0)
+        if isinstance(module, Power):
+            k = module.exponent
+            if k != torch.tensor(k, dtype=dtype).item():
+                units = units + 2 * abs(k) * torch.maximum(
+                    values.low.log().abs(), values.high.log().abs()
+                )
+        gamma = units * info.eps / 2
+        error = gamma * (1 + gamma) * size + units * _quantum(dtype) * (1 + values.abs().amax())
+        error = torch.where(size <= info.max / 8, error, math.inf)
+        if not isinstance(module, nn.GLU) and _curve(module).positive:
+            error = torch.where(values.low >= info.tiny, error, math.inf)  # flushed to 0
+        return _entrywise(error, p)
+
+    return analysis

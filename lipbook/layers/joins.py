@@ -13,12 +13,14 @@ product are the values of the other inputs, and so need their ranges.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lipbook.errors import ForwardError, _stacked, _sum
+from lipbook.errors import ForwardError, _entrywise, _quantum, _stacked, _sum
+from lipbook.norms.rigorous import _gamma
 from lipbook.rules import Range, outward
 
 __all__ = [
@@ -75,8 +77,36 @@ class Join(nn.Module):
     def errors(self, parts: Sequence[ForwardError], outputs: Tensor, p: float) -> ForwardError:
         """Error of the program, given those of its inputs."""
         raise ValueError(
+            f"the rounding errors of {type(self).__name__} are not bounded on all of space: give a "
+            "domain, or use sound=False"
+        )
+
+    def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
+        """Bound of the error of the program on ranges, (batch,), for inputs without errors.
+
+        Infinite where numbers may overflow.
+        """
+        raise ValueError(
             f"the rounding errors of {type(self).__name__} are not bounded: use sound=False"
         )
+
+
+def rounded(
+    size: Tensor, roundings: int, dtype: torch.dtype, p: float, factors: Tensor | float = 0.0
+) -> Tensor:
+    r"""Norm of :math:`\gamma_k` times bounds of sums of moduli, with what underflows.
+
+    ``factors`` bounds, for each entry, the sum of the moduli of the factors of its products, each
+    of which may be flushed to zero.
+    """
+    flush = 2 * roundings * _quantum(dtype) * (1 + factors)
+    error = _gamma(roundings + 1, dtype) * (1 + 2.0**-30) * size + flush
+    return _entrywise(torch.where(size <= torch.finfo(dtype).max / 8, error, math.inf), p)
+
+
+def flushed(values: Range, dtype: torch.dtype, p: float) -> Tensor:
+    """Norm of twice the least normal number in each entry."""
+    return _entrywise(torch.full_like(values.low, 2 * _quantum(dtype)), p)
 
 
 def _ball(ranges: Sequence[Range]) -> bool:
@@ -110,6 +140,12 @@ class Add(Join):
     def errors(self, parts: Sequence[ForwardError], outputs: Tensor, p: float) -> ForwardError:
         """Add the errors, and round the sum."""
         return _sum(parts, outputs, p, self.weights)
+
+    def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
+        """Bound a weight, a product and each partial sum as rounded once."""
+        terms: list[Tensor] = [abs(w) * r.abs() for w, r in zip(self.weights, ranges, strict=True)]
+        size = sum(terms, torch.zeros((), dtype=torch.float64))
+        return rounded(size, len(terms) + 2, dtype, p)
 
     def range(self, ranges: Sequence[Range]) -> Range:
         """Sum of the intervals and of the balls."""
@@ -189,6 +225,10 @@ class Concatenate(Join):
         """Join the errors by the p-norm; nothing is rounded."""
         return _stacked(parts, outputs, p)
 
+    def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
+        """Bound what is flushed to zero."""
+        return flushed(self.range(ranges), dtype, p)
+
     def range(self, ranges: Sequence[Range]) -> Range:
         """Concatenate the intervals; the radii join by the Euclidean norm."""
         batch = max(len(r.low) for r in ranges)
@@ -241,6 +281,10 @@ class Maximum(Join):
         """Join the errors by the p-norm; nothing is rounded."""
         return _stacked(parts, outputs, p)
 
+    def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
+        """Bound what is flushed to zero."""
+        return flushed(self.range(ranges), dtype, p)
+
     def range(self, ranges: Sequence[Range]) -> Range:
         """Take the maximum of the ends."""
         first, second = ranges
@@ -264,6 +308,11 @@ class Multiply(Join):
             raise ValueError(f"a product of two tensors {NEEDS_DOMAIN}")
         first, second = (r.abs().flatten(1).amax(1) for r in ranges)
         return [second, first]
+
+    def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
+        """Bound one rounding of each product."""
+        first, second = (r.abs() for r in ranges)
+        return rounded(first * second, 1, dtype, p, first + second)
 
     def range(self, ranges: Sequence[Range]) -> Range:
         """Hull of the products of the ends."""
@@ -318,6 +367,12 @@ class MatMul(Join):
             dims = {1.0: (-1, -2), float("inf"): (-2, -1)}[p]
             norms = [b.sum(dims[0]).amax(-1), a.sum(dims[1]).amax(-1)]
         return [(norm.flatten(1).amax(1) if norm.dim() > 1 else norm) * slack for norm in norms]
+
+    def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
+        r"""Bound sums of k products, :math:`\gamma_k |A| |B|`."""
+        a, b = (r.abs() for r in ranges)
+        terms = a.shape[-1]
+        return rounded(a @ b, terms, dtype, p, a.sum(-1, keepdim=True) + b.sum(-2, keepdim=True))
 
     def range(self, ranges: Sequence[Range]) -> Range:
         """Interval matrix product, by middle and radius."""

@@ -37,6 +37,7 @@ Each splits a sample into groups of n entries and divides a group by its size. W
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -45,7 +46,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lipbook.errors import (
+    _ELEMENTARY,
+    Analysis,
+    ForwardError,
+    RangeAnalysis,
+    _Affine,
+    _check_single,
+    _closed_form,
+    _entrywise,
+    _error_rule_of,
+    _norms,
+    _quantum,
+    _relative,
+    range_error_rule,
+)
 from lipbook.layers.joins import NEEDS_DOMAIN, interval_product
+from lipbook.norms.rigorous import _gamma
 from lipbook.rules import (
     Affine,
     Bound,
@@ -542,3 +559,253 @@ def _(module: nn.LocalResponseNorm, input_shape: Shape, p: float) -> Bound:
     columns = 1 + beta * (1 + m)
     norm = {1.0: columns, 2.0: math.sqrt(rows * columns), math.inf: rows}[p]
     return Bound(norm * float(k) ** -beta * _UP, "upper bound", p)
+
+
+# ------------------------------------------------------------------- errors of programs
+
+# Note [rounding of a normalisation]
+# torch computes the mean and the variance of a group by Welford's updates in chunks of 16 numbers,
+# merged in pairs and then lane by lane, or (instance norm) by two passes. GroupNorm of inputs with
+# channels last takes the square of the mean off the mean of squares: it is refused. With M the
+# largest modulus in the group, n its size, and sigma^2 the variance:
+#
+# Mean. A sum of n numbers and a quotient are off by gamma_(n+2) M. An update m + (x - m) c moves
+# the result by at most u (M + 6 c M), with c <= 1/2 or exact, and averages the errors before. Over a
+# chunk of 16 this adds up to (1/16) sum_(i<=16) i (1 + 6/i) <= 15, over the rest of 15 numbers to
+# 14, over the lanes to 22; a merge in pairs adds 7, and there are at most 2 D + 1 of them with
+# D = max(1, log2(n / 32)) for lanes of two or more. So every mean and partial mean is off by
+#     e = gamma_K M (1 + 2 gamma_K),  K = 60 + 14 D,  for instance norm K = max(n + 8, 60 + 14 D).
+#
+# Variance. Two passes sum (x_i - m)^2, which is n sigma^2 + n (m - mean)^2 exactly. Welford's sum
+# has a term d d' for each number, d' = w d with w >= 1/2 (the first is 0), and w d^2 for each merge,
+# w = ab / (a + b); exactly they are not negative and add up to S = n sigma^2. As d and d' in a step
+# are off by e, in a merge by 2 e, the sum is off by
+#     2 sqrt2 e sum sqrt(w) |d| + n e^2 + sum_merges (4 e w |d| + 4 e^2 w) <= 2 B sqrt(S) + B^2,
+#     B = e sqrt(n) (sqrt2 + 2 sqrt(W)),  W = log2(n) / 4,
+# by Cauchy-Schwarz; the weights w of the merges of a tree of n leaves add up to n log2(n) / 4 at
+# most, since ab / n <= (n / 4) H2(a / n) for the binary entropy H2 >= 4 (a/n)(b/n). A path has
+# K + 70 relative roundings, g = gamma_(K+70) <= 1/100. Hence
+#     |sqrt(computed) - sigma| <= A = 2.5 (1 + g) B / sqrt(n) + g sigma.
+# (From below: (sqrt(S) - 2.5 B' - g sqrt(S))^2 <= S - 2 B' sqrt(S) - B'^2 - g S where that root is
+# positive.) Otherwise sigma < A, and what is computed may be negative. A <= s / 4 is asked for: then
+# eps >= (15/16) s^2 >= 15 A^2 there, next to which what is off, at most 2 b A + b^2 + g A^2 with
+# b = (1 + g) B / sqrt(n) <= A / 2.5, keeps the root within A of s, too.
+#
+# Result. s = sqrt(sigma^2 + eps) is 1-Lipschitz in sigma, so 1 / s is off by a relative
+# h = r / (1 - r), r = A / s + 8u. With z = (x - mean) / s, in either order, (x - m) r or x r - m r,
+# with gamma and beta inside or behind,
+#     |error| <= |gamma| (|z| (h + 12u) + (e + 24 u M) (1 + h) / s) + 8u |beta|.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moments:
+    """What is known of the groups of a set of inputs, each (batch, groups)."""
+
+    largest: Tensor  # M
+    sigma: Tensor  # the largest
+    s: Tensor  # the least
+
+
+def _moment_errors(
+    module: nn.Module,
+    groups: _Groups,
+    known: _Moments,
+    size: Tensor,
+    dtype: torch.dtype,
+    p: float,
+) -> Tensor:
+    """Bound of the note for entries with |z| <= size, (batch,)."""
+    n, u = groups.shape[1], torch.finfo(dtype).eps / 2
+    k = 60 + 14 * max(1, math.ceil(math.log2(max(n, 2) / 32)))
+    if isinstance(module, _INSTANCE):
+        k = max(n + 8, k)
+    gamma, g = _gamma(k, dtype), _gamma(k + 70, dtype)
+    off = gamma * (1 + 2 * gamma) * known.largest + 4 * n * _quantum(dtype)
+    b = off * (math.sqrt(2) + math.sqrt(math.log2(max(n, 2))))
+    spread = 2.5 * (1 + g) * b + g * known.sigma + math.sqrt(n * torch.finfo(dtype).tiny)
+    share = spread / known.s
+    r = share + 8 * u
+    h = r / (1 - r).clamp(min=0.5)
+    info = torch.finfo(dtype)
+    fits = (share <= 0.25) & (known.largest**2 * n < info.max / 64) & torch.tensor(g <= 0.01)
+    weight, bias = groups.weight.abs(), groups.bias.abs()
+    inner = (off + 24 * u * known.largest) * (1 + h) / known.s
+    error = weight * (size * (h + 12 * u)[..., None] + inner[..., None]) + 8 * u * bias
+    error = error + 8 * _quantum(dtype) * (1 + weight + bias)
+    return _entrywise(torch.where(fits[..., None], error, math.inf), p)
+
+
+def _checked_groups(module: Any, example: Tensor) -> _Groups:
+    _check_single(example)
+    if module.eps is None:
+        raise ValueError(
+            "eps=None takes the eps of the dtype, so that the program has another function in "
+            "each: give eps, or use sound=False"
+        )
+    groups = _groups(module, tuple(example.shape[1:]))
+    least = torch.finfo(example.dtype).tiny * 2.0**20 * groups.shape[1]
+    if not groups.eps > least:
+        raise ValueError(
+            f"eps must be larger than {least:.3g}, below which squares vanish, got "
+            f"{groups.eps:g}: use sound=False"
+        )
+    _check_layout(module, example)
+    return groups
+
+
+def _check_layout(module: nn.Module, x: Tensor) -> None:
+    """Refuse inputs whose variance torch computes with cancellation."""
+    if isinstance(module, nn.GroupNorm) and not x.is_contiguous():
+        raise ValueError(
+            "of inputs that are not contiguous (channels last) the square of the mean is taken off "
+            "the mean of squares, whose rounding has no useful bound: call .contiguous(), or use "
+            "sound=False"
+        )
+
+
+@_error_rule_of(nn.LayerNorm, nn.GroupNorm, *_INSTANCE)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    r"""Bound of Note [rounding of a normalisation] within :math:`d = s / 8` of the input.
+
+    As :math:`x \mapsto Cx` is nonexpansive, s falls by at most :math:`\lVert v - x\rVert_2 /
+    \sqrt n \le \lVert v - x\rVert_p \le d`, to 7/8, while an entry of :math:`Cx` moves by
+    :math:`2 d` at most.
+    """
+    if _by_running_statistics(module):
+        return _running_error(module, example, p)
+    groups = _checked_groups(module, example)
+    lipschitz = _closed_form(module, example, p)
+    n = groups.shape[1]
+
+    def analysis(x: Tensor) -> ForwardError:
+        _check_layout(module, x)
+        values = x.double()
+        outputs = module(x)
+        c = _centers(groups, values)
+        m = groups.split(values).abs().amax(-1)
+        sigma = torch.linalg.vector_norm(c, dim=-1) / math.sqrt(n) + (n + 8) * 2.0**-50 * m
+        s = ((sigma - (n + 8) * 2.0**-48 * m).clamp(min=0).square() + groups.eps).sqrt() / _UP
+        limit = s.amin(1) / 8
+        reach = limit[:, None]
+        known = _Moments((m + reach) * _UP, (sigma + reach) * _UP, s * 7 / 8 / _UP)
+        near = c.abs() + 2 * reach[..., None] + (n + 8) * 2.0**-50 * m[..., None]
+        size = (near / known.s[..., None] * _UP).clamp(max=math.sqrt(n))
+        error = _moment_errors(module, groups, known, size, x.dtype, p)
+        limit = torch.where(error.isfinite(), limit, -math.inf)
+        return ForwardError(outputs, lipschitz, error, 0.0, limit / _UP)
+
+    return analysis
+
+
+def _running_error(module: Any, example: Tensor, p: float) -> Analysis:
+    """Error of an instance norm by running statistics: a scale and a shift."""
+    _check_single(example)
+    lipschitz = _closed_form(module, example, p) * _UP
+    scale = _running_scale(module).abs()
+    shift = module.running_mean.double().abs() * scale
+    if module.bias is not None:
+        shift = shift + module.bias.detach().double().abs()
+    positions = example[0, 0].numel()
+    bias_norm = torch.linalg.vector_norm(shift, p).item() * positions ** (1 / p) * _UP
+    affine = _Affine(module, lipschitz, lipschitz, bias_norm, scale.max().item() * _UP, 10)
+    return lambda x: affine(x, p)
+
+
+@_rule_of(nn.LayerNorm, nn.GroupNorm, *_INSTANCE, dispatch=range_error_rule)
+def _(module: Any, example: Tensor, p: float) -> RangeAnalysis:
+    """Bound of Note [rounding of a normalisation] with the moments of a range."""
+    if _by_running_statistics(module):
+        default: Any = range_error_rule.dispatch(object)
+        return default(module, example, p)
+    groups = _checked_groups(module, example)
+    dtype = example.dtype
+
+    def analysis(values: Range) -> Tensor:
+        least, most, _ = _denominators(module, groups, values)
+        largest = groups.split(values.abs()).amax(-1)
+        low, high = _normalised(module, groups, values)
+        known = _Moments(largest * _UP, most, least)
+        size = torch.maximum(low.abs(), high.abs())
+        return _moment_errors(module, groups, known, size, dtype, p)
+
+    return analysis
+
+
+@_error_rule_of(nn.RMSNorm)
+def _(module: nn.RMSNorm, example: Tensor, p: float) -> Analysis:
+    """Nothing cancels: n squares, their sum, quotient, sum with eps, root, and two products."""
+    return _quotients(module, example, p, _quotient_roundings(module, example))
+
+
+@_error_rule_of(UnitNormalize)
+def _(module: UnitNormalize, example: Tensor, p: float) -> Analysis:
+    """N squares, their sum, a root, a quotient; squares that underflow matter next to eps."""
+    return _quotients(module, example, p, _quotient_roundings(module, example))
+
+
+def _unit_roundings(module: UnitNormalize, example: Tensor) -> int:
+    _check_single(example)
+    shape, dtype = tuple(example.shape[1:]), example.dtype
+    n = math.prod(shape[d - 1] for d in module.dims(shape))
+    lost = math.sqrt(n * torch.finfo(dtype).tiny) / module.eps if module.eps > 0 else math.inf
+    if not lost < 2.0**-10:
+        raise ValueError(
+            f"eps must be larger than the squares that vanish in {dtype}, got {module.eps:g}: use "
+            "sound=False"
+        )
+    return n + 12 + math.ceil(4 * lost / torch.finfo(dtype).eps)
+
+
+@_error_rule_of(nn.LocalResponseNorm)
+def _(module: nn.LocalResponseNorm, example: Tensor, p: float) -> Analysis:
+    r"""Relative errors of :math:`x D^{-\beta}`: those of D, times β, of the power, and two more.
+
+    D has m + 8 roundings, the exponent one, which :math:`|\log D| \le 89` (710) multiplies.
+    """
+    return _quotients(module, example, p, _quotient_roundings(module, example))
+
+
+def _response_roundings(module: nn.LocalResponseNorm, example: Tensor) -> int:
+    _check_single(example)
+    m = min(module.size, example.shape[1])
+    logarithm = math.log(torch.finfo(example.dtype).max)
+    units = _ELEMENTARY + 8 + module.beta * (m + 8 + logarithm)
+    return math.ceil(units * 1.1)
+
+
+def _quotient_roundings(module: Any, example: Tensor) -> int:
+    """Relative roundings of an output."""
+    if isinstance(module, UnitNormalize):
+        return _unit_roundings(module, example)
+    if isinstance(module, nn.LocalResponseNorm):
+        return _response_roundings(module, example)
+    return _checked_groups(module, example).shape[1] + 16
+
+
+@_rule_of(nn.RMSNorm, UnitNormalize, nn.LocalResponseNorm, dispatch=range_error_rule)
+def _(module: Any, example: Tensor, p: float) -> RangeAnalysis:
+    """So many roundings of the largest output of each entry."""
+    gamma = _gamma(_quotient_roundings(module, example) + 1, example.dtype)
+    info, twin = torch.finfo(example.dtype), copy.deepcopy(module).double()
+    quantum = 8 * _quantum(example.dtype)
+
+    def analysis(values: Range) -> Tensor:
+        size = range_rule(twin, values).abs()
+        fits = values.norms(2).square() < info.max / 64
+        fits = fits.view(-1, *[1] * (size.dim() - 1)) & (size < info.max / 8)
+        return _entrywise(torch.where(fits, gamma * (1 + gamma) * size + quantum, math.inf), p)
+
+    return analysis
+
+
+def _quotients(module: nn.Module, example: Tensor, p: float, roundings: int) -> Analysis:
+    """Relative errors of quotients by roots of sums of squares, which must not overflow."""
+    lipschitz = _closed_form(module, example, p)
+    most = math.sqrt(torch.finfo(example.dtype).max / 8 / example[0].numel())
+
+    def analysis(x: Tensor) -> ForwardError:
+        size = _norms(x, p)
+        result = _relative(module, x, p, lipschitz, roundings)
+        return dataclasses.replace(result, limit=torch.minimum(result.limit, most - size))
+
+    return analysis

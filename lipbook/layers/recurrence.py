@@ -34,7 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipbook.errors import (
+    _ELEMENTARY,
+    RangeAnalysis,
+    _check_single,
+    _entrywise,
+    _quantum,
+    range_error_rule,
+)
 from lipbook.norms import operator_norm
+from lipbook.norms.rigorous import _gamma
 from lipbook.rules import (
     Bound,
     Range,
@@ -327,12 +336,23 @@ _STEPS: dict[type[nn.Module], Callable[..., Step]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One direction of one layer: what it reads, and its states, the first and one a step."""
+
+    weights: _Weights
+    inputs: Range | None
+    states: list[_State]
+    steps: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Unrolled:
-    """Matrix (batch, blocks, time) and interval of one output."""
+    """Matrix (batch, blocks, time) and interval of one output, and how it was found."""
 
     matrix: Tensor
     low: Tensor
     high: Tensor
+    passes: list[_Pass]
 
 
 def _unroll(layer: Recurrence, values: Range | None, input_shape: Shape, p: float) -> _Unrolled:
@@ -344,6 +364,7 @@ def _unroll(layer: Recurrence, values: Range | None, input_shape: Shape, p: floa
     inputs = values
     matrices = [torch.eye(time, dtype=torch.float64).expand(batch, time, time)]
     last: list[_State] = []
+    passes: list[_Pass] = []
     sequences: list[list[_State]] = []
     for level in range(module.num_layers):
         sequences = []
@@ -361,12 +382,14 @@ def _unroll(layer: Recurrence, values: Range | None, input_shape: Shape, p: floa
             kind = next(cls for cls in type(module).__mro__ if cls in _STEPS)
             step = _STEPS[kind](module, w, blocks, p)
             shares = None if inputs is None else _shares(w, inputs)
-            steps = range(time) if direction == 0 else range(time - 1, -1, -1)
+            steps = list(range(time) if direction == 0 else range(time - 1, -1, -1))
             seen: dict[int, _State] = {}
+            passes.append(_Pass(w, inputs, [state], steps))
             for t in steps:
                 share = None if shares is None else (shares[0][:, t], shares[1][:, t])
                 state = step(state, share, [m[:, t] for m in matrices])
                 seen[t] = state
+                passes[-1].states.append(state)
             last.append(state)
             sequences.append([seen[t] for t in range(time)])
         matrices = [torch.stack([s.row for s in seq], 1) for seq in sequences]
@@ -377,11 +400,11 @@ def _unroll(layer: Recurrence, values: Range | None, input_shape: Shape, p: floa
         bounded = bool((low.isfinite() & high.isfinite()).all())
         inputs = Range(low, high) if bounded else None
     if layer.part == "outputs":
-        return _Unrolled(torch.cat(matrices, 1), low, high)
+        return _Unrolled(torch.cat(matrices, 1), low, high, passes)
     rows = [s.cell_row if layer.part == "c" else s.row for s in last]
     ends = [s.c if layer.part == "c" else s.h for s in last]
     low, high = (torch.stack([e[k] for e in ends], 1) for k in (0, 1))
-    return _Unrolled(torch.stack(rows, 1), low, high)
+    return _Unrolled(torch.stack(rows, 1), low, high, passes)
 
 
 def _shares(w: _Weights, inputs: Range) -> Interval:
@@ -419,6 +442,113 @@ def _(module: Recurrence, values: Range) -> Range:
     radius = values.radius * _norm(found.matrix, 2.0) * _UP
     radius = radius + center.flatten(1).norm(dim=1) * 2.0**-36
     return Range(found.low, found.high, center, radius)
+
+
+# ------------------------------------------------------------------- errors of programs
+
+# Note [rounding of a step]
+# Let x, h, c be off by dx, dh, dc, entry by entry, and E = 64u (Note [elementary functions]). A share
+# W x + U h + b + b' of n + m products is off by
+#     dz = |W| dx + |U| dh + gamma_(n+m+8) (|W| |x| + |U| |h| + |b| + |b'|),
+# with moduli of computed values. Slopes of tanh and relu are at most 1, of sigma 1/4, so gates are
+# off by dz + 2u + E and dz / 4 + 6u + E. With gates in [0, 1] and |g|, |tanh| <= 1:
+# LSTM. c' = f c + i g is off by dc (1 + df) + |c| df + di + dg + di dg + 8u (|c| + dc + 1), and
+#       h' = o tanh(c') by do + dt + do dt + 8u with dt = dc' + E + 2u.
+# GRU. The argument of n is off by that of W_n x + b, by dq (1 + dr) + |q| dr, and a sum; and
+#       z~ h~ + (1 - z~) n~ - (z h + (1 - z) n) = (z~ - z)(h~ - n~) + z dh + (1 - z) dn, so that h'
+#       is off by max(dh, dn) + dz (|h| + dh + 1 + dn) + 8u (|h| + dh + 1 + dn), in either form.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Off:
+    """Errors of a hidden state and of a cell, (batch, hidden)."""
+
+    h: Tensor
+    c: Tensor
+
+
+def _step_error(
+    module: nn.Module,
+    w: _Weights,
+    size: Tensor,
+    off: Tensor,
+    state: _State,
+    lost: _Off,
+    dtype: torch.dtype,
+) -> _Off:
+    """Errors after a step that reads inputs of moduli ``size``, off by ``off``."""
+    u = torch.finfo(dtype).eps / 2
+    count = len(w.inputs)
+    terms = w.inputs[0].shape[1] + w.hidden[0].shape[1]
+    gamma, tiny = _gamma(terms + 8, dtype), 4 * terms * _quantum(dtype)
+    h = _size(state.h) + lost.h
+    of_x, of_h = (torch.cat(part).abs() for part in (w.inputs, w.hidden))
+
+    def share(weight: Tensor, bias: Tensor, values: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        inside = values @ weight.mT + bias.abs()
+        wrong = (error @ weight.mT + gamma * inside) * _UP + tiny * (1 + values.amax())
+        return inside, torch.where(inside < torch.finfo(dtype).max / 8, wrong, math.inf)
+
+    near, entering = share(of_x, w.bias_ih, size, off)
+    far, again = share(of_h, w.bias_hh, h, lost.h)
+    dz = [a + b for a, b in zip(entering.chunk(count, -1), again.chunk(count, -1), strict=True)]
+    curved, gate = (_ELEMENTARY + 2) * u, (_ELEMENTARY + 6) * u
+    if isinstance(module, nn.LSTM):
+        di, df, do = (dz[k] / 4 + gate for k in (0, 1, 3))
+        dg = dz[2] + curved
+        c = _size(state.c)
+        dc = lost.c * (1 + df) + c * df + di + dg + di * dg + 8 * u * (c + lost.c + 1)
+        dt = dc + curved
+        return _Off((do + dt + do * dt + 8 * u) * _UP, dc * _UP)
+    if isinstance(module, nn.GRU):
+        dr, du = dz[0] / 4 + gate, dz[1] / 4 + gate
+        q, dq = far.chunk(count, -1)[2], again.chunk(count, -1)[2]
+        dn = entering.chunk(count, -1)[2] + dq * (1 + dr) + q * dr + curved
+        dn = dn + 8 * u * (near.chunk(count, -1)[2] + q + dq)
+        whole = _size(state.h) + lost.h + 1 + dn
+        dh = torch.maximum(lost.h, dn) + du * whole + 8 * u * whole
+        return _Off(dh * _UP, dh * _UP)
+    dh = (dz[0] + (curved if module.nonlinearity == "tanh" else 0.0)) * _UP
+    return _Off(dh, dh)
+
+
+@range_error_rule.register
+def _(module: Recurrence, example: Tensor, p: float) -> RangeAnalysis:
+    """Bound of Note [rounding of a step], through layers, directions and time."""
+    _check_single(example)
+    net: Any = module.module
+    dtype = net.weight_ih_l0.dtype
+    if example.dtype != dtype:
+        raise ValueError(f"must run in the dtype of its weights {dtype}, got {example.dtype}")
+    directions = 2 if net.bidirectional else 1
+    twin = Recurrence(net, module.part, [state.double() for state in module.initial()])
+
+    def analysis(values: Range) -> Tensor:
+        found = _unroll(twin, values, values.shape, p)
+        wrong = torch.zeros_like(values.low)
+        last: list[_Off] = []
+        for level in range(net.num_layers):
+            sequences = []
+            for one in found.passes[level * directions : (level + 1) * directions]:
+                if one.inputs is None:
+                    return torch.full_like(values.low.flatten(1)[:, 0], math.inf)
+                size = one.inputs.abs() + wrong
+                zero = torch.zeros_like(one.states[0].h[0])
+                off, seen = _Off(zero, zero), {}
+                for state, t in zip(one.states, one.steps, strict=False):
+                    off = _step_error(net, one.weights, size[:, t], wrong[:, t], state, off, dtype)
+                    seen[t] = off
+                last.append(off)
+                sequences.append(torch.stack([seen[t].h for t in sorted(seen)], 1))
+            wrong = torch.cat(sequences, -1)
+        if module.part == "outputs":
+            return _entrywise(wrong, p)
+        return _entrywise(torch.stack([s.c if module.part == "c" else s.h for s in last], 1), p)
+
+    return analysis
+
+
+# -------------------------------------------------------------------------------- calls
 
 
 def recurrent_call(

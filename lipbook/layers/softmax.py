@@ -8,6 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipbook.errors import (
+    _ELEMENTARY,
+    Analysis,
+    ForwardError,
+    _check_single,
+    _closed_form,
+    _entries,
+    _error_rule_of,
+    _norms,
+    _quantum,
+)
+from lipbook.norms.rigorous import _UP, _gamma
 from lipbook.rules import Bound, Range, Shape, _rule_of, outward, range_rule
 
 __all__: list[str] = []
@@ -59,3 +71,52 @@ def _(module: Any, values: Range) -> Range:
     if values.center is None or values.radius is None:
         return Range(least, most)
     return Range(least, most, module(values.center), values.radius * 0.5 * (1 + 2.0**-40))
+
+
+# ------------------------------------------------------------------- errors of programs
+
+# Note [rounding of a softmax]
+# The program takes the largest of n logits off, x_i - m = -t_i, with a relative error of u, so that
+# exp is off by a relative E + u t_i (E = 64u, Note [elementary functions]); where t_i is so large
+# that u t_i is not small, exp underflows, exactly and in the program. With exact probabilities
+# p_i = p_max exp(-t_i) the weighted sum of these errors is
+#     sum_i p_i (E + u t_i) <= E + u log n,
+# since sum_i p_i t_i = H(p) + log p_max <= log n. The denominator has that relative error and n + 2
+# roundings (and a rescaling exp(m_old - m_new) for each block of a sum that runs over blocks; its t
+# add up to the t_i, and a block adds E). So the 1-norm of the error of one softmax is at most
+#     2 E + 2 u log n + (n + 8) u,
+# whatever the logits are. Log-softmax x_i - m - log(sum) is off by the relative error of the sum,
+# E times its logarithm, which is at most log n, and three roundings of numbers up to 2 max |x| +
+# log n.
+
+
+def softmax_units(n: int) -> float:
+    """Error of one softmax of n logits in its 1-norm, in units of u."""
+    return 2 * _ELEMENTARY + 2 * math.log(n) + n + 12
+
+
+@_error_rule_of(nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    _check_single(example)
+    lipschitz = _closed_form(module, example, p)
+    shape, dtype = tuple(example.shape[1:]), example.dtype
+    n = (2, *shape)[getattr(module, "dim", -3)]
+    groups = math.prod(shape) / n
+    logarithm = isinstance(module, nn.LogSoftmax)
+    info = torch.finfo(dtype)
+
+    def analysis(x: Tensor) -> ForwardError:
+        largest, size = x.flatten(1).abs().amax(1).double(), _norms(x, p)
+        outputs = module(x)
+        entries = _entries(outputs, p)
+        if logarithm:
+            gamma = _gamma(softmax_units(n) + (_ELEMENTARY + 8) * math.log(n), dtype)
+            slope = _gamma(12, dtype) * entries * _UP
+            error = gamma * entries + slope * largest
+        else:
+            gamma, slope = _gamma(softmax_units(n), dtype), 0.0
+            error = torch.full_like(largest, gamma * groups ** (1 / p))
+        error = error + 4 * n * _quantum(dtype) * entries
+        return ForwardError(outputs, lipschitz, error * _UP, slope, info.max / 8 - size)
+
+    return analysis

@@ -33,7 +33,7 @@ from lipbook.robustness.certificate import (
     least_quotient,
     pair_norms,
 )
-from lipbook.rounding import graph_error
+from lipbook.rounding import graph_error, range_errors
 from lipbook.rules import Ball, Box, Domain, Range, Shape, outward
 
 __all__ = ["certify"]
@@ -323,7 +323,8 @@ class Reader:
             self.double = answered(double, p)
         self.lipschitz, self.layers = self._bound(model, lipschitz, output)
         self.analysis: RadiusAnalysis | None = None
-        self.widths: list[tuple[float, Tensor]] | None = None
+        self.on_ranges: Callable[[Sequence[Range]], Tensor] | None = None
+        self.widths: list[tuple[float, Tensor, float]] | None = None
 
     def _bound(
         self, model: nn.Module, lipschitz: float | None, output: str | int | None
@@ -358,8 +359,9 @@ class Reader:
         )
         quotients = _Quotients(numerator, margins, slopes, labels)
         if self.domain is not None:
-            for width, constants in self._on_domain():
-                found = found.or_within(width, quotients(constants[labels]))
+            for width, constants, error in self._on_domain():
+                part = self._less(quotients, torch.full_like(margins[:, 0], error))
+                found = found.or_within(width, part(constants[labels]))
         if self.local:
             found = self._on_balls(x, quotients, found)
         radius, real = found
@@ -367,6 +369,17 @@ class Reader:
             return logits, real, real
         radius = torch.minimum(radius, room).nan_to_num(0.0, posinf=math.inf).clamp(min=0) * _DOWN
         return logits, radius, real
+
+    def _less(self, quotients: _Quotients, error: Tensor) -> _Quotients:
+        """Take errors of the outputs on a set off the margins, if those are what is known."""
+        if self.on_ranges is None:
+            return quotients
+        outputs = self.graph.nodes[self.graph.output].shape[0]
+        norms = pair_norms(class_rows(outputs), self.p)[quotients.labels] * _UP
+        lost = torch.where(norms > 0, 2 * norms * error[:, None] * _UP, 0.0)
+        return quotients._replace(
+            numerator=quotients.margins * _DOWN - lost, slopes=torch.zeros_like(lost)
+        )
 
     # Note [radius and domain]
     # L(r) bounds the difference of two logits on a convex set that holds the input and all its
@@ -377,6 +390,9 @@ class Reader:
     # none of them, but it tells where to look: with A(r) = margin / L(r), the best radius lies
     # between r and A(r), for every r. And a bound on a ball holds on all smaller balls, so that
     # only those differences are asked again that could decide there.
+    #
+    # Where errors are known on sets only (products, attention), that of such a set holds at the
+    # input and at the neighbour, both of which it holds, and is taken off twice.
 
     def _on_balls(self, x: Tensor, quotients: _Quotients, found: _Found) -> _Found:
         """Largest radii found from balls around the inputs."""
@@ -395,6 +411,7 @@ class Reader:
             top, bottom, bound = high[some], low[some], known[some]
             least = torch.maximum(bottom, top * 2.0**-10)  # a step goes down by 32 at most
             radius = top if k == 0 else least.sqrt() * top.sqrt()
+            part = self._less(part, self._ball_errors(x[some], radius))
             asked = part.each(bound) < radius[:, None]
             asked.scatter_(1, own[:, None], False)
             fresh = torch.minimum(self._constants(x[some], radius, own, asked), bound)
@@ -437,6 +454,20 @@ class Reader:
         constants = constants.expand(which.shape).nan_to_num(math.inf, posinf=math.inf)
         return torch.where(asked, found.scatter(1, which, constants), math.inf)
 
+    def _ball_errors(self, x: Tensor, radius: Tensor) -> Tensor:
+        """Errors of the outputs on balls, if those are what is known, (batch,)."""
+        if self.on_ranges is None:
+            return radius
+        assert self.double is not None
+        try:
+            found = self.on_ranges(ranges_of(self.double, self._ball(x, radius)))
+            return found.expand(len(x))
+        except ValueError:
+            if len(x) == 1:  # the ball leaves where a layer is Lipschitz
+                return torch.full_like(radius, math.inf)
+            each = zip(x.split(1), radius.split(1), strict=True)
+            return torch.cat([self._ball_errors(*one) for one in each])
+
     def _ball(self, x: Tensor, radius: Tensor) -> Range:
         """Range of the ball around each input."""
         center = x.double().cpu()
@@ -445,8 +476,8 @@ class Reader:
         spread = radius * _UP * (math.sqrt(center[0].numel()) if self.p == math.inf else 1.0)
         return Range(low, high, center, spread * _UP)
 
-    def _on_domain(self) -> list[tuple[float, Tensor]]:
-        """Bounds of all differences on the domain, enlarged by each of some radii."""
+    def _on_domain(self) -> list[tuple[float, Tensor, float]]:
+        """Bounds of all differences on the domain, enlarged by each of some radii, and errors."""
         if self.widths is None:
             assert self.domain is not None
             assert self.double is not None
@@ -463,6 +494,7 @@ class Reader:
                     )
                     rows = (unit[first] - unit[second])[None]
                     found = row_constants(self.double, ranges, rows, self.p)[0]
+                    error = 0.0 if self.on_ranges is None else self.on_ranges(ranges).max().item()
                 except ValueError:
                     if k == _WIDTHS - 1 and not self.widths:
                         raise
@@ -471,8 +503,19 @@ class Reader:
                 constants[first, second] = constants[second, first] = found.nan_to_num(
                     math.inf, posinf=math.inf
                 )
-                self.widths.append((radius, constants))
+                self.widths.append((radius, constants, error))
         return self.widths
+
+    def _on_sets(self) -> RadiusAnalysis:
+        """Margins of a program whose errors are known on sets only, see :meth:`_less`."""
+        real = self._in_real_arithmetic()
+
+        def analysis(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+            logits, margins, _, _, steepness, room = real(x)
+            unknown = torch.full_like(margins, math.inf)
+            return logits, margins, unknown, torch.zeros_like(margins), steepness, room
+
+        return analysis
 
     def _in_real_arithmetic(self) -> RadiusAnalysis:
         outputs = self.graph.nodes[self.graph.output].shape
@@ -494,7 +537,13 @@ class Reader:
         return analysis
 
     def _of_program(self, example: Tensor) -> RadiusAnalysis:
-        inner = graph_error(self.body, example, self.p)
+        try:
+            inner = graph_error(self.body, example, self.p)
+        except (TypeError, ValueError):
+            if self.double is None:
+                raise
+            self.on_ranges = range_errors(self.graph, self.double, example, self.p)
+            return self._on_sets()
         features = self.body.run(example.clone())
         if features.dim() != 2:
             raise ValueError(f"model must return (batch, classes), got {tuple(features.shape)}")
