@@ -353,7 +353,9 @@ def built(source: str, folder: Path) -> tuple[str, str]:
     warnings = io.StringIO()
     app = Sphinx(folder, None, folder / "out", folder / "tree", "html", settings, None, warnings)
     app.build()
-    return (folder / "out" / "index.html").read_text(), warnings.getvalue()
+    told = warnings.getvalue().splitlines()  # a second application of one process registers again
+    new = [line for line in told if "while setting up extension" not in line]
+    return (folder / "out" / "index.html").read_text(), "\n".join(new)
 
 
 @pytest.mark.filterwarnings("ignore")
