@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,70 @@ def test_punctuation_stays_with_its_formula(
         for part, word in zip(paragraph.children, words, strict=True)
     ]
     assert "|".join(part for part in parts if part) == expected
+
+
+PREDICTION = """\
+# Page
+
+:::{predict} How steep?
+Where is $x^2$ steepest?
+
+- [ ] At *one*.
+
+  The slope is 2.
+- [x] At two.
+
+  The slope is 4.
+:::
+"""
+
+
+def built(source: str, folder: Path) -> tuple[str, str]:
+    from sphinx.application import Sphinx  # noqa: PLC0415
+
+    (folder / "index.md").write_text(source)
+    settings = {
+        "extensions": ["myst_parser", "predictions"],
+        "myst_enable_extensions": ["colon_fence", "dollarmath", "tasklist"],
+    }
+    warnings = io.StringIO()
+    app = Sphinx(folder, None, folder / "out", folder / "tree", "html", settings, None, warnings)
+    app.build()
+    return (folder / "out" / "index.html").read_text(), warnings.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_prediction_answers_without_a_script(tmp_path: Path, extension: Any) -> None:
+    extension("predictions")
+    page, warnings = built(PREDICTION, tmp_path)
+    assert not warnings
+    box = page[page.index("predict admonition") : page.index("</details>\n</div>")]
+    assert "How steep?" in box
+    assert box.count("<details") == 2
+    wrong, right = (part.split("</details>")[0] for part in box.split("<details")[1:])
+    assert 'class="choice wrong"' in wrong
+    assert "<summary>At <em>one</em>.</summary>" in wrong
+    assert "<strong>Not so.</strong> The slope is 2." in wrong
+    assert 'class="choice right"' in right
+    assert "<strong>Right.</strong> The slope is 4." in right
+    assert "checkbox" not in box
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[x]", "[ ]", "one choice has to be ticked"),
+        ("[ ]", "[x]", "one choice has to be ticked"),
+        ("- [ ] At", "- At", "one choice has to be ticked"),
+        ("\n  The slope is 4.\n", "", "each choice needs a reason"),
+        (":::\n", "\nWhere?\n:::\n", "has to come last"),
+    ],
+)  # fmt: skip
+def test_a_prediction_without_choices_is_refused(
+    old: str, new: str, message: str, tmp_path: Path, extension: Any
+) -> None:
+    extension("predictions")
+    assert old in PREDICTION
+    _, warnings = built(new.join(PREDICTION.rsplit(old, 1)), tmp_path)
+    assert message in warnings

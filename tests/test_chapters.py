@@ -56,6 +56,17 @@ def test_a_prediction_is_asked_for_in_its_own_box(chapter: str) -> None:
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
+def test_one_choice_of_a_prediction_is_right_and_each_has_its_reason(chapter: str) -> None:
+    text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
+    asked = re.findall(r"^:::\{predict\}.*?^:::$", text, re.MULTILINE | re.DOTALL)
+    assert len(asked) == text.count("{predict}")
+    for question in asked:
+        choices = re.findall(r"^- \[([ x])\] \S.*\n\n  \S", question, re.MULTILINE)
+        assert len(choices) == len(re.findall(r"^- ", question, re.MULTILINE)) >= 3
+        assert choices.count("x") == 1
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_words_in_formulas_are_upright(chapter: str) -> None:
     text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
     assert not re.findall(r".*[_^]\{(?:in|out|inputs|outputs|min|max)\}.*", text)
