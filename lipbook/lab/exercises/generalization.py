@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -165,6 +166,26 @@ def _relu_network(seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
 
 
+@functools.cache  # the training takes seconds
+def _trained() -> tuple[nn.Sequential, nn.Sequential]:
+    """Train on true and on shuffled labels, as the chapter does."""
+    images, labels = small_data.subset(mnist(), 60, seed=0)
+    order = np.random.default_rng(0).permutation(len(images))
+    true, shuffled = _relu_network(0), _relu_network(0)
+    for network, targets in ((true, labels), (shuffled, labels[torch.from_numpy(order)])):
+        train(
+            network,
+            images.double(),
+            targets,
+            epochs=60,
+            lr=0.002,
+            batch_size=50,
+            optimizer=torch.optim.Adam,
+            schedule="cosine",
+        )
+    return true, shuffled
+
+
 @exercise(
     "9.10",
     level=2,
@@ -177,17 +198,11 @@ def _relu_network(seed: int) -> nn.Sequential:
     },
 )
 def measured_from_the_start() -> list[float]:
-    images, labels = small_data.subset(mnist(), 60, seed=0)
-    images = images.double()
-    order = np.random.default_rng(0).permutation(len(images))
     factors = []
-    for targets in (labels, labels[torch.from_numpy(order)]):
-        network, start = _relu_network(0), _relu_network(0)
-        settings = {"lr": 0.002, "batch_size": 50, "schedule": "cosine", "epochs": 60}
-        train(network, images, targets, optimizer=torch.optim.Adam, **settings)
+    for network in _trained():
         near, far = (
             spectral_complexity(network, (1, 28, 28), reference=reference).value
-            for reference in (start, None)
+            for reference in (_relu_network(0), None)
         )
         factors.append(near / far)
     return factors
