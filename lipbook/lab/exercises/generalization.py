@@ -220,11 +220,11 @@ def measured_from_the_start() -> list[float]:
 )
 def product_stays_with_sorting() -> float:
     r, w = 3.0, torch.tensor([[0.6, 0.8]], dtype=torch.float64)
-    sorting = nn.Sequential(
-        nn.Linear(2, 2, bias=False), MaxMin(), nn.Linear(2, 1, bias=False)
-    ).double()
+    both = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+    adds = nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    sorting = nn.Sequential(both, MaxMin(), adds)
     with torch.no_grad():
-        sorting[0].weight.copy_(torch.cat([w, w]) / math.sqrt(2))
-        sorting[2].weight.fill_(r / math.sqrt(2))
+        both.weight.copy_(torch.cat([w, w]) / math.sqrt(2))
+        adds.weight.fill_(r / math.sqrt(2))
         slope = sorting(w).item()
     return slope / (lipschitz_bound(sorting, (2,)).value / 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import torch
 from scipy import special
@@ -19,7 +20,7 @@ __all__: list[str] = []  # answers are asked for by their numbers
 FIRST = torch.tensor([0])  # the label of one input of class 0
 
 
-def _radius(*logits: float, **options: object) -> float:
+def _radius(*logits: float, **options: Any) -> float:
     rows = torch.tensor([logits], dtype=torch.float64)
     return certified_radius(rows, FIRST, **options).item()
 

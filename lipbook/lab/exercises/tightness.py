@@ -28,7 +28,7 @@ def _network(*weights: list[list[float]], activation: type[nn.Module] = nn.ReLU)
 
 
 def _bounds(network: nn.Sequential, *methods: str) -> list[float]:
-    shape = (network[0].in_features,)
+    shape = (next(network.parameters()).shape[1],)
     return [lipschitz_bound(network, shape, method=method).value for method in methods]
 
 
