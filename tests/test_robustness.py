@@ -1115,13 +1115,15 @@ def test_radii_on_a_domain_hold_for_neighbours_outside_it(make: Any, p: float, m
         y = net(x).argmax(1)
     with pytest.raises(ValueError, match="give a domain"):
         certify(net, [(x, y)], (6,), p, sound=False)
-    with pytest.raises((TypeError, ValueError), match="sound=False"):
-        certify(net, [(x, y)], (6,), p, domain=Box(0, 1), method=method)
-    ours = certify(net, [(x, y)], (6,), p, sound=False, domain=Box(0, 1), method=method)
-    assert (ours.radius > 0).all()
-    assert not ours.sound
+    real = certify(net, [(x, y)], (6,), p, sound=False, domain=Box(0, 1), method=method)
+    assert not real.sound
+    ours = certify(net, [(x, y)], (6,), p, domain=Box(0, 1), method=method)
+    assert ours.sound
+    assert (ours.radius > 0.9 * real.radius).all()
+    assert (ours.radius <= real.radius * 1.01).all()  # the tries differ near an input
+    assert (real.radius > 0).all()
     assert str(ours).splitlines()[0].endswith("12 inputs in Box(low=0, high=1)")
-    moved = pgd(net, x, y, ours.radius * (1 - 1e-6), p, steps=20, restarts=2)
+    moved = pgd(net, x, y, torch.maximum(ours.radius, real.radius * (1 - 1e-6)), p, steps=20)
     with torch.no_grad():
         assert torch.equal(net(moved).argmax(1), y)
     assert (moved.min() < 0) | (moved.max() > 1)
