@@ -106,6 +106,11 @@ def forward_error_rule(module: nn.Module, example: Tensor, p: float) -> Analysis
     tensor([0., 0.], dtype=torch.float64)
     """
     kind = type(module)
+    if range_error_rule.dispatch(kind) is not range_error_rule.dispatch(object):
+        raise ValueError(
+            f"the rounding errors of {kind.__qualname__} are not bounded on all of space: give a "
+            "domain, or use sound=False"
+        )
     raise TypeError(
         f"{kind.__module__}.{kind.__qualname__} has no bound of its rounding errors: register one "
         f"with @forward_error_rule.register for {kind.__qualname__}, or use sound=False"

@@ -729,15 +729,15 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "CayleyConv2d has no bound of its rounding errors",
     ),
-    "bilinear": (
-        lambda: forward_error(nn.Upsample(scale_factor=2, mode="bilinear"), torch.ones(1, 1, 2, 2)),
+    "bicubic": (
+        lambda: forward_error(nn.Upsample(scale_factor=2, mode="bicubic"), torch.ones(1, 1, 2, 2)),
         ValueError,
-        "mode must be 'nearest'",
+        "mode must be 'nearest' or linear",
     ),
     "product": (
         lambda: forward_error(nn.GLU(), torch.ones(1, 4)),
-        TypeError,
-        "GLU has no bound of its rounding errors",
+        ValueError,
+        "rounding errors of GLU are not bounded on all of space: give a domain",
     ),
     "radius NaN": (lambda: certified_radius(LOGITS / 0, LABELS), ValueError, "must be finite"),
     "radius labels": (lambda: certified_radius(LOGITS, LABELS + 1), ValueError, "0 to 2, got 1 to"),

@@ -975,6 +975,7 @@ def test_the_bound_of_the_net_agrees_with_the_composition() -> None:
         theirs = lipschitz_bound(module, shape).value
         assert theirs * (1 - 1e-9) <= ours <= theirs * (1 + 1e-5), name
 
+
 # ------------------------------------------------- smooth functions, normalisation, and sets
 # Roots and exponentials leave the rational numbers: decimal numbers of 60 digits judge, or float64
 # where its own error is a millionth of the bound.
@@ -1073,7 +1074,14 @@ ON_SETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "LayerNorm": (lambda: nn.LayerNorm(6), 6),
     "RMSNorm": (lambda: nn.RMSNorm(6, eps=1e-5), 6),
     "UnitNormalize": (UnitNormalize, 6),
-    "LocalResponseNorm": (lambda: nn.Sequential(nn.Unflatten(1, (6, 1)), nn.LocalResponseNorm(3)), 6),
+    "linear interpolation": (
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Upsample((5, 4), mode="bilinear")),
+        6,
+    ),
+    "LocalResponseNorm": (
+        lambda: nn.Sequential(nn.Unflatten(1, (6, 1)), nn.LocalResponseNorm(3)),
+        6,
+    ),
 }
 
 
@@ -1270,7 +1278,7 @@ def test_softmax_in_decimal_numbers(scale: float, layer: nn.Module) -> None:
 
 def test_what_is_refused_of_normalisations_and_halves() -> None:
     x = torch.randn(2, 4, 3, 3)
-    with pytest.raises(ValueError, match="channels last.*call .contiguous"):
+    with pytest.raises(ValueError, match=r"channels last.*call \.contiguous"):
         forward_error(nn.GroupNorm(2, 4), x.to(memory_format=torch.channels_last))
     with pytest.raises(ValueError, match="eps=None takes the eps of the dtype"):
         forward_error(nn.RMSNorm(3), x)

@@ -36,6 +36,66 @@ class Fault(NamedTuple):
 
 FAULTS = (
     Fault(
+        "layers/joins",
+        "return rounded(first * second, 1, dtype, p, first + second)",
+        "return rounded(0 * first * second, 1, dtype, p, first + second)",
+        "a product rounds nothing",
+        tests="rounding",
+    ),
+    Fault(
+        "rounding",
+        "error = ((joined + own) * (1 + 2.0**-40)).nan_to_num(math.inf, posinf=math.inf)",
+        "error = (joined + 0 * own).nan_to_num(math.inf, posinf=math.inf)",
+        "errors on a set forget the rounding of each layer",
+    ),
+    Fault(
+        "rounding",
+        "return torch.where(lost, math.inf, found[graph.output])",
+        "return found[graph.output]",
+        "numbers on a set may overflow unseen",
+    ),
+    Fault(
+        "layers/normalization",
+        "inner = (off + 24 * u * known.largest) * (1 + h) / known.s",
+        "inner = 24 * u * (1 + h) / known.s",
+        "the error of a mean does not grow with the numbers",
+        tests="rounding",
+    ),
+    Fault(
+        "layers/normalization",
+        "known = _Moments((m + reach) * _UP, (sigma + reach) * _UP, s * 7 / 8 / _UP)",
+        "known = _Moments(0 * m, 0 * sigma, s)",
+        "a constant group has no error",
+        tests="rounding",
+    ),
+    Fault(
+        "layers/softmax",
+        "return 2 * _ELEMENTARY + 2 * math.log(n) + n + 12",
+        "return 0.1",
+        "an exponential is exact",
+        tests="rounding",
+    ),
+    Fault(
+        "layers/attention",
+        "moved = s * (wrong[0] * token_norms(key) + token_norms(query) * wrong[1]) * _UP",
+        "moved = 0.0 * wrong[0]",
+        "errors of queries and keys are lost",
+        tests="rounding",
+    ),
+    Fault(
+        "layers/recurrence",
+        "wrong = (error @ weight.mT + gamma * inside) * _UP + tiny * (1 + values.amax())",
+        "wrong = tiny * (1 + values.amax()) + 0 * inside",
+        "gates have no error",
+        tests="rounding",
+    ),
+    Fault(
+        "robustness/lipschitz",
+        "lost = torch.where(norms > 0, 2 * norms * error[:, None] * _UP, 0.0)",
+        "lost = torch.zeros_like(norms)",
+        "a certificate on a domain forgets the errors there",
+    ),
+    Fault(
         "layers/resampling",
         "any(min(pair) < 0 < max(pair) for pair in pairs)",
         "any(max(pair) < 0 for pair in pairs)",

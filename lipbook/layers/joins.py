@@ -143,9 +143,7 @@ class Add(Join):
 
     def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
         """Bound a weight, a product and each partial sum as rounded once."""
-        terms: list[Tensor] = [
-            abs(w) * r.abs() for w, r in zip(self.weights, ranges, strict=True)
-        ]
+        terms: list[Tensor] = [abs(w) * r.abs() for w, r in zip(self.weights, ranges, strict=True)]
         size = sum(terms, torch.zeros((), dtype=torch.float64))
         return rounded(size, len(terms) + 2, dtype, p)
 

@@ -447,7 +447,7 @@ def _(module: Recurrence, values: Range) -> Range:
 # ------------------------------------------------------------------- errors of programs
 
 # Note [rounding of a step]
-# Let x, h, c be off by dx, dh, dc, entry by entry, and E = 64u (Note [elementary functions]). A share
+# Let x, h, c be off by dx, dh, dc, entry by entry; E = 64u (Note [elementary functions]). A share
 # W x + U h + b + b' of n + m products is off by
 #     dz = |W| dx + |U| dh + gamma_(n+m+8) (|W| |x| + |U| |h| + |b| + |b'|),
 # with moduli of computed values. Slopes of tanh and relu are at most 1, of sigma 1/4, so gates are
@@ -536,9 +536,7 @@ def _(module: Recurrence, example: Tensor, p: float) -> RangeAnalysis:
                 zero = torch.zeros_like(one.states[0].h[0])
                 off, seen = _Off(zero, zero), {}
                 for state, t in zip(one.states, one.steps, strict=False):
-                    off = _step_error(
-                        net, one.weights, size[:, t], wrong[:, t], state, off, dtype
-                    )
+                    off = _step_error(net, one.weights, size[:, t], wrong[:, t], state, off, dtype)
                     seen[t] = off
                 last.append(off)
                 sequences.append(torch.stack([seen[t].h for t in sorted(seen)], 1))

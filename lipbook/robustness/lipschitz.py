@@ -86,6 +86,9 @@ def certify(
     difference of logits that could decide. Twenty digits on a small convolutional network take
     1.6 s, against 0.8 s for the product, most of it for the norms of the weights.
 
+    Products, attention and recurrence have errors on sets only. Then :math:`a` is that of
+    :math:`D_r`, or of the ball, and c is 0 (:func:`~lipbook.rounding.forward_error`).
+
     **One output** :math:`z`, (batch, 1), is a binary classifier: class 0 where :math:`z \le 0`,
     class 1 where :math:`z > 0`. Its logits are :math:`(0, z)` and its margin is :math:`|z|`, so
     that :math:`r = (|z| - 2a) / (L + c)` with the :math:`L` of :math:`z` itself.
@@ -185,7 +188,7 @@ def certify(
     ...     def forward(self, x):
     ...         return self.head(x * torch.sigmoid(self.gate(x)))
     >>> images = torch.rand(100, 8), batch[1]
-    >>> boxed = certify(Gated().eval(), [images], (8,), sound=False, domain=Box(0, 1))
+    >>> boxed = certify(Gated().eval(), [images], (8,), domain=Box(0, 1))
     >>> bool((boxed.radius > 0).all()), boxed.facts["domain"]
     (True, 'Box(low=0, high=1)')
     """
