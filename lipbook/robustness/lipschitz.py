@@ -57,7 +57,7 @@ def certify(
     With ``sound`` (the default) the statement is about the program: for every input :math:`x'` in
     the dtype of the model with :math:`\lVert x' - x\rVert_p \le r`, in real numbers, and
     :math:`r > 0`, the program returns the class that it returns at :math:`x`, in any batch, on any
-    number of threads, as long as its sums follow the model of rounding
+    number of threads, as long as its sums and elementary functions follow the model of rounding
     (:func:`~lipbook.rounding.forward_error`). With the :math:`L`, :math:`a`, :math:`c` of the
     logits' difference :math:`z_y - z_j`,
 
