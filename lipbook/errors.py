@@ -142,9 +142,9 @@ def range_error_rule(module: nn.Module, example: Tensor, p: float) -> RangeAnaly
     Returns
     -------
     callable
-        ``analysis(values)``, with a :class:`~lipbook.composition.Range` of what the layer sees in the
-        program, errors of earlier layers included: :math:`e`, (batch,), infinite where numbers may
-        overflow.
+        ``analysis(values)``, with a :class:`~lipbook.composition.Range` of what the layer sees in
+        the program, errors of earlier layers included: :math:`e`, (batch,), infinite where numbers
+        may overflow.
     """
     analysis = _analysis(module, example, p, "")
 

@@ -1129,6 +1129,45 @@ def test_radii_on_a_domain_hold_for_neighbours_outside_it(make: Any, p: float, m
     assert (moved.min() < 0) | (moved.max() > 1)
 
 
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3))
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(2, 1, 4, batch_first=True, norm_first=True)
+    return nn.Sequential(nn.Unflatten(1, (3, 2)), layer, nn.Flatten(), nn.Linear(6, 3))
+
+
+def recurrent() -> nn.Module:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.GRU(2, 4, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x.view(-1, 3, 2))[0][:, -1])
+
+    return Last()
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize("make", [normalised, transformer, recurrent])
+def test_errors_on_balls_keep_most_of_a_radius(make: Any, p: float) -> None:
+    """float32 is certified for networks whose errors on all of space are large, or unknown."""
+    torch.manual_seed(3)
+    net = make().eval()
+    x, y = predicted(net, 8)
+    options: Any = {"domain": Box(0, 1), "method": "local"}
+    real = certify(net, [(x, y)], (6,), p, sound=False, **options)
+    sound = certify(net, [(x, y)], (6,), p, **options)
+    assert (sound.radius <= real.radius * 1.01).all()
+    large = real.radius > real.radius.median() / 2
+    assert (sound.radius[large] > 0.8 * real.radius[large]).all()
+    moved = pgd(net, x, y, sound.radius, p, steps=10)
+    with torch.no_grad():
+        assert torch.equal(net(moved).argmax(1), y)
+
+
 class Square(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat((x * x, 1.5 + 0 * x), 1)
