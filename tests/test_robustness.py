@@ -658,9 +658,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "no module": (lambda: certify(abs, [(X, Y)], (6,)), TypeError, "model must be a torch.nn"),  # type: ignore[arg-type]
     "no rule": (
-        lambda: certify(nn.Sequential(NET, nn.Tanh()).eval(), [(X, Y)], (6,)),
+        lambda: certify(nn.Sequential(NET, nn.Hardshrink(0.0)).eval(), [(X, Y)], (6,)),
         TypeError,
-        r"'1' \(Tanh\): .*Tanh has no bound of its rounding errors: register",
+        r"'1' \(Hardshrink\): .*Hardshrink has no bound of its rounding errors: register",
     ),
     "no Lipschitz rule": (
         lambda: certify(nn.Sequential(NET, Unknown()).eval(), [(X, Y)], (6,)),
@@ -1134,8 +1134,10 @@ def normalised() -> nn.Module:
 
 
 def transformer() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(2, 1, 4, batch_first=True, norm_first=True)
-    return nn.Sequential(nn.Unflatten(1, (3, 2)), layer, nn.Flatten(), nn.Linear(6, 3))
+    options: Any = {"batch_first": True, "norm_first": True, "layer_norm_eps": 0.1}
+    layer = nn.TransformerEncoderLayer(8, 2, 8, **options)
+    tokens = nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 8), layer, nn.Flatten())
+    return nn.Sequential(tokens, nn.Linear(24, 3))
 
 
 def recurrent() -> nn.Module:
@@ -1150,13 +1152,22 @@ def recurrent() -> nn.Module:
     return Last()
 
 
-@pytest.mark.parametrize("p", [1, 2, math.inf])
-@pytest.mark.parametrize("make", [normalised, transformer, recurrent])
+@pytest.mark.parametrize(
+    ("make", "p"),
+    [*((make, p) for make in (normalised, recurrent) for p in (1, 2, math.inf)), (transformer, 2)],
+)
 def test_errors_on_balls_keep_most_of_a_radius(make: Any, p: float) -> None:
-    """float32 is certified for networks whose errors on all of space are large, or unknown."""
+    """Networks whose errors on all of space are large, or unknown, in float32.
+
+    In float64 for the transformer, whose Lipschitz bound leaves radii of 1e-4.
+    """
     torch.manual_seed(3)
     net = make().eval()
     x, y = predicted(net, 8)
+    if make is transformer:
+        net, x = net.double(), x.double()
+        with torch.no_grad():
+            y = net(x).argmax(1)
     options: Any = {"domain": Box(0, 1), "method": "local"}
     real = certify(net, [(x, y)], (6,), p, sound=False, **options)
     sound = certify(net, [(x, y)], (6,), p, **options)

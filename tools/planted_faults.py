@@ -64,9 +64,9 @@ FAULTS = (
     ),
     Fault(
         "layers/attention",
-        "moved = s * (wrong[0] * token_norms(key) + token_norms(query) * wrong[1]) * _UP",
-        "moved = 0.0 * wrong[0]",
-        "errors of queries and keys are lost",
+        "return torch.where(fits, logits + 1.02 * relative, math.inf)",
+        "return 0.0 * logits",
+        "an average rounds nothing",
         tests="rounding",
     ),
     Fault(
