@@ -481,8 +481,8 @@ FAULTS = (
     ),
     Fault(
         "robustness/lipschitz",
-        "radius = torch.minimum(radius, room).nan_to_num",
-        "radius = radius.nan_to_num",
+        "near = torch.minimum(near, self.room[:, None])",
+        "near = near * 1.0",
         "overflow near the input is ignored",
     ),
     Fault(
