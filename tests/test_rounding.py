@@ -1020,6 +1020,14 @@ class Attends(nn.Module):
         return functional.scaled_dot_product_attention(*parts, **self.options)
 
 
+class Alike(nn.Module):
+    """Attention of the tokens as they are, so that nothing but itself is rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 3, 2)
+        return functional.scaled_dot_product_attention(x, x, x)
+
+
 class Heads(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -1064,6 +1072,7 @@ ON_SETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "attention": (lambda: Attends(1.0), 6),
     "saturated attention": (lambda: Attends(40.0), 6),
     "causal attention": (lambda: Attends(1.0, is_causal=True, scale=2.0), 6),
+    "attention of tokens": (Alike, 6),
     "heads": (Heads, 12),
     "heads without weights": (lambda: Heads(need_weights=False), 12),
     "encoder": (encoder, 12),
