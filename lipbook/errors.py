@@ -106,6 +106,11 @@ def forward_error_rule(module: nn.Module, example: Tensor, p: float) -> Analysis
     tensor([0., 0.], dtype=torch.float64)
     """
     kind = type(module)
+    if range_error_rule.dispatch(kind) is not range_error_rule.dispatch(object):
+        raise ValueError(
+            f"the rounding errors of {kind.__qualname__} are not bounded on all of space: give a "
+            "domain, or use sound=False"
+        )
     raise TypeError(
         f"{kind.__module__}.{kind.__qualname__} has no bound of its rounding errors: register one "
         f"with @forward_error_rule.register for {kind.__qualname__}, or use sound=False"
@@ -137,9 +142,9 @@ def range_error_rule(module: nn.Module, example: Tensor, p: float) -> RangeAnaly
     Returns
     -------
     callable
-        ``analysis(values)`` with a :class:`~lipbook.rules.Range` of what the layer sees in the
-        program, errors of earlier layers included: :math:`e`, (batch,), infinite where numbers may
-        overflow.
+        ``analysis(values)``, with a :class:`~lipbook.composition.Range` of what the layer sees in
+        the program, errors of earlier layers included: :math:`e`, (batch,), infinite where numbers
+        may overflow.
     """
     analysis = _analysis(module, example, p, "")
 

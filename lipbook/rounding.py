@@ -29,6 +29,7 @@ from lipbook.errors import (
     _then,
     _unrounded,
     forward_error_rule,
+    range_error_rule,
 )
 from lipbook.graphs import Graph, trace
 from lipbook.layers.joins import Join
@@ -46,6 +47,7 @@ __all__ = [
     "ForwardError",
     "forward_error",
     "forward_error_rule",
+    "range_error_rule",
     "rigorous_convolution_norm",
     "rigorous_matrix_norm",
 ]
@@ -65,10 +67,17 @@ def forward_error(
         L = L_1 L_2, \qquad a = L_2 a_1 + a_2 + 2 c_2 a_1, \qquad
         c = L_2 c_1 + c_2 (L_1 + c_1) .
 
+    On a domain, with :math:`R_k` the range of the exact values of node k and
+    :math:`\lVert\tilde v_k - v_k\rVert_p \le e_k` for the computed ones: both lie in
+    :math:`R_k` widened by :math:`e_k`, a convex set, on which the next layer stretches by
+    :math:`c_k` at most and rounds by :math:`\eta`. So :math:`e = \sum_k c_k e_k + \eta`, the sum
+    over its inputs.
+
     The program is the module as it runs now: with autocast if that is on, on any CPU. Assumed
     is the model of rounding :math:`|\mathrm{fl}(w^\top x) - w^\top x| \le \gamma_n |w|^\top|x|`
     with :math:`\gamma_n = nu / (1 - nu)`, sums in float32 for bfloat16 and float16 (and one
-    rounding of the sum and one of the bias). torch computes so on CPUs: its convolutions are direct
+    rounding of the sum and one of the bias), and that elementary functions (exp, tanh, ...) are
+    accurate to 32 units in the last place. torch computes so on CPUs: its convolutions are direct
     or matrix products, never by Winograd's algorithm, which NNPACK would use. What is known to
     break the model is refused.
 
@@ -82,8 +91,8 @@ def forward_error(
         1, 2 or :data:`math.inf`.
     domain : Box or Ball, optional
         Set that holds the inputs. Then the error is one for the whole set, the slope is 0 and the
-        Lipschitz bound is that of the domain: products, attention and recurrence need one. See
-        :func:`range_errors`.
+        Lipschitz bound is that of the domain: products, attention and recurrence need one. A layer
+        joins by :func:`range_error_rule`.
 
     Returns
     -------
@@ -125,7 +134,10 @@ def forward_error(
         shape, double = tuple(inputs.shape[1:]), graph.double()
         ranges = ranges_of(double, domain.range(shape))
         if not domain.range(shape).holds(inputs.double()):
-            raise ValueError(f"inputs must lie in the domain {domain}")
+            raise ValueError(
+                f"inputs must lie in the domain {domain}, got values from "
+                f"{inputs.min().item():.6g} to {inputs.max().item():.6g}"
+            )
         error = range_errors(graph, double, inputs, p)(ranges)
         lipschitz = stretches(double, ranges, p)[double.output].max().item() * (1 + 2.0**-30)
         outputs = graph.run(inputs.clone())
@@ -187,7 +199,7 @@ def range_errors(
 
     (For a join that is stacked the p-norm of the :math:`c_j e_j`.) The factors are those of
     :func:`~lipbook.composition.local_lipschitz_rule` and of joins, :math:`\eta` that of
-    :func:`~lipbook.errors.range_error_rule`.
+    :func:`~range_error_rule`.
 
     Parameters
     ----------

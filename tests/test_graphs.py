@@ -23,6 +23,8 @@ from lipbook.composition import Ball, Box, lipschitz_bound, lipschitz_lower_boun
 from lipbook.composition.local import ranges_of
 from lipbook.graphs import trace
 from lipbook.lab.ordinary import NETWORKS, Coupling, Wrapper, made
+from lipbook.robustness import certify
+from lipbook.rounding import forward_error
 
 NORMS = (1, 2, math.inf)
 
@@ -77,6 +79,41 @@ def test_graph_computes_what_the_network_computes(name: str) -> None:
     assert torch.equal(graph.run(x.clone()), function(net, options)(x))
     assert torch.allclose(graph.double().run(x.double()), graph.run(x).double(), atol=1e-4)
     assert "input" in str(graph)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("p", NORMS)
+def test_every_network_has_an_error_of_its_program(name: str, p: float) -> None:
+    """float64 judges float32; none of the networks is refused."""
+    _, shape, options = NETWORKS[name]
+    net = made(name)
+    if "output" in options:  # by hand, since forward_error takes no name
+        net = nn.Sequential(net.body, nn.ReLU(), net.head)
+    x = torch.rand(8, *shape)
+    domain = options.get("domain")
+    result = forward_error(net, x, p, domain)
+    twin = trace(net, shape).double()
+    off = (result.outputs.double() - twin.run(x.double())).flatten(1)
+    norms = torch.linalg.vector_norm(off, p, dim=1)
+    assert (norms <= result.error).all()
+    assert ((result.error > 0) & result.error.isfinite()).all()
+    if name != "ResNet-18":  # whose eighteen norms multiply
+        assert (result.error <= 1e5 * norms.max()).all()  # in sight of what happens
+
+
+@pytest.mark.parametrize("name", ["squeeze and excitation", "MLP-Mixer", "reused layers"])
+def test_sound_certificates_of_networks_that_were_not_built_for_them(name: str) -> None:
+    _, shape, options = NETWORKS[name]
+    net = made(name)
+    net = nn.Sequential(
+        net, nn.Flatten(), nn.Linear(math.prod(net(torch.rand(1, *shape)).shape[1:]), 3)
+    )
+    x = torch.rand(4, *shape)
+    with torch.no_grad():
+        y = net.eval()(x).argmax(1)
+    real, sound = (certify(net, [(x, y)], shape, sound=s, **options) for s in (False, True))
+    assert (sound.radius > 0.9 * real.radius).all()
+    assert (sound.radius <= real.radius).all()
 
 
 # --------------------------------------------------------------------- joins, on paper

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +19,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
-from lipbook.composition import Residual, Sum, lipschitz_bound
+from lipbook.composition import Ball, Box, Residual, Sum, lipschitz_bound
 from lipbook.convolutions import (
     NonexpansiveConv2d,
     OrthogonalConv2d,
@@ -28,6 +31,8 @@ from lipbook.convolutions import (
     SkewOrthogonalConv2d,
 )
 from lipbook.errors import moved_error
+from lipbook.layers.elementwise import _BY_INPUT, _RELATIVE, Sine
+from lipbook.layers.normalization import UnitNormalize
 from lipbook.layers.rearrangements import (
     Cast,
     Clamp,
@@ -930,13 +935,18 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     """No rule is left without a test that knows better."""
     tested = {type(module) for name in SMALL for module in small(name, 0)[0].modules()}
     tested = {c for kind in tested for c in kind.__mro__}
-    by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU}
+    by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU, Sine, UnitNormalize}
+    by_float64 |= {nn.Softmax2d, nn.LocalResponseNorm}
+    by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}
+    by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU}
+    by_decimals = {nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.RMSNorm}
+    by_decimals |= {nn.Softmax, nn.Softmin, nn.LogSoftmax}
     by_functions = {Clamp, Constant, Diagonal, Shift, MatrixProduct, LinearMap, Cast}
     kin = {"1d", "3d"}  # of layers whose two-dimensional version is tested
     moved = {cls for cls, rule in forward_error_rule.registry.items() if rule is moved_error}
     for cls in forward_error_rule.registry.keys() - {object}:
         if cls.__module__.startswith(("torch", "lipbook")) and cls not in moved:
-            alike = {c.__name__ for c in tested | by_float64 | by_functions}
+            alike = {c.__name__ for c in tested | by_float64 | by_functions | by_decimals}
             named = cls.__name__[:-2] + "2d" if cls.__name__[-2:] in kin else cls.__name__
             assert named in alike or cls.__name__ in ("CPLLinear", "SLLConv2d"), cls
 
@@ -964,3 +974,329 @@ def test_the_bound_of_the_net_agrees_with_the_composition() -> None:
             ours = forward_error(module, x).lipschitz
         theirs = lipschitz_bound(module, shape).value
         assert theirs * (1 - 1e-9) <= ours <= theirs * (1 + 1e-5), name
+
+
+# ------------------------------------------------- smooth functions, normalisation, and sets
+# Roots and exponentials leave the rational numbers: decimal numbers of 60 digits judge, or float64
+# where its own error is a millionth of the bound.
+
+
+class Products(nn.Module):
+    """Products and squares whose sums cancel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        return torch.cat([a * a - b * b - (a - b) * (a + b), a * b * (a - b)], 1)
+
+
+class Gates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.sigmoid(self.gate(x))
+        return self.head(functional.glu(torch.cat([x, x.flip(1)], 1)).exp().sqrt().reciprocal())
+
+
+class Scores(nn.Module):
+    """Softmax of products of matrices, by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 3, 2)
+        return (9 * x @ x.mT).softmax(-1) @ x
+
+
+class Attends(nn.Module):
+    def __init__(self, steepness: float, **options: Any) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(2, 2) for _ in range(3))
+        self.query.weight.data *= steepness
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 3, 2)
+        parts = self.query(x), self.key(x), self.value(x)
+        return functional.scaled_dot_product_attention(*parts, **self.options)
+
+
+class Alike(nn.Module):
+    """Attention of the tokens as they are, so that nothing but itself is rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 3, 2)
+        return functional.scaled_dot_product_attention(x, x, x)
+
+
+class Heads(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 3, 4)
+        return self.attention(x, x, x, **self.options)[0]
+
+
+class Last(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, last = self.layer(x.view(len(x), -1, 2))
+        cell = last[1] if isinstance(last, tuple) else last
+        return torch.cat([outputs.flatten(1), cell.transpose(0, 1).flatten(1)], 1)
+
+
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(2, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[:, :2], x[:, 2:])
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, layer_norm_eps=1.0)
+    return nn.Sequential(nn.Unflatten(1, (3, 4)), layer)
+
+
+ON_SETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "products": (Products, 4),
+    "gates": (Gates, 4),
+    "bilinear": (Bilinear, 4),
+    "scores": (Scores, 6),
+    "attention": (lambda: Attends(1.0), 6),
+    "saturated attention": (lambda: Attends(40.0), 6),
+    "causal attention": (lambda: Attends(1.0, is_causal=True, scale=2.0), 6),
+    "attention of tokens": (Alike, 6),
+    "heads": (Heads, 12),
+    "heads without weights": (lambda: Heads(need_weights=False), 12),
+    "encoder": (encoder, 12),
+    "RNN": (lambda: Last(nn.RNN(2, 3, batch_first=True)), 8),
+    "RNN, relu": (lambda: Last(nn.RNN(2, 3, batch_first=True, nonlinearity="relu")), 8),
+    "GRU": (lambda: Last(nn.GRU(2, 3, batch_first=True, bidirectional=True)), 8),
+    "LSTM": (lambda: Last(nn.LSTM(2, 3, 2, batch_first=True)), 8),
+    "LayerNorm": (lambda: nn.LayerNorm(6), 6),
+    "RMSNorm": (lambda: nn.RMSNorm(6, eps=1e-5), 6),
+    "UnitNormalize": (UnitNormalize, 6),
+    "linear interpolation": (
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Upsample((5, 4), mode="bilinear")),
+        6,
+    ),
+    "LocalResponseNorm": (
+        lambda: nn.Sequential(nn.Unflatten(1, (6, 1)), nn.LocalResponseNorm(3)),
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_on_a_set_hold_at_all_of_its_points(name: str, dtype: torch.dtype) -> None:
+    """float32 against float64, on boxes with their corners and on balls; float64 must be less."""
+    torch.manual_seed(0)
+    build, n = ON_SETS[name]
+    module = build().eval().requires_grad_(False)
+    for p, width in itertools.product(EXPONENTS, (1e-3, 1.0)):
+        center = 1.0 + torch.rand(n)
+        for domain in (Box(center - width, center + width), Ball(center, width, p)):
+            x = center + width * (2 * torch.rand(64, n) - 1)
+            x[:16] = center + width * torch.randn(16, n).sign()
+            if isinstance(domain, Ball):
+                step = (x - center).double()
+                size = torch.linalg.vector_norm(step, p, dim=1, keepdim=True)
+                x = (center + step * (0.999 * width / size).clamp(max=1.0)).float()
+            else:
+                x = torch.minimum(torch.maximum(x, domain.low), domain.high)
+            single = forward_error(module, x, p, domain)
+            twin = copy.deepcopy(module).double()
+            double = forward_error(twin, x.double(), p, domain)
+            if dtype == torch.float64:
+                ratio = (double.error / single.error).max()
+                assert 2.0**-30 < ratio < 2.0**-26  # u is 2^-29 times as large
+                continue
+            assert single.error.isfinite().all()
+            off = (single.outputs.double() - double.outputs).flatten(1)
+            norms = torch.linalg.vector_norm(off, p, dim=1)
+            assert (norms <= single.error).all()
+            assert single.slope == 0
+
+
+def test_cancelling_products_in_rational_numbers() -> None:
+    """a² - b² - (a - b)(a + b) is 0; what the program returns is its error."""
+    x = torch.rand(2000, 4)
+    worst = 0.0
+    for p in EXPONENTS:
+        result = forward_error(Products(), x, p, Box(0, 1))
+        here = result.outputs[:, :2].double()
+        assert (torch.linalg.vector_norm(here, p, dim=1) <= result.error).all()
+        worst = max(worst, (here.norm(dim=1) / result.error).max().item())
+    assert worst > 0.01
+
+
+def test_a_square_attains_its_bound_up_to_a_factor() -> None:
+    x = 1 + torch.arange(4096)[:, None] * 2.0**-23
+    result = forward_error(Square(), x, 2, Box(1, 1 + 2.0**-11))
+    off = (result.outputs.double() - x.double().square()).abs()
+    assert (off[:, 0] <= result.error).all()
+    assert off.max() > 0.2 * result.error[0]
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+def length(values: Sequence[Decimal], p: float) -> Decimal:
+    moduli = [abs(v) for v in values]
+    if p == INF:
+        return max(moduli)
+    return sum(moduli, Decimal(0)) if p == 1 else sum((v * v for v in moduli), Decimal(0)).sqrt()
+
+
+def decimals(values: Tensor) -> list[Decimal]:
+    return [Decimal(v) for v in values.detach().double().flatten().tolist()]
+
+
+def apart(program: Tensor, exact: Sequence[Decimal], p: float) -> Decimal:
+    return length([a - b for a, b in zip(decimals(program), exact, strict=True)], p)
+
+
+def normalised(module: Any, x: Tensor) -> list[Decimal]:
+    """A normalisation of one sample in decimal numbers."""
+    shape = {nn.GroupNorm: (2, -1), nn.InstanceNorm2d: (4, -1)}.get(type(module), (1, -1))
+    count = x.numel()
+    weight = module.weight.detach().double()
+    bias = getattr(module, "bias", None)
+    bias = torch.zeros_like(weight) if bias is None else bias.detach().double()
+    repeat = count // weight.numel()
+    weight, bias = (t.flatten().repeat_interleave(repeat) for t in (weight, bias))
+    found: list[Decimal] = []
+    for row in x.reshape(shape):
+        values = decimals(row)
+        mean = sum(values, Decimal(0)) / len(values)
+        c = [v - (0 if isinstance(module, nn.RMSNorm) else mean) for v in values]
+        s = (sum((v * v for v in c), Decimal(0)) / len(c) + Decimal(module.eps)).sqrt()
+        found += [v / s for v in c]
+    scales = zip(found, decimals(weight), decimals(bias), strict=True)
+    return [w * v + b for v, w, b in scales]
+
+
+NORMALISATIONS: dict[str, Callable[[], nn.Module]] = {
+    "LayerNorm": lambda: nn.LayerNorm((4, 2, 3), eps=1e-5),
+    "GroupNorm": lambda: nn.GroupNorm(2, 4),
+    "InstanceNorm2d": lambda: nn.InstanceNorm2d(4, affine=True),
+    "RMSNorm": lambda: nn.RMSNorm((4, 2, 3), eps=1e-6),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISATIONS)
+@pytest.mark.parametrize(("mean", "spread"), [(0, 1), (0, 1e-3), (1, 1e-2), (30, 1), (-1000, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalisations_in_decimal_numbers(
+    name: str, mean: float, spread: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    module = NORMALISATIONS[name]()
+    for weight in module.parameters():
+        nn.init.normal_(weight)
+    module = module.to(dtype)
+    x = (mean + spread * torch.randn(6, 4, 2, 3)).to(dtype)
+    x[0] = mean  # constant
+    x[1, 0, 0, 0] += 8 * spread
+    with torch.no_grad(), localcontext(prec=60):
+        results = {p: forward_error(module, x.clone(), p) for p in EXPONENTS}
+        span = Box(x.double().min(), x.double().max())
+        on_set = {p: forward_error(module, x.clone(), p, span) for p in EXPONENTS}
+        moved = x + spread * 1e-3 * torch.randn_like(x)
+        outputs = module(moved)
+        for i, (here, there) in enumerate(zip(x, moved, strict=True)):
+            exact_here, exact_there = normalised(module, here), normalised(module, there)
+            for p, result in results.items():
+                off = apart(result.outputs[i], exact_here, p)
+                assert off <= result.error[i].item()
+                assert off <= on_set[p].error[i].item()
+                step = (there.double() - here.double()).flatten()
+                distance = torch.linalg.vector_norm(step, p).item() * (1 + 1e-9)
+                if distance <= result.limit[i].item():
+                    off = apart(outputs[i], exact_there, p)
+                    assert off <= result.error[i].item() + result.slope * distance
+    if dtype == torch.float32 and abs(mean) <= 30:
+        assert results[2.0].error[1:].isfinite().all()
+
+
+def test_the_bound_of_a_normalisation_is_within_a_factor() -> None:
+    """The mean of numbers like 1000 is off by some u M, which the deviation 1 does not hide."""
+    torch.manual_seed(0)
+    layer, x = nn.LayerNorm(5, eps=1e-2), 100 + torch.randn(500, 5)
+    with torch.no_grad():
+        result = forward_error(layer, x, INF)
+        true = copy.deepcopy(layer).double()(x.double())
+    ratio = ((result.outputs.double() - true).abs().amax(1) / result.error).max()
+    assert 1e-3 < ratio <= 1
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(4096), nn.GroupNorm(1, 4096)])
+def test_this_torch_takes_no_difference_of_squares(layer: nn.Module) -> None:
+    """The algorithm that the note names: the other one loses all digits here."""
+    x = (4096.0 + torch.tensor([1.0, -1.0]).repeat(2048))[None]
+    with torch.no_grad():
+        assert (layer(x) - (x - 4096)).abs().max() < 1e-3
+
+
+def test_functions_on_a_fine_grid() -> None:
+    """Every elementwise function at numbers of all sizes: float64 judges float32."""
+    magnitudes = torch.logspace(-8, 2.5, 40_000, dtype=torch.float64).float()
+    x = torch.cat([magnitudes, -magnitudes])[:, None]
+    modules = [
+        *(nn.Tanh(), nn.Sigmoid(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.ELU()),
+        *(nn.CELU(0.5), nn.SELU(), nn.Softplus(), nn.Softplus(2.0), nn.LogSigmoid()),
+        *(nn.Softsign(), nn.Hardswish(), nn.Hardsigmoid(), nn.Softshrink(0.3), nn.Tanhshrink()),
+        *(nn.RReLU().eval(), nn.Threshold(0.3, 0.3), Sine(0.0), Sine(math.pi / 2)),
+    ]
+    for module in modules:
+        result = forward_error(module, x.clone(), 1)
+        off = (result.outputs.double() - copy.deepcopy(module).double()(x.double())).abs()[:, 0]
+        assert (off <= result.error).all(), module
+        assert (off / result.error.clamp(min=1e-300)).max() > 1e-3, module
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4, 1e30])
+@pytest.mark.parametrize("layer", [nn.Softmax(1), nn.Softmin(1), nn.LogSoftmax(1)])
+def test_softmax_in_decimal_numbers(scale: float, layer: nn.Module) -> None:
+    """Small, equal and saturated logits."""
+    torch.manual_seed(0)
+    x = scale * torch.randn(20, 7)
+    x[0], x[1, 1:] = scale, -scale
+    result = {p: forward_error(layer, x, p) for p in EXPONENTS}
+    with localcontext(prec=60):
+        for i, row in enumerate(x):
+            values = [-v if isinstance(layer, nn.Softmin) else v for v in decimals(row)]
+            terms = [(v - max(values)).exp() for v in values]
+            total = sum(terms, Decimal(0))
+            true = [t / total for t in terms]
+            if isinstance(layer, nn.LogSoftmax):
+                true = [v - max(values) - total.ln() for v in values]
+            for p, found in result.items():
+                assert apart(found.outputs[i], true, p) <= found.error[i].item()
+
+
+def test_what_is_refused_of_normalisations_and_halves() -> None:
+    x = torch.randn(2, 4, 3, 3)
+    with pytest.raises(ValueError, match=r"channels last.*call \.contiguous"):
+        forward_error(nn.GroupNorm(2, 4), x.to(memory_format=torch.channels_last))
+    with pytest.raises(ValueError, match="eps=None takes the eps of the dtype"):
+        forward_error(nn.RMSNorm(3), x)
+    with pytest.raises(ValueError, match=r"known in float32 and float64, got torch.bfloat16"):
+        forward_error(nn.LayerNorm(3).bfloat16(), x.bfloat16())
+    with pytest.raises(ValueError, match="overflows below the threshold of 200"):
+        forward_error(nn.Softplus(1.0, 200.0), x)
+    with pytest.raises(ValueError, match="not bounded on all of space: give a domain"):
+        forward_error(Square(), x)
+    with pytest.raises(ValueError, match="inputs must lie in the domain"):
+        forward_error(Square(), x, 2, Box(0, 0.1))
+    assert forward_error(Square(), 1e30 * x.abs(), 2, Box(0, 1e31)).error.isinf().all()

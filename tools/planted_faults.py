@@ -36,6 +36,53 @@ class Fault(NamedTuple):
 
 FAULTS = (
     Fault(
+        "layers/joins",
+        "return rounded(first * second, 1, dtype, p, first + second)",
+        "return rounded(0 * first * second, 1, dtype, p, first + second)",
+        "a product rounds nothing",
+        tests="rounding",
+    ),
+    Fault(
+        "rounding",
+        "error = ((joined + own) * (1 + 2.0**-40)).nan_to_num(math.inf, posinf=math.inf)",
+        "error = (joined + 0 * own).nan_to_num(math.inf, posinf=math.inf)",
+        "errors on a set forget the rounding of each layer",
+    ),
+    Fault(
+        "layers/normalization",
+        "known = _Moments((m + reach) * _UP, (sigma + reach) * _UP, s * 7 / 8 / _UP)",
+        "known = _Moments(0 * m, 0 * sigma, s)",
+        "a constant group has no error",
+        tests="rounding",
+    ),
+    Fault(
+        "layers/softmax",
+        "return 2 * _ELEMENTARY + 2 * math.log(n) + n + 12",
+        "return 0.1",
+        "an exponential is exact",
+        tests="rounding",
+    ),
+    Fault(
+        "layers/attention",
+        "return torch.where(fits, logits + 1.02 * relative, math.inf)",
+        "return 0.0 * logits",
+        "an average rounds nothing",
+        tests="rounding",
+    ),
+    Fault(
+        "layers/recurrence",
+        "wrong = (error @ weight.mT + gamma * inside) * _UP + tiny * (1 + values.amax())",
+        "wrong = tiny * (1 + values.amax()) + 0 * inside",
+        "gates have no error",
+        tests="rounding",
+    ),
+    Fault(
+        "robustness/lipschitz",
+        "lost = torch.where(norms > 0, 2 * norms * error[:, None] * _UP, 0.0)",
+        "lost = torch.zeros_like(norms)",
+        "a certificate on a domain forgets the errors there",
+    ),
+    Fault(
         "layers/resampling",
         "any(min(pair) < 0 < max(pair) for pair in pairs)",
         "any(max(pair) < 0 for pair in pairs)",
@@ -447,8 +494,8 @@ FAULTS = (
     ),
     Fault(
         "robustness/lipschitz",
-        "radius = torch.minimum(radius, room).nan_to_num",
-        "radius = radius.nan_to_num",
+        "near = torch.minimum(near, self.room[:, None])",
+        "near = near * 1.0",
         "overflow near the input is ignored",
     ),
     Fault(

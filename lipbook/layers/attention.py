@@ -31,14 +31,14 @@ r"""Attention: Lipschitz on bounded sets, and not on all of space :cite:p:`kim20
 # summed over i.
 
 # Note [rounding of attention]
-# Logits s q.k are sums of d products, with the scale multiplied in before or behind: they are off by
-# gamma_(d+10) s R_q R_k, and by 2u (s R_q R_k + |m|) for a mask. Call Lambda the sum, with
-# s (D_q R_k + R_q D_k) for queries and keys that are off by D_q and D_k. A change of the logits by at
-# most Lambda changes P_i by at most Lambda in the 1-norm: dP = P (dl - mean dl), and a variable in
-# [-Lambda, Lambda] has a mean deviation of at most Lambda. The softmax is off by Note [rounding of a
-# softmax], with E twice for each block of keys (torch takes 512 at a time, 32 are assumed), the sum
-# over keys by gamma_(keys+8). All of this multiplies the largest |v_j| of an entry; errors of the
-# values are averaged.
+# Logits s q.k are sums of d products, with the scale multiplied in before or behind: they are off
+# by gamma_(d+10) s R_q R_k, and by 2u (s R_q R_k + |m|) for a mask. Call Lambda the sum, with
+# s (D_q R_k + R_q D_k) for queries and keys that are off by D_q and D_k. A change of the logits by
+# at most Lambda changes P_i by at most Lambda in the 1-norm: dP = P (dl - mean dl), and a variable
+# in [-Lambda, Lambda] has a mean deviation of at most Lambda. The softmax is off by Note [rounding
+# of a softmax], with E twice for each block of keys (torch takes 512 at a time, 32 are assumed),
+# the sum over keys by gamma_(keys+8). All of this multiplies the largest |v_j| of an entry; errors
+# of the values are averaged.
 """
 
 from __future__ import annotations

@@ -530,7 +530,8 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
         torch.finfo(example.dtype).max / 8
     ):
         raise ValueError(
-            f"its exponential overflows below the threshold of {threshold:g}: use 20, or sound=False"
+            f"its exponential overflows below the threshold of {threshold:g}: use 20, or "
+            "sound=False"
         )
     jump = math.exp(-threshold) / beta * _UP
 

@@ -569,15 +569,15 @@ def _(module: nn.LocalResponseNorm, input_shape: Shape, p: float) -> Bound:
 # channels last takes the square of the mean off the mean of squares: it is refused. With M the
 # largest modulus in the group, n its size, and sigma^2 the variance:
 #
-# Mean. A sum of n numbers and a quotient are off by gamma_(n+2) M. An update m + (x - m) c moves
-# the result by at most u (M + 6 c M), with c <= 1/2 or exact, and averages the errors before. Over a
+# Mean. A sum of n numbers and a quotient are off by gamma_(n+2) M. An update m + (x - m) c adds
+# at most u (M + 6 c M) and averages the errors before; with c = 1 (m = 0) it is exact. Over a
 # chunk of 16 this adds up to (1/16) sum_(i<=16) i (1 + 6/i) <= 15, over the rest of 15 numbers to
 # 14, over the lanes to 22; a merge in pairs adds 7, and there are at most 2 D + 1 of them with
 # D = max(1, log2(n / 32)) for lanes of two or more. So every mean and partial mean is off by
 #     e = gamma_K M (1 + 2 gamma_K),  K = 60 + 14 D,  for instance norm K = max(n + 8, 60 + 14 D).
 #
 # Variance. Two passes sum (x_i - m)^2, which is n sigma^2 + n (m - mean)^2 exactly. Welford's sum
-# has a term d d' for each number, d' = w d with w >= 1/2 (the first is 0), and w d^2 for each merge,
+# has a term d d' for a number, d' = w d with w >= 1/2 (the first is 0), and w d^2 for a merge,
 # w = ab / (a + b); exactly they are not negative and add up to S = n sigma^2. As d and d' in a step
 # are off by e, in a merge by 2 e, the sum is off by
 #     2 sqrt2 e sum sqrt(w) |d| + n e^2 + sum_merges (4 e w |d| + 4 e^2 w) <= 2 B sqrt(S) + B^2,
@@ -587,9 +587,9 @@ def _(module: nn.LocalResponseNorm, input_shape: Shape, p: float) -> Bound:
 # K + 70 relative roundings, g = gamma_(K+70) <= 1/100. Hence
 #     |sqrt(computed) - sigma| <= A = 2.5 (1 + g) B / sqrt(n) + g sigma.
 # (From below: (sqrt(S) - 2.5 B' - g sqrt(S))^2 <= S - 2 B' sqrt(S) - B'^2 - g S where that root is
-# positive.) Otherwise sigma < A, and what is computed may be negative. A <= s / 4 is asked for: then
-# eps >= (15/16) s^2 >= 15 A^2 there, next to which what is off, at most 2 b A + b^2 + g A^2 with
-# b = (1 + g) B / sqrt(n) <= A / 2.5, keeps the root within A of s, too.
+# positive.) Otherwise sigma < A, and what is computed may be negative. A <= s / 4 is asked for:
+# then eps >= (15/16) s^2 >= 15 A^2 there, next to which what is off, at most 2 b A + b^2 + g A^2
+# with b = (1 + g) B / sqrt(n) <= A / 2.5, keeps the root within A of s, too.
 #
 # Result. s = sqrt(sigma^2 + eps) is 1-Lipschitz in sigma, so 1 / s is off by a relative
 # h = r / (1 - r), r = A / s + 8u. With z = (x - mean) / s, in either order, (x - m) r or x r - m r,

@@ -447,7 +447,7 @@ def _(module: Recurrence, values: Range) -> Range:
 # ------------------------------------------------------------------- errors of programs
 
 # Note [rounding of a step]
-# Let x, h, c be off by dx, dh, dc, entry by entry, and E = 64u (Note [elementary functions]). A share
+# Let x, h, c be off by dx, dh, dc, entry by entry; E = 64u (Note [elementary functions]). A share
 # W x + U h + b + b' of n + m products is off by
 #     dz = |W| dx + |U| dh + gamma_(n+m+8) (|W| |x| + |U| |h| + |b| + |b'|),
 # with moduli of computed values. Slopes of tanh and relu are at most 1, of sigma 1/4, so gates are

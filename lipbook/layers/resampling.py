@@ -13,13 +13,18 @@ from torch.nn import functional
 
 from lipbook.errors import (
     Analysis,
+    ForwardError,
     _Affine,
+    _check_single,
     _closed_form,
+    _entries,
     _error_rule_of,
     _moved,
+    _quantum,
     moved_error,
 )
 from lipbook.norms import operator_norm
+from lipbook.norms.rigorous import _UP, _gamma
 from lipbook.rules import (
     Affine,
     Bound,
@@ -277,11 +282,33 @@ _error_rule_of(*_SELECTING)(moved_error)
 
 @_error_rule_of(nn.Upsample)
 def _(module: nn.Upsample, example: Tensor, p: float) -> Analysis:
-    if module.mode != "nearest":
+    r"""Bound linear interpolation, of rounded positions, weights and sums; copies round nothing.
+
+    A position :math:`s (i + 1/2) - 1/2` on an axis of n entries is off by :math:`4 u (n + 1)`, and
+    the interpolant, whose slope is at most :math:`2 \max|x|`, by twice that times
+    :math:`\max|x|`. Weights of :math:`2^d` corners with d + 4 roundings each sum to 1.
+    """
+    lipschitz = _closed_form(module, example, p)
+    if module.mode == "nearest":
+        return _moved(module, lipschitz, p)
+    if module.mode not in ("linear", "bilinear", "trilinear"):
         raise ValueError(
-            f"mode must be 'nearest' for its rounding to be known, got {module.mode!r}"
+            "mode must be 'nearest' or linear for its rounding to be known, got "
+            f"{module.mode!r}: use sound=False"
         )
-    return _moved(module, _closed_form(module, example, p), p)
+    _check_single(example)
+    sizes = example.shape[2:]
+    units = 8 * sum(n + 1 for n in sizes) + 2 ** len(sizes) + 4 * len(sizes) + 8
+
+    def analysis(x: Tensor) -> ForwardError:
+        largest = x.flatten(1).abs().amax(1).double()
+        outputs = module(x)
+        entries, info = _entries(outputs, p), torch.finfo(outputs.dtype)
+        slope = _gamma(units, outputs.dtype) * entries * _UP
+        error = slope * largest + units * _quantum(outputs.dtype) * entries
+        return ForwardError(outputs, lipschitz, error * _UP, slope, info.max / 8 - largest)
+
+    return analysis
 
 
 @_error_rule_of(*_MEANS)

@@ -33,7 +33,7 @@ from lipbook.robustness.certificate import (
     least_quotient,
     pair_norms,
 )
-from lipbook.rounding import graph_error, range_errors
+from lipbook.rounding import graph_error, range_error_rule, range_errors
 from lipbook.rules import Ball, Box, Domain, Range, Shape, outward
 
 __all__ = ["certify"]
@@ -58,7 +58,7 @@ def certify(
     With ``sound`` (the default) the statement is about the program: for every input :math:`x'` in
     the dtype of the model with :math:`\lVert x' - x\rVert_p \le r`, in real numbers, and
     :math:`r > 0`, the program returns the class that it returns at :math:`x`, in any batch, on any
-    number of threads, as long as its sums follow the model of rounding
+    number of threads, as long as its sums and elementary functions follow the model of rounding
     (:func:`~lipbook.rounding.forward_error`). With the :math:`L`, :math:`a`, :math:`c` of the
     logits' difference :math:`z_y - z_j`,
 
@@ -86,6 +86,10 @@ def certify(
     an input, sixteen at most) takes the ranges of all layers and a row backwards for each
     difference of logits that could decide. Twenty digits on a small convolutional network take
     1.6 s, against 0.8 s for the product, most of it for the norms of the weights.
+
+    Products, attention and recurrence have errors on sets only, and normalisation has smaller ones
+    there. Then :math:`a` is that of :math:`D_r`, or of the ball, and c is 0
+    (:func:`~lipbook.rounding.forward_error`).
 
     **One output** :math:`z`, (batch, 1), is a binary classifier: class 0 where :math:`z \le 0`,
     class 1 where :math:`z > 0`. Its logits are :math:`(0, z)` and its margin is :math:`|z|`, so
@@ -186,7 +190,7 @@ def certify(
     ...     def forward(self, x):
     ...         return self.head(x * torch.sigmoid(self.gate(x)))
     >>> images = torch.rand(100, 8), batch[1]
-    >>> boxed = certify(Gated().eval(), [images], (8,), sound=False, domain=Box(0, 1))
+    >>> boxed = certify(Gated().eval(), [images], (8,), domain=Box(0, 1))
     >>> bool((boxed.radius > 0).all()), boxed.facts["domain"]
     (True, 'Box(low=0, high=1)')
     """
@@ -353,11 +357,10 @@ class Reader:
         logits, margins, off_by, slopes, steepness, room = self.analysis(x)
         labels = logits.argmax(1)
         numerator = margins * _DOWN - 2 * off_by * _UP if self.sound else margins
-        found = _Found(
-            least_quotient(numerator, (steepness + slopes) * _UP, labels).clamp(min=0),
-            least_quotient(margins, steepness, labels),
-        )
-        quotients = _Quotients(numerator, margins, slopes, labels)
+        room = room.nan_to_num(0.0, posinf=math.inf).clamp(min=0)
+        unknown = torch.full_like(numerator, -math.inf)
+        quotients = _Quotients(numerator, margins, slopes, labels, room, unknown)
+        found = quotients(steepness)
         if self.domain is not None:
             for width, constants, error in self._on_domain():
                 part = self._less(quotients, torch.full_like(margins[:, 0], error))
@@ -367,19 +370,17 @@ class Reader:
         radius, real = found
         if not self.sound:
             return logits, real, real
-        radius = torch.minimum(radius, room).nan_to_num(0.0, posinf=math.inf).clamp(min=0) * _DOWN
+        radius = radius.nan_to_num(0.0, posinf=math.inf).clamp(min=0) * _DOWN
         return logits, radius, real
 
     def _less(self, quotients: _Quotients, error: Tensor) -> _Quotients:
-        """Take errors of the outputs on a set off the margins, if those are what is known."""
+        """Take errors of the outputs on a set off the margins, if those are known."""
         if self.on_ranges is None:
             return quotients
         outputs = self.graph.nodes[self.graph.output].shape[0]
         norms = pair_norms(class_rows(outputs), self.p)[quotients.labels] * _UP
         lost = torch.where(norms > 0, 2 * norms * error[:, None] * _UP, 0.0)
-        return quotients._replace(
-            numerator=quotients.margins * _DOWN - lost, slopes=torch.zeros_like(lost)
-        )
+        return quotients._replace(on_set=quotients.margins * _DOWN - lost)
 
     # Note [radius and domain]
     # L(r) bounds the difference of two logits on a convex set that holds the input and all its
@@ -391,8 +392,9 @@ class Reader:
     # between r and A(r), for every r. And a bound on a ball holds on all smaller balls, so that
     # only those differences are asked again that could decide there.
     #
-    # Where errors are known on sets only (products, attention), that of such a set holds at the
-    # input and at the neighbour, both of which it holds, and is taken off twice.
+    # An error that is known for all of such a set (products, attention, normalisation) holds at the
+    # input and at the neighbour, both of which are in it, and is taken off twice. Each difference
+    # of logits takes the better of the two errors.
 
     def _on_balls(self, x: Tensor, quotients: _Quotients, found: _Found) -> _Found:
         """Largest radii found from balls around the inputs."""
@@ -455,7 +457,7 @@ class Reader:
         return torch.where(asked, found.scatter(1, which, constants), math.inf)
 
     def _ball_errors(self, x: Tensor, radius: Tensor) -> Tensor:
-        """Errors of the outputs on balls, if those are what is known, (batch,)."""
+        """Errors of the outputs on balls, if those are known, (batch,)."""
         if self.on_ranges is None:
             return radius
         assert self.double is not None
@@ -544,6 +546,12 @@ class Reader:
                 raise
             self.on_ranges = range_errors(self.graph, self.double, example, self.p)
             return self._on_sets()
+        layers = [type(node.layer) for node in self.graph.nodes[1:]]
+        default = range_error_rule.dispatch(object)
+        if self.double is not None and any(
+            range_error_rule.dispatch(c) is not default for c in layers
+        ):
+            self.on_ranges = range_errors(self.graph, self.double, example, self.p)
         features = self.body.run(example.clone())
         if features.dim() != 2:
             raise ValueError(f"model must return (batch, classes), got {tuple(features.shape)}")
@@ -597,6 +605,8 @@ class _Quotients(NamedTuple):
     margins: Tensor
     slopes: Tensor
     labels: Tensor
+    room: Tensor  # up to which the numerator holds, (batch,)
+    on_set: Tensor  # a numerator for the set of the constants, which needs no slopes
 
     def of(self, some: Tensor) -> _Quotients:
         """Those of some inputs."""
@@ -605,14 +615,15 @@ class _Quotients(NamedTuple):
     def each(self, constants: Tensor) -> Tensor:
         """Distance that each difference allows the program, (batch, classes)."""
         slopes = (constants + self.slopes) * _UP
-        return torch.where(self.numerator > 0, self.numerator / slopes, 0.0)
+        near = torch.where(self.numerator > 0, self.numerator / slopes, 0.0)
+        near = torch.minimum(near, self.room[:, None])
+        within = torch.where(self.on_set > 0, self.on_set / (constants * _UP), 0.0)
+        return torch.maximum(near, within)
 
     def __call__(self, constants: Tensor) -> _Found:
         """Distances that all of them allow."""
-        return _Found(
-            least_quotient(self.numerator, (constants + self.slopes) * _UP, self.labels),
-            least_quotient(self.margins, constants, self.labels),
-        )
+        sound = self.each(constants).scatter(1, self.labels[:, None], math.inf).amin(1)
+        return _Found(sound, least_quotient(self.margins, constants, self.labels))
 
 
 def _as_run(graph: Graph) -> Graph:
