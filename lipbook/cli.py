@@ -406,7 +406,7 @@ def _notebooks(chosen: Any) -> None:
     for still in _files(_book() / "assets" / "figures", ".svg"):
         (figures / still.name).write_bytes(still.read_bytes())
     known = _names()
-    for source in _files(_book(), ".ipynb"):
+    for source in _chapters():
         target = chosen.folder / source.name
         if target.exists():
             _say(f"{target} is there already")
@@ -432,6 +432,10 @@ def _names() -> Names:
         elif file.name == "references.bib":
             bibliography = file.read_text("utf-8")
     return names(pages, contents, bibliography)
+
+
+def _chapters() -> list[Any]:
+    return _files(_book(), ".ipynb")
 
 
 def _files(folder: Any, ending: str) -> list[Any]:

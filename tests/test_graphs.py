@@ -86,7 +86,7 @@ def test_graph_computes_what_the_network_computes(name: str) -> None:
 def test_every_network_has_an_error_of_its_program(name: str, p: float) -> None:
     """float64 judges float32; none of the networks is refused."""
     _, shape, options = NETWORKS[name]
-    net = made(name)
+    net = made(NETWORKS[name])
     if "output" in options:  # by hand, since forward_error takes no name
         net = nn.Sequential(net.body, nn.ReLU(), net.head)
     x = torch.rand(8, *shape)
@@ -104,7 +104,7 @@ def test_every_network_has_an_error_of_its_program(name: str, p: float) -> None:
 @pytest.mark.parametrize("name", ["squeeze and excitation", "MLP-Mixer", "reused layers"])
 def test_sound_certificates_of_networks_that_were_not_built_for_them(name: str) -> None:
     _, shape, options = NETWORKS[name]
-    net = made(name)
+    net = made(NETWORKS[name])
     net = nn.Sequential(
         net, nn.Flatten(), nn.Linear(math.prod(net(torch.rand(1, *shape)).shape[1:]), 3)
     )
