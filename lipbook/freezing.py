@@ -357,7 +357,8 @@ def keep_kernels(cls: type[nn.Module]) -> type[nn.Module]:
     Returns the class of the copies, to be given a name in the module that calls this.
     """
     name = f"Frozen{cls.__name__}"
-    module = {"__module__": sys._getframe(1).f_globals["__name__"], "__doc__": cls.__doc__}
+    told = f"Frozen copy of ``torch.nn.{cls.__name__}``, with the kernels that it has in training."
+    module = {"__module__": sys._getframe(1).f_globals["__name__"], "__doc__": told}
     _KEEPING[cls] = type(name, (_AsTrained, cls), module)
     return _KEEPING[cls]
 

@@ -758,8 +758,8 @@ FAULTS = (
     ),
     Fault(
         "tightness/semidefinite",
-        "shares.append((groups[:, None] == groups.unique()).double())",
-        "shares.append(torch.ones(len(on), 1).double())",
+        "columns.append(chain.group[k][on].unique(return_inverse=True)[1])",
+        "columns.append(torch.zeros(len(on), dtype=torch.int64))",
         "LipSDP has one multiplier a layer",
     ),
     Fault(
