@@ -283,12 +283,6 @@ def test_pictures_are_not_searched_for_paths(tmp_path: Path) -> None:
     assert complaints(notebook, tmp_path) == []
 
 
-def test_colab_cell_asks_for_this_version() -> None:
-    source = notebooks.colab_cell().source
-    assert f'"lipbook[lab]=={lipbook.__version__}"' in source
-    assert "http" not in source
-
-
 def test_colab_cell_does_nothing_where_the_library_is(tmp_path: Path) -> None:
     result = run("-c", "import subprocess; subprocess.run = None\n" + notebooks.colab_cell().source)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
