@@ -11,6 +11,7 @@ from torch import nn
 
 from lipbook.activations import MaxMin
 from lipbook.composition import lipschitz_bound
+from lipbook.composition.bounds import MethodName
 from lipbook.lab.exercises.registry import exercise
 from lipbook.tightness import averaged_bound
 
@@ -27,7 +28,7 @@ def _network(*weights: list[list[float]], activation: type[nn.Module] = nn.ReLU)
     return nn.Sequential(*layers[:-1]).eval()
 
 
-def _bounds(network: nn.Sequential, *methods: str) -> list[float]:
+def _bounds(network: nn.Sequential, *methods: MethodName) -> list[float]:
     shape = (next(network.parameters()).shape[1],)
     return [lipschitz_bound(network, shape, method=method).value for method in methods]
 
