@@ -765,6 +765,7 @@ RETURNED = {
 INNER = {"rules", "errors", "freezing", "layers"}  # rooms for those who add layers
 SAME = {  # names that stand in two rooms
     "rounding.forward_error_rule": "errors",
+    "rounding.range_error_rule": "errors",
     "rounding.rigorous_matrix_norm": "norms.rigorous_matrix_norm",
     "rounding.rigorous_convolution_norm": "norms.rigorous_convolution_norm",
 }
