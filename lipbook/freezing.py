@@ -48,7 +48,7 @@ def freeze(model: nn.Module) -> nn.Module:
         \qquad W = W(\theta) \text{ computed once}
 
     **Guaranteed**: the outputs are those of ``model.eval()``, bit by bit, with and without
-    :func:`torch.no_grad`, since the same torch functions are called on the same numbers. So is the
+    :class:`torch.no_grad`, since the same torch functions are called on the same numbers. So is the
     value of :func:`~lipbook.composition.lipschitz_bound`, for every input shape. Torch chooses the
     kernels of attention by whether a weight requires gradients; the copy of a transformer layer
     remembers which did, and takes those. Two exceptions agree to rounding only: images in

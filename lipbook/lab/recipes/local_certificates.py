@@ -115,14 +115,14 @@ def interval_radius(net: SmallConvNet, images: Tensor, labels: Tensor) -> Tensor
 def attacked_radius(
     net: nn.Module, images: Tensor, labels: Tensor, p: float, steps: int = 50
 ) -> Tensor:
-    """Smallest radius at which an attack by projected gradients succeeds, by bisection.
+    r"""Smallest radius at which an attack by projected gradients succeeds, by bisection.
 
     Parameters
     ----------
     net : torch.nn.Module
         In evaluation mode.
     images, labels : torch.Tensor
-        (batch, *shape) and (batch,), read correctly.
+        (batch, \*shape) and (batch,), read correctly.
     p : float
         1, 2 or :data:`math.inf`.
     steps : int
