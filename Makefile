@@ -65,7 +65,7 @@ bench: ## measure the layers beside their peers, in an environment of its own
 	$(BENCH)/bin/python -m benchmarks
 
 pages: $(READY) ## open every built page in Chromium: no outside request, no console error
-	$(BIN)/python -m pytest tests/test_pages.py
+	$(BIN)/python -m pytest -n 2 --dist load tests/test_pages.py
 
 lab: $(READY) ## JupyterLab on the chapters
 	$(BIN)/jupyter trust --log-level=WARN $(CHAPTERS)

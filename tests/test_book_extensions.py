@@ -326,6 +326,12 @@ def test_long_signatures_are_lines(extension: Any) -> None:
     assert lines.count("<dl>") == 1
 
 
+def test_the_list_of_modules_is_one_list(extension: Any) -> None:
+    nested = "<h1>Modules</h1>\n<ul><li>a</li>\n<ul><li>a.b</li>\n</ul><li>c</li>\n</ul>\n"
+    flat = extension("access").one_list(nested)
+    assert flat == "<h1>Modules</h1>\n<ul><li>a</li>\n<li>a.b</li>\n<li>c</li>\n</ul>\n"
+
+
 PREDICTION = """\
 # Page
 

@@ -3,6 +3,7 @@
 - An entry of the menu that folds is named after its page.
 - The list of references has anchors between its entries, which a list may not have, and a role
   for each that the standard has withdrawn. They are left as plain text.
+- The list of modules has lists between its entries. It is written as one list.
 - Parameters of a long signature are written as a list of descriptions without terms, inside a
   term. They are written as lines.
 """
@@ -45,9 +46,17 @@ def lines_of_parameters(html: str) -> str:
     return PARAMETERS.sub(lines, html)
 
 
+def one_list(html: str) -> str:
+    """HTML of the list of modules, without the lists inside it."""
+    start, end = html.index("<ul>") + len("<ul>"), html.rindex("</ul>")
+    return html[:start] + re.sub("</?ul>", "", html[start:end]) + html[end:]
+
+
 def mend(app: Sphinx, page: str, template: str, context: dict[str, Any], _: Any) -> None:
     if "body" in context:
         context["body"] = lines_of_parameters(plain_references(context["body"]))
+    if page == "_modules/index":
+        context["body"] = one_list(context["body"])
     menu: Callable[..., Any] | None = context.get("generate_toctree_html")
     if menu is not None:
         context["generate_toctree_html"] = lambda *kind, **options: Markup(
