@@ -250,8 +250,8 @@ def test_every_page(browser: Any, width: int) -> None:
 # ------------------------------------------------------------------------------- how it weighs
 
 HEAVY = 1_500_000
-# The reference of what the chapters share is one long page, with a preview of each name; the chapter
-# on robustness shows most pictures, one of them the still of the digit to draw.
+# The reference of what the chapters share is one long page, with a preview of each name. Chapter 8
+# shows most pictures, one of them the still of the digit to draw.
 LONG = {"book/api/lab.html": 1_700_000, "book/robustness.html": 1_700_000}
 
 
