@@ -168,6 +168,26 @@ def test_sequences_freeze_to_the_same_bits(
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recurrent_layers_freeze_to_the_same_bits(kind: type[nn.RNNBase], dtype: Any) -> None:
+    """Torch chooses the products by the flags of the weights, at some sizes with other bits."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        inputs, hidden, length, batch = (int(n) for n in torch.randint(1, 9, (4,)))
+        layer = kind(
+            inputs, hidden, 2, batch_first=True, bidirectional=seed % 2 > 0, bias=seed % 3 > 0
+        )
+        model, x = layer.eval().to(dtype), torch.randn(batch, length, inputs, dtype=dtype)
+        frozen = pickle.loads(pickle.dumps(freeze(model)))
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                assert torch.equal(output(frozen, x), output(model, x))
+    assert repr(frozen) == repr(model)
+    bounds = [lipschitz_bound(each, x.shape[1:], output=0).value for each in (frozen, model)]
+    assert bounds[0] == bounds[1]
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # by torch
 def test_frozen_transformers_are_those_of_torch() -> None:
     """In print, for compilers, transformations and bounds; and their weights can be trained."""
