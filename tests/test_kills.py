@@ -2,7 +2,8 @@
 
 The kernel kills it, at a byte of our choice: a limit on the size of files, whose signal Python
 ignores unless it is told otherwise, ends a process inside the call that would pass it, whatever
-library makes that call. Nothing can be cleaned up, as after ``kill -9``.
+library makes that call. Nothing can be cleaned up, as after ``kill -9``. What Python opens is
+watched too: the file in place is never opened for writing.
 """
 
 from __future__ import annotations
@@ -76,13 +77,20 @@ def write(path, version):
 SUFFIXES = {"record": ".json", "tensors of a record": ".safetensors", "row of a recipe": ".row"}
 
 RUN = """
-import os, resource, signal, traceback
+import os, resource, signal, sys, traceback
 from pathlib import Path
+
+def watch(path):
+    def opened(event, arguments):
+        if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            assert str(arguments[0]) != str(path), "a write in place"
+    sys.addaudithook(opened)
 
 def forked(path, version, limit=None):
     process = os.fork()
     if process == 0:
         try:
+            watch(path)
             if limit is not None:
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -98,7 +106,7 @@ def check(folder, suffix):
     there = [folder / name / ("example" + suffix) for name in ("whole", "place")]
     for path in there:
         path.parent.mkdir()
-    assert forked(there[0], 1) == 0
+    assert forked(there[0], 1) == 0, "not written"
     half = there[0].stat().st_size // 2
     path = there[1]
     assert forked(path, 1, half) == -signal.SIGXFSZ, "not killed"
@@ -131,8 +139,12 @@ def test_a_write_that_is_killed_leaves_what_was_there(name: str, tmp_path: Path)
 
 def test_a_write_in_place_is_seen(tmp_path: Path) -> None:
     program = "def write(path, version):\n    path.write_bytes(bytes([version]) * 1000)\n"
-    done = ran(program + RUN + f"check(Path({str(tmp_path)!r}), '.file')")
-    assert "AssertionError: a file that is not whole" in done.stderr
+    call = f"check(Path({str(tmp_path)!r}), '.file')"
+    assert "AssertionError: a write in place" in ran(program + RUN + call).stderr
+    (tmp_path / "whole").rmdir()
+    (tmp_path / "place").rmdir()
+    unwatched = RUN.replace("            watch(path)\n", "")  # as by a library that is not Python
+    assert "AssertionError: a file that is not whole" in ran(program + unwatched + call).stderr
 
 
 # ---------------------------------------------------------------------------------- downloads
