@@ -989,6 +989,29 @@ def test_a_float64_model_in_training_becomes_a_float32_graph(tmp_path: Path) -> 
 # --------------------------------------------------------------------------------- optional parts
 
 
+JOINS: dict[str, Callable[[], nn.Module]] = {
+    "sum": lambda: Sum(OrthogonalLinear(6, 6), nn.Tanh(), nn.Identity()),
+    "residual": lambda: Residual(nn.Sequential(OrthogonalLinear(6, 6), MaxMin())),
+    "sum of sums": lambda: Sum(Residual(OrthogonalLinear(6, 6)), Sum(MaxMin(), nn.ReLU())),
+    "sum to one output": lambda: Sum(UnitNormLinear(6, 1), UnitNormLinear(6, 1)),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_sums_in_onnx_take_batches_of_any_size(name: str, tmp_path: Path) -> None:
+    onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
+    model = JOINS[name]()
+    export_onnx(model, tmp_path / "a.onnx", (6,))
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param  # a name, not a number
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    for batch in (1, 2, 3, 7, 64):
+        x = torch.randn(batch, 6)
+        (found,) = session.run(["output"], {"input": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(x), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime", "safetensors"])
 def test_a_missing_package_is_named(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
