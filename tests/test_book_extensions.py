@@ -353,7 +353,7 @@ def built(source: str, folder: Path) -> tuple[str, str]:
 
     (folder / "index.md").write_text(source)
     settings = {
-        "extensions": ["myst_parser", "predictions"],
+        "extensions": ["myst_parser", "questions"],
         "myst_enable_extensions": ["colon_fence", "dollarmath", "tasklist"],
     }
     warnings = io.StringIO()
@@ -366,7 +366,7 @@ def built(source: str, folder: Path) -> tuple[str, str]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_prediction_answers_without_a_script(tmp_path: Path, extension: Any) -> None:
-    extension("predictions")
+    extension("questions")
     page, warnings = built(PREDICTION, tmp_path)
     assert not warnings
     box = page[page.index("predict admonition") : page.index("</details>\n</div>")]
@@ -395,7 +395,29 @@ def test_a_prediction_answers_without_a_script(tmp_path: Path, extension: Any) -
 def test_a_prediction_without_choices_is_refused(
     old: str, new: str, message: str, tmp_path: Path, extension: Any
 ) -> None:
-    extension("predictions")
+    extension("questions")
     assert old in PREDICTION
     _, warnings = built(new.join(PREDICTION.rsplit(old, 1)), tmp_path)
     assert message in warnings
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recap_asks_several_questions_in_one_box(tmp_path: Path, extension: Any) -> None:
+    extension("questions")
+    asked = PREDICTION.split(":::{predict} How steep?\n")[1].removesuffix(":::\n")
+    page, warnings = built(f"# Page\n\n:::{{recap}}\n{asked}\n{asked}:::\n", tmp_path)
+    assert not warnings
+    box = page[page.index("recap admonition") : page.rindex("</details>\n</div>")]
+    assert ">Recap</p>" in box
+    assert box.count("Where is ") == 2
+    assert box.count("<details") == 4
+    assert box.count('class="choice right"') == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_question_of_a_recap_has_one_right_choice(tmp_path: Path, extension: Any) -> None:
+    extension("questions")
+    asked = PREDICTION.split(":::{predict} How steep?\n")[1].removesuffix(":::\n")
+    wrong = asked.replace("[x]", "[ ]")
+    _, warnings = built(f"# Page\n\n:::{{recap}}\n{asked}\n{wrong}:::\n", tmp_path)
+    assert "recap: one choice has to be ticked" in warnings

@@ -67,6 +67,18 @@ def test_one_choice_of_a_prediction_is_right_and_each_has_its_reason(chapter: st
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
+def test_three_questions_recall_a_section(chapter: str) -> None:
+    text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
+    for box in re.findall(r"^:::\{recap\}.*?^:::$", text, re.MULTILINE | re.DOTALL):
+        lists = re.split(r"\n\n(?=\S[^\n]*(?:\n\S[^\n]*)*\n\n- \[)", box)
+        assert len(lists) == 3
+        for question in lists:
+            choices = re.findall(r"^- \[([ x])\] \S.*\n\n  \S", question, re.MULTILINE)
+            assert len(choices) == len(re.findall(r"^- ", question, re.MULTILINE)) >= 2
+            assert choices.count("x") == 1
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_words_in_formulas_are_upright(chapter: str) -> None:
     text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
     assert not re.findall(r".*[_^]\{(?:in|out|inputs|outputs|min|max)\}.*", text)
