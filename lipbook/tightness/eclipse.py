@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lipbook.composition import Bound, bound_method
 from lipbook.norms import operator_norm
-from lipbook.tightness.reading import EPS, _dense_layers, _euclidean, _Units, _widen
+from lipbook.tightness.reading import EPS, _dense_layers, _euclidean, _widen
+from lipbook.units import Units
 
 __all__ = ["eclipse_bound"]
 
@@ -58,13 +59,13 @@ class _Chain(NamedTuple):
         return _Chain(flip, self.center[::-1], self.radius[::-1], self.group[::-1], self.scale)
 
 
-def _chain(weights: list[Tensor], units: list[_Units]) -> _Chain:
+def _chain(weights: list[Tensor], units: list[Units]) -> _Chain:
     norms = [operator_norm(weight).item() for weight in weights]
     scale = math.prod(norms)
     if scale > 0:
         weights = [weight / norm for weight, norm in zip(weights, norms, strict=True)]
     center, radius = [u.center for u in units], [u.radius for u in units]
-    return _Chain(weights, center, radius, [u.group for u in units], scale)
+    return _Chain(weights, center, radius, [u.groups for u in units], scale)
 
 
 def _gram(weight: Tensor, form: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lipbook import composition
-from lipbook.activations import Householder
 from lipbook.composition import Bound, bound_method
 from lipbook.norms import operator_norm
-from lipbook.tightness.reading import _dense_layers, _Net, _Units, _widen
+from lipbook.tightness.reading import _dense_layers, _Net, _widen
+from lipbook.units import Units
 
 __all__ = ["absolute_bound", "averaged_bound"]
 
@@ -62,9 +62,8 @@ def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     p = composition._exponent(p)
     net = _dense_layers(module, input_shape)
     if all(layer.elementwise for layer in net.units):
-        weights, units, value = net.weights, net.units, 0.0
-        chain = weights[0].abs()
-        for weight, layer in zip(weights[1:], units, strict=True):
+        chain = net.weights[0].abs()
+        for weight, layer in zip(net.weights[1:], net.units, strict=True):
             chain = weight.abs() @ (layer.steepest[:, None] * chain)
         value = operator_norm(chain, p).item()
     else:
@@ -74,31 +73,36 @@ def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
 
 def _absolute_through_sorts(net: _Net, p: float) -> float:
     """Bound the row sums (p = inf) or column sums (p = 1) of the Jacobian, layer by layer."""
-    weights = list(net.weights)
-    for k, layer in enumerate(net.units):
-        if isinstance(layer.module, Householder):
-            raise ValueError(f"method 'absolute' does not know {layer.module}: use 'product'")
-        if p == 2 and not layer.elementwise:
+    for layer, node in zip(net.units, net.layers, strict=True):
+        if layer.elementwise:
+            continue
+        if layer.sorts is None:
+            raise ValueError(f"method 'absolute' does not know {node.layer}: use 'product'")
+        if p == 2:
             raise ValueError(
                 "p must be 1 or math.inf for method 'absolute' with activations that mix units, "
-                f"got 2 and {layer.module}: use 'lipsdp' or 'eclipse'"
+                f"got 2 and {node.layer}: use 'lipsdp' or 'eclipse'"
             )
-        if layer.rotation is not None:  # back to where a Jacobian permutes
-            weights[k] = layer.rotation.mT @ weights[k]
-            weights[k + 1] = weights[k + 1] @ layer.rotation
-    order: list[tuple[Tensor, _Units | None]]
-    order = list(zip(weights, [*net.units, None], strict=True))
+    weights, units = [weight.abs() for weight in net.segments], net.units
     if p == 1:  # column sums are row sums of the transposed network
-        order = list(zip([w.mT for w in weights[::-1]], [*net.units[::-1], None], strict=True))
-    sums = torch.ones(order[0][0].shape[1], dtype=torch.float64)
-    for weight, unit in order:
-        sums = weight.abs() @ sums
-        if unit is not None and unit.members is not None:
-            largest = sums[unit.members].amax(1, keepdim=True)
-            sums[unit.members] = largest.expand(unit.members.shape)
-        elif unit is not None:
-            sums = unit.steepest * sums
+        weights, units = [weight.mT for weight in weights[::-1]], units[::-1]
+    sums = weights[0].sum(1)
+    for weight, layer in zip(weights[1:], units, strict=True):
+        sums = weight @ _through(layer, sums, weight.shape[1], p)
     return sums.max().item()
+
+
+def _through(layer: Units, sums: Tensor, size: int, p: float) -> Tensor:
+    """Bounds of the sums behind an activation, or before it for p = 1."""
+    if layer.sorts is None:
+        return layer.steepest * sums
+    result = torch.zeros(size, dtype=torch.float64)
+    for inputs, outputs in layer.sorts:
+        if p == 1:  # an entry may go to an output of each of its groups
+            result[inputs] += sums[outputs].max()
+        else:
+            result[outputs] = sums[inputs].max()
+    return result
 
 
 @bound_method("averaged")

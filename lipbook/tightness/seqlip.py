@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lipbook.composition import Bound, bound_method
 from lipbook.norms import operator_norm
 from lipbook.tightness.eclipse import _chain, _eclipse
-from lipbook.tightness.reading import _dense_layers, _diagonal, _euclidean, _Units, _widen
+from lipbook.tightness.reading import _dense_layers, _diagonal, _euclidean, _widen
 from lipbook.tightness.semidefinite import _lipsdp
+from lipbook.units import Units
 
 __all__ = ["seqlip_bound"]
 
@@ -101,7 +102,7 @@ def seqlip_bound(
     return Bound(_widen(value, net), "upper bound", p, output_shape=net.output_shape)
 
 
-def _worst_pattern(above: Tensor, layer: _Units, below: Tensor) -> float:
+def _worst_pattern(above: Tensor, layer: Units, below: Tensor) -> float:
     """Largest norm of above @ D @ below over the vertices D."""
     free = (layer.radius > 0).nonzero()[:, 0]
     best = 0.0
