@@ -223,7 +223,7 @@ def units_rule(module: nn.Module, input_shape: Shape) -> Units | None:
 
     A :func:`functools.singledispatch` on the class of ``module``. An elementwise layer that knows
     its slopes (:func:`~lipbook.composition.slope_rule`) needs none. With one, it can tell its
-    linear pieces, which :func:`exact_constant` asks for.
+    linear pieces, which :func:`~lipbook.tightness.exact_constant` asks for.
 
     Parameters
     ----------

@@ -331,10 +331,6 @@ def register_like(cls: type[nn.Module], known: type[nn.Module]) -> None:
         rule.register(cls, rule.dispatch(known))
 
 
-# Largest modulus of the slopes, for each class: what the global bound needs.
-_SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {}
-
-
 def _largest(module: nn.Module) -> float:
     """Return the largest modulus of a slope on all of space."""
     low, high = _curve(module).extent(module)
@@ -342,10 +338,6 @@ def _largest(module: nn.Module) -> float:
         [torch.as_tensor(side, dtype=torch.float64).abs().max() for side in (low, high)]
     )
     return float(ends.max())
-
-
-for _class in _CURVES:
-    _SLOPES[_class] = _largest
 
 
 def _check_random(module: Any) -> None:

@@ -135,7 +135,13 @@ def _eclipse(chain: _Chain) -> float:
 
 
 @bound_method("eclipse")
-def eclipse_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -> Bound:
+def eclipse_bound(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    *,
+    output: str | int | None = None,
+) -> Bound:
     r"""Upper bound in closed form, layer by layer: ECLipsE-Fast, in both directions.
 
     From :math:`P_L = I`, with :math:`M_l = W_{l+1}^\top P_{l+1} W_{l+1}`,
@@ -155,11 +161,14 @@ def eclipse_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and activations: slope-restricted, sorting or Householder.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`):
+        slope-restricted units, sorts, maxima or Householder activations.
     input_shape : sequence of int
         Shape of one sample.
     p : float
         2.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -169,7 +178,7 @@ def eclipse_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -
     Raises
     ------
     ValueError
-        If the network is no such sequence, or p is not 2.
+        If the network is none such, or p is not 2.
 
     Examples
     --------
@@ -184,6 +193,6 @@ def eclipse_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -
     Note [eclipse].
     """
     _euclidean("eclipse", p)
-    net = _dense_layers(module, input_shape)
+    net = _dense_layers(module, input_shape, output)
     value = _widen(_eclipse(_chain(net.weights, net.units)), net)
     return Bound(value, "upper bound", p, output_shape=net.output_shape)

@@ -23,7 +23,12 @@ __all__ = ["exact_constant"]
 
 @bound_method("exact")
 def exact_constant(
-    module: nn.Module, input_shape: Sequence[int], p: float = 2, *, max_regions: int = 10_000
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    *,
+    max_regions: int = 10_000,
+    output: str | int | None = None,
 ) -> Bound:
     r"""Exact Lipschitz constant of a small piecewise linear network, by branch and bound.
 
@@ -33,9 +38,11 @@ def exact_constant(
 
     where :math:`J_\Omega` is the Jacobian on a region of one activation pattern: the regions with
     interior cover the space but for a set of measure zero, and a segment crosses
-    finitely many of them. Patterns are built unit by unit. A linear program decides whether a
-    region has interior (the largest ball in it), and a subtree is left out if an upper
-    bound of all its Jacobians does not exceed the best norm found.
+    finitely many of them. A pattern gives each unit one of its linear pieces, a half-line or an
+    interval, and each group that is sorted one of its orders, which is a cone; it is built unit by
+    unit and comparison by comparison. A linear program decides whether a region has interior (the
+    largest ball in it), and a subtree is left out if an upper bound of all its Jacobians does not
+    exceed the best norm found.
 
     **Guaranteed** when it returns: the constant, up to rounding, of the network with regions
     narrower than 1e-8 left out (in units of the largest distance of a first-layer kink from the
@@ -45,15 +52,19 @@ def exact_constant(
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and ReLU, leaky ReLU, PReLU, absolute value, MaxMin,
-        GroupSort(2) or Householder activations.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`),
+        and are piecewise linear: ReLU, leaky ReLU, PReLU, ReLU6, clipping, absolute value, soft
+        shrinkage, MaxMin, GroupSort, FullSort and Householder activations, maxima and max pooling,
+        or another that tells its pieces (:func:`~lipbook.units.units_rule`).
     input_shape : sequence of int
         Shape of one sample.
     p : float
         1, 2 or :data:`math.inf`.
     max_regions : int
-        Most linear programs; the number of regions is exponential in the number of units for
-        many inputs, and a power of it for few.
+        Most linear programs. The number of regions is exponential in the number of units for many
+        inputs, and a power of it for few; a sort of k entries alone has up to k! of them.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -63,7 +74,7 @@ def exact_constant(
     Raises
     ------
     ValueError
-        If an activation has other than two linear pieces, or the search is longer than
+        If the pieces of an activation are not known, or the search is longer than
         ``max_regions``.
 
     Examples
@@ -79,7 +90,7 @@ def exact_constant(
     :cite:t:`jordan2020` reach the same number by mixed-integer programming.
     """
     p = composition._exponent(p)
-    net = _dense_layers(module, input_shape)
+    net = _dense_layers(module, input_shape, output)
     for units, node in zip(net.units, net.layers, strict=True):
         if not units.piecewise_linear:
             raise ValueError(

@@ -37,10 +37,10 @@ def local_lipschitz_bound(
         \lVert y - x_0\rVert_p \le r
 
     Intervals that hold the inputs of every unit are carried through the network. A ReLU whose
-    interval does not meet 0 is on or off throughout the ball, and is no ReLU there; the
-    slopes of tanh and sigmoid are bounded on the interval; other units keep
-    :math:`[\alpha, \beta]`. Three bounds then hold for slopes in these intervals, and the smallest
-    is returned: the product of norms, the norm of the interval
+    interval does not meet 0 is on or off throughout the ball, and is no ReLU there; other units
+    have the slopes of the pieces that the interval meets, or those that
+    :func:`~lipbook.composition.slope_rule` bounds on it. Three bounds then hold for slopes in these
+    intervals, and the smallest is returned: the product of norms, the norm of the interval
     :math:`\lvert J - \bar J\rvert \le E` of Jacobians, carried through by
     :math:`\bar J \leftarrow W C \bar J`, :math:`E \leftarrow \lvert W\rvert\,
     ((\lvert C\rvert + R) E + R\, \lvert\bar J\rvert)`, and for p = 2 :func:`eclipse_bound`, or
@@ -52,7 +52,8 @@ def local_lipschitz_bound(
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and activations on single units or on pairs.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`),
+        and act on single units or on pairs.
     center : torch.Tensor
         :math:`x_0`, one sample without the batch dimension.
     radius : float
@@ -72,7 +73,7 @@ def local_lipschitz_bound(
     TypeError
         If ``center`` is no floating-point tensor.
     ValueError
-        If the network is no such sequence, ``radius`` is negative or not finite, or ``method`` is
+        If the network is none such, ``radius`` is negative or not finite, or ``method`` is
         unknown or not for this p.
 
     Examples
@@ -133,8 +134,8 @@ def _restrict(net: _Net, center: Tensor, radius: float, p: float) -> list[Units]
     """Bound the slopes that units can have on the ball."""
     found = []
     middle, spread = center, torch.zeros_like(center)
-    for k, units in enumerate(net.units):
-        weight, bias = net.weights[k], net.biases[k]
+    for k, weight in enumerate(net.weights[:-1]):
+        bias = net.biases[k]
         reach = weight.abs() @ spread
         if k == 0:
             reach = radius * torch.linalg.vector_norm(weight, dual_exponent(p), dim=1)
@@ -159,21 +160,14 @@ def _between(net: _Net, k: int, low: Tensor, high: Tensor) -> tuple[Units, Tenso
     if units.kinks is not None:
         least, most = units.kinks.between(low, high)
         first, last = units.kinks.image(low, high)
-        size = units.kinks.offsets.abs().amax(0) + units.steepest * torch.maximum(
-            low.abs(), high.abs()
-        )
-        return _with(units, least, most), first - 8 * EPS * size, last + 8 * EPS * size
+        far = torch.maximum(low.abs(), high.abs())
+        slack = 8 * EPS * (units.kinks.offsets.abs().amax(0) + units.steepest * far)
+        return dataclasses.replace(units, low=least, high=most), first - slack, last + slack
     values = Range(*(end.view(1, *net.shapes[k]) for end in (low, high)))
     image = range_rule(layer, values)
     slopes = slope_rule(layer, values)
     assert slopes is not None
-    least, most = (torch.as_tensor(s, dtype=torch.float64).expand_as(image.low) for s in slopes)
-    least, most = (
-        torch.maximum(least.flatten(), units.low),
-        torch.minimum(most.flatten(), units.high),
-    )
-    return _with(units, least, most), image.low.flatten(), image.high.flatten()
-
-
-def _with(units: Units, low: Tensor, high: Tensor) -> Units:
-    return dataclasses.replace(units, low=low, high=high)
+    ends = [torch.as_tensor(s, dtype=torch.float64).expand_as(image.low).flatten() for s in slopes]
+    least, most = torch.maximum(units.low, ends[0]), torch.minimum(units.high, ends[1])
+    restricted = dataclasses.replace(units, low=least, high=most)
+    return restricted, image.low.flatten(), image.high.flatten()

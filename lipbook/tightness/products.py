@@ -17,7 +17,13 @@ __all__ = ["absolute_bound", "averaged_bound"]
 
 
 @bound_method("absolute")
-def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -> Bound:
+def absolute_bound(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    *,
+    output: str | int | None = None,
+) -> Bound:
     r"""Upper bound by absolute values, entry by entry.
 
     .. math::
@@ -34,13 +40,15 @@ def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and activations that act on single units. Sorting activations
-        are allowed for :math:`p = 1` and :math:`p = \infty`: a Jacobian permutes the
-        entries of a group, so that each gets the largest bound of its group.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`), and act on
+        single units. Sorts and maxima are allowed for :math:`p = 1` and :math:`p = \infty`: a
+        Jacobian places entries of a group, so that each gets the largest bound of its group.
     input_shape : sequence of int
         Shape of one sample.
     p : float
         1, 2 or :data:`math.inf`.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -50,7 +58,7 @@ def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     Raises
     ------
     ValueError
-        If the network is no such sequence, or p = 2 meets an activation that mixes units.
+        If the network is none such, or p = 2 meets an activation that mixes units.
 
     Examples
     --------
@@ -60,7 +68,7 @@ def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     4.0
     """
     p = composition._exponent(p)
-    net = _dense_layers(module, input_shape)
+    net = _dense_layers(module, input_shape, output)
     if all(layer.elementwise for layer in net.units):
         chain = net.weights[0].abs()
         for weight, layer in zip(net.weights[1:], net.units, strict=True):
@@ -106,7 +114,13 @@ def _through(layer: Units, sums: Tensor, size: int, p: float) -> Tensor:
 
 
 @bound_method("averaged")
-def averaged_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -> Bound:
+def averaged_bound(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    *,
+    output: str | int | None = None,
+) -> Bound:
     r"""Upper bound by averages over products, of Combettes and Pesquet.
 
     Writing every :math:`D_l = C_l + R_l\Psi_l` and multiplying out leaves one term for each set
@@ -127,11 +141,13 @@ def averaged_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and activations with bounded slopes.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`).
     input_shape : sequence of int
         Shape of one sample.
     p : float
-        1, 2 or :data:`math.inf`; 2 for sorting activations.
+        1, 2 or :data:`math.inf`; 2 for sorts and maxima.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -141,7 +157,7 @@ def averaged_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     Raises
     ------
     ValueError
-        If the network is no such sequence, or another p meets an activation that mixes units.
+        If the network is none such, or another p meets an activation that mixes units.
 
     Examples
     --------
@@ -158,7 +174,7 @@ def averaged_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     :cite:t:`combettes2020`.
     """
     p = composition._exponent(p)
-    net = _dense_layers(module, input_shape)
+    net = _dense_layers(module, input_shape, output)
     if p != 2 and not all(layer.elementwise for layer in net.units):
         raise ValueError(f"p must be 2 for activations that mix units, got {p:g}")
     ones = [torch.ones(len(weight), dtype=torch.float64) for weight in net.weights]

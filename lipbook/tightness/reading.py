@@ -190,7 +190,8 @@ class _Reading:
         """Name an activation, and the line in which it stands."""
         node = self.nodes[number]
         where = f" ({node.place}: {node.code})" if node.place else ""
-        return f"{node.path!r} ({type(node.layer).__name__}){where}"
+        path = f"{node.path!r} " if node.path else ""
+        return f"{path}({type(node.layer).__name__}){where}"
 
 
 _CHAIN = (
