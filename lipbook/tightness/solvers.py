@@ -38,6 +38,10 @@ class _Program(NamedTuple):
         return form + torch.diag(diagonal)
 
 
+_PARTS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03)  # of the way along a tangent, to 1 / tau = 0
+_CORRECTIONS = 6  # Newton steps back to the path before a tangent is given up
+
+
 def _barrier(program: _Program) -> Tensor:
     """Path-following Newton method; only its point is used, never its value.
 
@@ -52,6 +56,7 @@ def _barrier(program: _Program) -> Tensor:
     cost = torch.full_like(unit, 1e-10 / len(unit))
     cost[0] = 1.0
     tau, last = float(size), 1e7 * size
+    kept, longest, part, corrections = (y, tau), 1.0, 1.0, 0
     lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * y))
     for _ in range(0 if failed else 300):
         inverse = torch.cholesky_inverse(lower)
@@ -75,14 +80,20 @@ def _barrier(program: _Program) -> Tensor:
         if decrement < 1:  # near the path, y(1 / tau): a step along its tangent
             if tau * max(y[0].item(), 1e-6) >= last:
                 return unit * y
-            for part in (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03):
+            kept, corrections = (y, tau), 0
+            for part in (p for p in _PARTS if p < longest):
                 moved = y + part * tau * ahead
                 lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * moved))
                 if not failed:
-                    y, tau = moved, tau / (1 - part)
+                    y, tau, longest = moved, tau / (1 - part), 1.0
                     break
             else:
                 return unit * y
+            continue
+        corrections += 1
+        if corrections > _CORRECTIONS and part < 1:  # the tangent led far away: a shorter step
+            (y, tau), longest, corrections = kept, part, 0
+            lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * y))
             continue
         value = tau * cost @ y - 2 * lower.diagonal().log().sum()
         step = 1.0
