@@ -42,14 +42,29 @@ _PARTS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03)  # of the way along a tangent, to
 _CORRECTIONS = 6  # Newton steps back to the path before a tangent is given up
 
 
+def _derivatives(program: _Program, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient and Hessian (up to its sign) of log det F."""
+    maps, inputs = program.maps, program.inputs
+    of_maps = maps @ inverse
+    below = inverse[inputs:, inputs:], of_maps[:, inputs:], of_maps @ maps.mT
+    slope, hessian = torch.empty_like(program.start), torch.empty(2 * program.start.shape).double()
+    slope[0] = inverse.diagonal()[:inputs].sum()
+    slope[1:] = program.gathered(below[0].diagonal() - below[2].diagonal())
+    hessian[0, 0] = (inverse[:inputs, :inputs] ** 2).sum()
+    mixed = (inverse[inputs:, :inputs] ** 2).sum(1) - (of_maps[:, :inputs] ** 2).sum(1)
+    hessian[0, 1:] = hessian[1:, 0] = program.gathered(mixed)
+    squares = below[0] ** 2 - below[1] ** 2 - (below[1] ** 2).mT + below[2] ** 2
+    hessian[1:, 1:] = program.gathered(program.gathered(squares).mT)
+    return slope, hessian
+
+
 def _barrier(program: _Program) -> Tensor:
     """Path-following Newton method; only its point is used, never its value.
 
     Every term e e' - g g' has rank two, so that the Hessian of log det F is made of the squares of
     the entries of U F^{-1} U' with U the rows e and g: no tensor of order three is formed.
     """
-    maps, inputs = program.maps, program.inputs
-    a, size = maps.shape
+    a, size = program.maps.shape
     unit = program.start  # the scale of each variable
     y = torch.ones_like(unit)
     # A whiff of all variables in the objective, lest one that does not matter runs away.
@@ -60,16 +75,7 @@ def _barrier(program: _Program) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * y))
     for _ in range(0 if failed else 300):
         inverse = torch.cholesky_inverse(lower)
-        of_maps = maps @ inverse
-        below = inverse[inputs:, inputs:], of_maps[:, inputs:], of_maps @ maps.mT
-        slope, hessian = torch.empty_like(unit), torch.empty(len(unit), len(unit)).double()
-        slope[0] = inverse.diagonal()[:inputs].sum()
-        slope[1:] = program.gathered(below[0].diagonal() - below[2].diagonal())
-        hessian[0, 0] = (inverse[:inputs, :inputs] ** 2).sum()
-        mixed = (inverse[inputs:, :inputs] ** 2).sum(1) - (of_maps[:, :inputs] ** 2).sum(1)
-        hessian[0, 1:] = hessian[1:, 0] = program.gathered(mixed)
-        squares = below[0] ** 2 - below[1] ** 2 - (below[1] ** 2).mT + below[2] ** 2
-        hessian[1:, 1:] = program.gathered(program.gathered(squares).mT)
+        slope, hessian = _derivatives(program, inverse)
         gradient = tau * cost - unit * slope
         hessian = unit[:, None] * hessian * unit
         root = hessian.diagonal().rsqrt()
