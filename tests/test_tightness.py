@@ -666,7 +666,7 @@ READ: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def passed(units: Units, layer: nn.Module, shape: tuple[int, ...], z: Tensor) -> Tensor:
-    """What units make of a batch: by their kinks, by their pieces, or by the layer itself."""
+    """What units make of a batch: by their kinks, by all their pieces, or by the layer itself."""
     if units.kinks is not None:
         return units.kinks(z)
     if units.cells is None:
@@ -675,7 +675,6 @@ def passed(units: Units, layer: nn.Module, shape: tuple[int, ...], z: Tensor) ->
     for own, pieces in units.cells:
         for row in range(len(z)):
             found = [p for p in leaves(pieces) if bool((p[0] @ z[row, own] >= -1e-12).all())]
-            assert found
             result[row, own] = found[0][1] @ z[row, own]
     return result
 
