@@ -168,6 +168,26 @@ def test_sequences_freeze_to_the_same_bits(
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recurrent_layers_freeze_to_the_same_bits(kind: type[nn.RNNBase], dtype: Any) -> None:
+    """Torch chooses the products by the flags of the weights, at some sizes with other bits."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        inputs, hidden, length, batch = (int(n) for n in torch.randint(1, 9, (4,)))
+        layer = kind(
+            inputs, hidden, 2, batch_first=True, bidirectional=seed % 2 > 0, bias=seed % 3 > 0
+        )
+        model, x = layer.eval().to(dtype), torch.randn(batch, length, inputs, dtype=dtype)
+        frozen = pickle.loads(pickle.dumps(freeze(model)))
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                assert torch.equal(output(frozen, x), output(model, x))
+    assert repr(frozen) == repr(model)
+    bounds = [lipschitz_bound(each, x.shape[1:], output=0).value for each in (frozen, model)]
+    assert bounds[0] == bounds[1]
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # by torch
 def test_frozen_transformers_are_those_of_torch() -> None:
     """In print, for compilers, transformations and bounds; and their weights can be trained."""
@@ -967,6 +987,29 @@ def test_a_float64_model_in_training_becomes_a_float32_graph(tmp_path: Path) -> 
 
 
 # --------------------------------------------------------------------------------- optional parts
+
+
+JOINS: dict[str, Callable[[], nn.Module]] = {
+    "sum": lambda: Sum(OrthogonalLinear(6, 6), nn.Tanh(), nn.Identity()),
+    "residual": lambda: Residual(nn.Sequential(OrthogonalLinear(6, 6), MaxMin())),
+    "sum of sums": lambda: Sum(Residual(OrthogonalLinear(6, 6)), Sum(MaxMin(), nn.ReLU())),
+    "sum to one output": lambda: Sum(UnitNormLinear(6, 1), UnitNormLinear(6, 1)),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_sums_in_onnx_take_batches_of_any_size(name: str, tmp_path: Path) -> None:
+    onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
+    model = JOINS[name]()
+    export_onnx(model, tmp_path / "a.onnx", (6,))
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param  # a name, not a number
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    for batch in (1, 2, 3, 7, 64):
+        x = torch.randn(batch, 6)
+        (found,) = session.run(["output"], {"input": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(x), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime", "safetensors"])

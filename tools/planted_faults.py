@@ -315,6 +315,13 @@ FAULTS = (
     ),
     Fault(
         "freezing",
+        "[weights[name] for name in twin._flat_weights_names]",
+        "[*module._flat_weights]",
+        "frozen recurrent layers forget the kernels of the original",
+        tests="export",
+    ),
+    Fault(
+        "freezing",
         "if type(frozen) not in _KEEPING:",
         "if type(frozen) in _KEEPING:",
         "frozen attention that takes another kernel",
