@@ -61,9 +61,7 @@ def one_list(html: str) -> str:
 
 def mend(app: Sphinx, page: str, template: str, context: dict[str, Any], _: Any) -> None:
     if "body" in context:
-        context["body"] = speaking_folds(
-            lines_of_parameters(plain_references(context["body"]))
-        )
+        context["body"] = speaking_folds(lines_of_parameters(plain_references(context["body"])))
     if page == "_modules/index":
         context["body"] = one_list(context["body"])
     menu: Callable[..., Any] | None = context.get("generate_toctree_html")
