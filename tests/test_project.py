@@ -33,6 +33,7 @@ FLOORS = {
     "norms": 0,
     "rules": 1,
     "errors": 2,
+    "units": 2,
     "freezing": 1,
     "layers": 3,
     "graphs": 4,
