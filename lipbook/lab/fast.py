@@ -70,13 +70,14 @@ def loose_sign(matrix: Tensor) -> Tensor:
     >>> bool((values - 1).abs().max() < 0.27)
     True
     """
-    x = matrix
+    _, exponent = torch.frexp(matrix.abs().amax().float())
+    x = matrix * 2.0 ** -int(exponent)  # exactly; fourth powers neither vanish nor overflow
     for step, (a, b, c) in enumerate(_QUINTICS):
         gram = x @ x.mT
         square = gram @ gram
         if step == 0:  # five per cent, since rounding may make the largest value exceed its bound
             size = 1.05 * torch.linalg.matrix_norm(square.float()).sqrt()
-            size = size.clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
+            size = size.clamp(min=torch.finfo(torch.float32).tiny ** 0.25)  # for zero
             gram, square = gram / size, square / size**2
             x = x / size.sqrt()
             gram, square, x = (part.to(matrix.dtype) for part in (gram, square, x))
