@@ -125,10 +125,10 @@ def test_the_loose_sign_of_zero_and_in_bfloat16() -> None:
 def test_a_step_is_that_of_the_optimiser_up_to_the_roughness(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a sharp sign and square matrices nothing differs but the retraction: O(η³)."""
+    """With a sharp sign and square weights nothing differs: W - ηS is orthogonal, times √(1+η²)."""
     monkeypatch.setattr(fast, "loose_sign", _polar)
     monkeypatch.setattr("lipbook.lab.descent.matrix_sign", _polar)
-    sizes, lr = (8, 8, 8, 5), 0.02
+    sizes, lr = (8, 8, 8, 5), 0.1
     found = net(sizes)
     plain = [nn.Parameter(part.clone()) for part in (*found.weights[:-1], *found.biases)]
     optimizer = StiefelMuon(plain, lr=lr, momentum=0.9, vector_lr=3.0)
@@ -140,8 +140,20 @@ def test_a_step_is_that_of_the_optimiser_up_to_the_roughness(
         optimizer.step()
         found.step(gradients, slopes, lr, 3.0 * lr)
     for mine, theirs in zip((*found.weights[:-1], *found.biases), plain, strict=True):
-        assert torch.allclose(mine, theirs, atol=20 * lr**3)
-        assert (mine - theirs).abs().max() < 0.1 * lr
+        assert torch.allclose(mine, theirs, atol=1e-10)
+
+
+def test_a_step_of_the_last_layer_goes_along_the_spheres_of_its_rows() -> None:
+    found = net()
+    start, gradient = found.weights[-1].numpy().copy(), draw(5, 6, seed=7).numpy()
+    gradients = [torch.zeros_like(part) for part in found.weights]
+    gradients[-1] = torch.from_numpy(gradient.copy())
+    found.step(gradients, [torch.zeros_like(part) for part in found.biases], 0.2, 0.2)
+    rows = start / np.linalg.norm(start, axis=1, keepdims=True)
+    tangent = gradient - rows * (rows * gradient).sum(1, keepdims=True)
+    moved = start - 0.2 * np.linalg.norm(start) * tangent / np.linalg.norm(tangent)
+    wanted = moved * np.sqrt(4 / 5) / np.linalg.norm(moved, axis=1, keepdims=True)
+    assert np.allclose(found.weights[-1].numpy(), wanted, atol=1e-12)
 
 
 def _polar(matrix: Tensor) -> Tensor:
