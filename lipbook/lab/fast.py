@@ -31,7 +31,7 @@ from lipbook.orthogonal import polar
 
 __all__ = ["AbsoluteNet", "fit", "loose_sign", "windows"]
 
-SIDE, BORDER, SHARED = 28, 2, 16
+SIDE, BORDER, SHARED, CLASSES = 28, 2, 16, 10
 MOMENTUM, RESTORE = 0.9, 4
 # Three maps x -> a x + b x^3 + c x^5, each the best one (nearest to 1 in the maximum norm) on the
 # interval that the one before leaves, from [0.01, 1] on.
@@ -290,11 +290,11 @@ class AbsoluteNet:
             weights[layer], biases[layer] = _turned(weights[layer]), _turned(biases[layer])
             weights[layer + 1] = _turned(weights[layer + 1].T).T
         model = networks.dense(self.sizes, linear=nn.Linear)
-        linear = [layer for layer in model if isinstance(layer, nn.Linear)]
+        linear = [module for module in model if isinstance(module, nn.Linear)]
         with torch.no_grad():
-            for layer, weight, bias in zip(linear, weights, biases, strict=True):
-                layer.weight.copy_(weight)
-                layer.bias.copy_(bias)
+            for module, weight, bias in zip(linear, weights, biases, strict=True):
+                module.weight.copy_(weight)
+                module.bias.copy_(bias)
         return model.requires_grad_(False).eval()
 
 
@@ -382,12 +382,11 @@ def fit(
         )
     if not 0 < lr <= 0.5:
         raise ValueError(f"lr: expected a number in (0, 0.5], got {lr}")
-    for name, value in (("depth", depth), ("epochs", epochs)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    classes = 10
-    side = SIDE - 2 * BORDER
-    net = AbsoluteNet((side**2, *[width] * depth, classes), seed, _PRECISIONS[precision])
+    for name, count in (("depth", depth), ("epochs", epochs)):
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}")
+    pixels = (SIDE - 2 * BORDER) ** 2
+    net = AbsoluteNet((pixels, *[width] * depth, CLASSES), seed, _PRECISIONS[precision])
     rng = np.random.default_rng(seed)
     batches = len(images) // batch_size
     for epoch in range(epochs):
@@ -408,10 +407,9 @@ def fit(
 
 def _on_whole_images(model: nn.Sequential, width: int) -> nn.Sequential:
     """Give the first layer zeros for the pixels of the border."""
-    side = SIDE - 2 * BORDER
-    narrow = model[1].weight.view(width, side, side)
-    first = nn.Linear(SIDE**2, width)
+    state, side = model.state_dict(), SIDE - 2 * BORDER
+    narrow = state["1.weight"].view(width, side, side)
     wide = functional.pad(narrow, (BORDER,) * 4).flatten(1)
-    first.load_state_dict({"weight": wide, "bias": model[1].bias})
-    model[1] = first.requires_grad_(False)
+    model[1] = nn.Linear(SIDE**2, width).requires_grad_(False)
+    model.load_state_dict(state | {"1.weight": wide})
     return model
