@@ -72,16 +72,17 @@ def loose_sign(matrix: Tensor) -> Tensor:
     """
     _, exponent = torch.frexp(matrix.abs().amax().float())
     x = matrix * 2.0 ** -int(exponent)  # exactly; fourth powers neither vanish nor overflow
+    gram = x @ x.mT
+    square = gram @ gram
+    # five per cent, since rounding may make the largest value exceed its bound
+    size = 1.05 * torch.linalg.matrix_norm(square.float()).sqrt()
+    size = float(size.clamp(min=torch.finfo(torch.float32).tiny ** 0.25))  # for zero
+    x, gram, square = x / math.sqrt(size), gram / size, square / size**2
     for step, (a, b, c) in enumerate(_QUINTICS):
-        gram = x @ x.mT
-        square = gram @ gram
-        if step == 0:  # five per cent, since rounding may make the largest value exceed its bound
-            size = 1.05 * torch.linalg.matrix_norm(square.float()).sqrt()
-            size = size.clamp(min=torch.finfo(torch.float32).tiny ** 0.25)  # for zero
-            gram, square = gram / size, square / size**2
-            x = x / size.sqrt()
-            gram, square, x = (part.to(matrix.dtype) for part in (gram, square, x))
-        x = torch.addmm(x, b * gram + c * square, x, beta=a)
+        if step:
+            gram = x @ x.mT
+            square = gram @ gram
+        x = torch.addmm(x, torch.add(b * gram, square, alpha=c), x, beta=a)
     return x
 
 
@@ -392,7 +393,7 @@ def fit(
     for epoch in range(epochs):
         order = torch.from_numpy(rng.permutation(len(images)))[: batches * batch_size]
         for index, batch in enumerate(order.split(batch_size)):
-            x = windows(images[batch], rng).to(net.dtype)
+            x = windows(images.index_select(0, batch), rng).to(net.dtype)
             inputs, signs, logits = net.forward(x.T)
             logits = logits.T.float().requires_grad_()
             value = loss(logits, labels[batch])
