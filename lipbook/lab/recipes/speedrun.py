@@ -18,7 +18,9 @@ What else was seen. The candidates come from some thirty short trials on validat
 a series of trials before, with known test results, from which the offsets 1 and 2 were taken. Two
 runs of this recipe were stopped after their first budget: validation digits asked for a smaller
 offset at 30 seconds, and the machine, which was busy, took longer than 30. They had certified
-networks of 15 seconds on the test digits; from 9 epochs they went to 8, for time alone.
+networks of 15 seconds on the test digits; from 9 epochs they went to 8, for time alone. The budget
+of 45 seconds was added when those of 30 had missed the published clean accuracy by 0.03 points: it
+is the setting of 30 seconds for half as long again.
 """
 
 from __future__ import annotations
@@ -89,7 +91,22 @@ class Setting:
             raise ValueError(f"loss: expected one of {(*LOSSES,)}, got {self.loss!r}")
 
     def fit(self, images: Tensor, labels: Tensor, precision: str, seed: int) -> nn.Sequential:
-        """Train a network, see :func:`lipbook.lab.fast.fit`."""
+        """Train a network.
+
+        Parameters
+        ----------
+        images, labels : torch.Tensor
+            Digits.
+        precision : str
+            Of products.
+        seed : int
+            Of the training.
+
+        Returns
+        -------
+        torch.nn.Sequential
+            That of :func:`lipbook.lab.fast.fit`.
+        """
         make, _ = LOSSES[self.loss]
         return fit(
             images, labels, width=self.width, depth=self.depth, loss=make(self.number),
@@ -102,6 +119,7 @@ class Setting:
 CANDIDATES: Mapping[int, tuple[Setting, ...]] = {
     15: (Setting(256, 4, 8, 1.03), Setting(192, 6, 9, 1.03)),
     30: (Setting(256, 5, 15, 1.0), Setting(256, 5, 14, 1.0), Setting(192, 6, 18, 1.0)),
+    45: (Setting(256, 5, 22, 1.0),),
     60: (Setting(256, 5, 26, 2.0), Setting(256, 6, 23, 2.0)),
     120: (Setting(384, 5, 23, 2.0), Setting(320, 6, 27, 2.0)),
 }
