@@ -681,6 +681,7 @@ def test_the_settings_of_the_speedrun_are_the_best_on_validation_digits() -> Non
         fit = [one for one in judged if one["seconds"] <= entry.budget * (1 - held_out)]
         best = max(fit, key=lambda one: one["clean"] + one["certified"])
         assert entry.setting == speedrun.Setting(**best["setting"])
+        assert entry.within
         assert all(one["test"]["count"] == 10_000 for one in record.results["rows"])
 
 

@@ -357,7 +357,7 @@ def entries(record: Record) -> list[Entry]:
     --------
     >>> from lipbook.lab import records
     >>> [entry.budget for entry in entries(records.read("speedrun"))]
-    [15, 30, 60, 120]
+    [15, 30, 45, 60, 120]
     """
     if not str(record.facts["hardware"]).strip():
         raise ValueError(f"record {record.name!r}: no hardware, so its seconds mean nothing")
