@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from benchmarks.timing import Step, Table
+from lipbook.composition import lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
     NonexpansiveConv2d,
@@ -30,6 +31,7 @@ from lipbook.convolutions import (
     SkewOrthogonalConv2d,
 )
 from lipbook.export import freeze
+from lipbook.lab.ordinary import Ordinary, ResNet18, made
 from lipbook.norms import (
     circular_convolution_singular_values,
     convolution_norm_bound,
@@ -403,6 +405,45 @@ def bounds_of_resnet18(batch: int = 64) -> Table:
     )
 
 
+def bound_of_a_resnet(batch: int = 64) -> Table:
+    """Bound of a whole ResNet-18, skips and all, beside one pass of a batch."""
+    shape = (3, 32, 32)
+    network = made(Ordinary(lambda: ResNet18(64), shape, {}))
+    x = torch.randn(batch, *shape)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return network(x)
+
+    reference = f"forward pass, batch {batch}"
+    return Table(
+        "Bound of a residual network",
+        "ResNet-18, 3 × 32 × 32, 2-norm",
+        reference,
+        {reference: forward, "lipbook lipschitz_bound": lambda: lipschitz_bound(network, shape)},
+        {},
+    )
+
+
+def bound_of_a_chain(depth: int = 50, n: int = 512) -> Table:
+    """Bound of a deep dense network, beside the singular values of its weights."""
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(n, n), nn.ReLU())]
+    network = nn.Sequential(*layers)
+    weights = [layer.weight.detach() for layer in layers if isinstance(layer, nn.Linear)]
+    reference = "torch.linalg.matrix_norm(W, 2) of each"
+
+    def norms() -> object:
+        return [torch.linalg.matrix_norm(weight, 2) for weight in weights]
+
+    return Table(
+        "Bound of a deep network",
+        f"{depth} dense layers of {n}, 2-norm",
+        reference,
+        {reference: norms, "lipbook lipschitz_bound": lambda: lipschitz_bound(network, (n,))},
+        {},
+    )
+
+
 def tables() -> Iterator[Table]:
     """Build all tables, one after the other."""
     for c, stride in ((64, 1), (128, 1), (256, 1), (64, 2), (128, 2)):
@@ -414,6 +455,8 @@ def tables() -> Iterator[Table]:
     for stride, batch in ((1, 64), (2, 64), (1, 1)):
         yield evaluation(64, 16, stride, batch)
     yield bounds_of_resnet18()
+    yield bound_of_a_resnet()
+    yield bound_of_a_chain()
     for stride in (1, 2):
         yield memory(64, 16, stride)
     yield networks()

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lipbook import rounding as rounding
     from lipbook import rules as rules
     from lipbook import tightness as tightness
+    from lipbook import units as units
     from lipbook import wasserstein as wasserstein
 
 __version__ = "0.1.0"

@@ -33,7 +33,8 @@ from lipbook.errors import (
 from lipbook.layers.elementwise import Absolute, register_like
 from lipbook.norms.arguments import _floating, _integer, _tensor
 from lipbook.norms.rigorous import _UP
-from lipbook.rules import Range, _rule_of, pullback_rule, range_rule
+from lipbook.rules import Range, Shape, _rule_of, pullback_rule, range_rule
+from lipbook.units import Kinks, Units, sorted_units, units_rule
 
 __all__ = [
     "group_sort",
@@ -610,6 +611,41 @@ def _(
         flat[..., inputs.flatten()] = part.flatten(-2)
         result.append(flat.movedim(-1, dim + 1))
     return result[0], result[1]
+
+
+# ------------------------------------------------------------------- units
+
+
+def _channels_last(dim: int, input_shape: Shape) -> Tensor:
+    """Places of the entries of a flat sample, with the channels in the last dimension."""
+    places = torch.arange(math.prod(input_shape)).view(input_shape)
+    return places.movedim(dim % (len(input_shape) + 1) - 1, -1)
+
+
+@_rule_of(GroupSort, MaxMin, FullSort, dispatch=units_rule)
+def _(module: GroupSort | MaxMin | FullSort, input_shape: Shape) -> Units:
+    places = _channels_last(module.dim, input_shape)
+    inputs, outputs = (
+        list(places[..., members].flatten(0, -2)) for members in _members(module, places.shape[-1])
+    )
+    return sorted_units(inputs, outputs, (places.numel(), places.numel()))
+
+
+@units_rule.register
+def _(module: Householder, input_shape: Shape) -> Units:
+    """Keep a coordinate of each pair, and take the modulus of the other: Note [sorting]."""
+    pairs = _channels_last(module.dim, input_shape).unflatten(-1, (-1, 2))
+    half = module.angle.detach().double().cpu() / 2
+    cosine, sine = half.cos(), half.sin()
+    rows = (torch.stack((cosine, sine), -1), torch.stack((-sine, cosine), -1))
+    blocks = torch.stack(rows, -2).expand(*pairs.shape, 2)
+    rotation = torch.zeros(pairs.numel(), pairs.numel(), dtype=torch.float64)
+    rotation[pairs[..., None], pairs[..., None, :]] = blocks
+    low, high = torch.ones(2, pairs.numel(), dtype=torch.float64)
+    low[pairs[..., 1]] = -1.0
+    zero = torch.zeros_like(low)
+    kinks = Kinks(zero[None], torch.stack((low, high)), zero)
+    return Units(low, high, before=rotation, behind=rotation.mT, kinks=kinks)
 
 
 # ------------------------------------------------------------------- errors of programs

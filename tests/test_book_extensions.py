@@ -353,7 +353,7 @@ def built(source: str, folder: Path) -> tuple[str, str]:
 
     (folder / "index.md").write_text(source)
     settings = {
-        "extensions": ["myst_parser", "predictions"],
+        "extensions": ["myst_parser", "questions"],
         "myst_enable_extensions": ["colon_fence", "dollarmath", "tasklist"],
     }
     warnings = io.StringIO()
@@ -366,7 +366,7 @@ def built(source: str, folder: Path) -> tuple[str, str]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_prediction_answers_without_a_script(tmp_path: Path, extension: Any) -> None:
-    extension("predictions")
+    extension("questions")
     page, warnings = built(PREDICTION, tmp_path)
     assert not warnings
     box = page[page.index("predict admonition") : page.index("</details>\n</div>")]
@@ -395,7 +395,64 @@ def test_a_prediction_answers_without_a_script(tmp_path: Path, extension: Any) -
 def test_a_prediction_without_choices_is_refused(
     old: str, new: str, message: str, tmp_path: Path, extension: Any
 ) -> None:
-    extension("predictions")
+    extension("questions")
     assert old in PREDICTION
     _, warnings = built(new.join(PREDICTION.rsplit(old, 1)), tmp_path)
     assert message in warnings
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recap_asks_several_questions_in_one_box(tmp_path: Path, extension: Any) -> None:
+    extension("questions")
+    asked = PREDICTION.split(":::{predict} How steep?\n")[1].removesuffix(":::\n")
+    page, warnings = built(f"# Page\n\n:::{{recap}}\n{asked}\n{asked}:::\n", tmp_path)
+    assert not warnings
+    box = page[page.index("recap admonition") : page.rindex("</details>\n</div>")]
+    assert ">Recap</p>" in box
+    assert box.count("Where is ") == 2
+    assert box.count("<details") == 4
+    assert box.count('class="choice right"') == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_question_of_a_recap_has_one_right_choice(tmp_path: Path, extension: Any) -> None:
+    extension("questions")
+    asked = PREDICTION.split(":::{predict} How steep?\n")[1].removesuffix(":::\n")
+    wrong = asked.replace("[x]", "[ ]")
+    _, warnings = built(f"# Page\n\n:::{{recap}}\n{asked}\n{wrong}:::\n", tmp_path)
+    assert "recap: one choice has to be ticked" in warnings
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("site", ["", "https://example.org/lipbook/"])
+def test_a_link_to_a_page_shows_its_title_its_text_and_a_figure(
+    site: str, tmp_path: Path, extension: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sphinxext.opengraph", reason="no Open Graph: pip install -e .[book]")
+    monkeypatch.setenv("LIPBOOK_URL", site)
+    extension("address")
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "index.rst").write_text("A title\n=======\n\nIts first sentence.\n")
+    settings = {
+        "extensions": ["sphinxext.opengraph", "address"],
+        "html_static_path": [str(ROOT / "book/assets")],
+        "ogp_social_cards": {"enable": False},
+        "notfound_urls_prefix": "",
+    }
+    Sphinx(source, None, out, tmp_path / "trees", "html", settings, None, io.StringIO()).build()
+    page = (out / "index.html").read_text("utf-8")
+    said = dict(re.findall(r'<meta (?:property|name)="([\w:]+)" content="([^"]*)"', page))
+    assert said["og:title"] == "A title"
+    assert said["og:description"] == "Its first sentence."
+    if not site:
+        assert "og:image" not in said
+        return
+    assert said["og:image"].startswith(site)
+    assert said["og:image:alt"]
+    assert said["twitter:card"] == "summary_large_image"
+    image = (out / said["og:image"].removeprefix(site)).read_bytes()
+    assert image.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = (int.from_bytes(image[start : start + 4], "big") for start in (16, 20))
+    assert width >= 1200
+    assert height >= 630

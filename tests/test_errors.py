@@ -762,7 +762,7 @@ RETURNED = {
     *("export.ConvolutionStep", "export.DenseStep"),
     *("composition.lipschitz_rule", "export.freeze_rule"),
 }
-INNER = {"rules", "errors", "freezing", "layers"}  # rooms for those who add layers
+INNER = {"rules", "errors", "units", "freezing", "layers"}  # rooms for those who add layers
 SAME = {  # names that stand in two rooms
     "rounding.forward_error_rule": "errors",
     "rounding.range_error_rule": "errors",

@@ -33,6 +33,7 @@ FLOORS = {
     "norms": 0,
     "rules": 1,
     "errors": 2,
+    "units": 2,
     "freezing": 1,
     "layers": 3,
     "graphs": 4,
@@ -314,7 +315,7 @@ def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
     folders = ("lipbook", "book", "tests", "tools", "benchmarks", ".ci", ".github")
     files = [path for folder in folders for path in (TOP / folder).rglob("*")]
     files += [path for path in TOP.iterdir() if not path.name.startswith(".git")]
-    suffixes = {".py", ".ipynb", ".md", ".yml", ".cff", ".txt", ".toml", ".bib", ".json"}
+    suffixes = {".py", ".ipynb", ".md", ".yml", ".cff", ".txt", ".toml", ".bib", ".json", ".png"}
     kept = [path for path in files if path.is_file() and path.suffix in suffixes]
     assert len(kept) > 200
     missing = {str(path.relative_to(TOP)) for path in kept} - names

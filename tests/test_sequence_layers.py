@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -470,6 +471,27 @@ class States(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.recurrent(x)[1]
+
+
+class Loop(nn.Module):
+    """A cell called step by step."""
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return state[0] if isinstance(state, tuple) else state
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_a_cell_names_the_layer_whose_bound_is_known(kind: str) -> None:
+    cell = getattr(nn, f"{kind}Cell")(2, 3)
+    with pytest.raises(TypeError, match=rf"'cell' \({kind}Cell\).*call torch.nn.{kind} with batch"):
+        lipschitz_bound(Loop(cell), (4, 2))
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")

@@ -2,25 +2,31 @@
 
     python tools/stills.py              # all
     python tools/stills.py ellipse      # one
+    python tools/stills.py card         # what is shown where a link to the book is posted
 
 The figure is mounted in Chromium and its planes are written, with the colours of the light page,
 to ``book/assets/figures/NAME.svg``. So the still cannot show anything else than the figure;
-``tests/test_figures.py`` compares them.
+``tests/test_figures.py`` compares them. The card, ``book/assets/card.png``, has the title of the
+book and the first figure of its first page, as the notebook has stored it.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nbformat
 from playwright.sync_api import sync_playwright
 
-ASSETS = Path(__file__).resolve().parents[1] / "book" / "assets"
+BOOK = Path(__file__).resolve().parents[1] / "book"
+ASSETS = BOOK / "assets"
 FIGURES = ASSETS / "figures"
+CARD = {"width": 1200, "height": 630}
 
 # Nested drawings side by side, two in a row; computed styles become attributes.
 DRAW = """() => {
@@ -111,18 +117,37 @@ def still(page: Any, name: str) -> str:
     return str(page.evaluate(DRAW))
 
 
+def card(page: Any) -> bytes:
+    """PNG of the title of the book above the first figure of its first page."""
+    cells = nbformat.read(BOOK / "index.ipynb", as_version=4).cells
+    (title,) = re.findall(r"^# (.+): (.+)$", cells[0].source, re.MULTILINE)
+    outputs = (output for cell in cells for output in cell.get("outputs", []))
+    figure = next(o.data["image/svg+xml"] for o in outputs if "image/svg+xml" in o.get("data", {}))
+    page.set_viewport_size(CARD)
+    page.set_content(
+        "<style>body { margin: 36px 60px; font: 30px sans-serif; color: #222; text-align: center }"
+        "h1 { margin: 0 0 28px; font-size: 58px } h1 > small { font-weight: normal; color: #555 }"
+        "svg { height: 450px; width: auto }</style>"
+        f"<h1>{title[0]}<small>: {title[1]}</small></h1>" + figure[figure.index("<svg") :]
+    )
+    return bytes(page.screenshot())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("names", nargs="*", default=names())
+    known = [*names(), "card"]
+    parser.add_argument("names", nargs="*", default=known)
     chosen = parser.parse_args()
-    if unknown := set(chosen.names) - set(names()):
-        parser.error(f"no figure {', '.join(sorted(unknown))}: there are {', '.join(names())}")
+    if unknown := set(chosen.names) - set(known):
+        parser.error(f"no figure {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     with chromium() as browser:
         page = browser.new_page()
         page.on("pageerror", lambda error: parser.error(str(error)))
-        for name in chosen.names:
+        if "card" in chosen.names:
+            (ASSETS / "card.png").write_bytes(card(page))
+        for name in sorted(set(chosen.names) - {"card"}):
             (FIGURES / f"{name}.svg").write_text(still(page, name), encoding="utf-8")
 
 

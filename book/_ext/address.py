@@ -3,8 +3,8 @@
 The repository is taken from the environment of a CI job or else from git's remote ``origin``,
 if that is on a host whose pages Sphinx's theme can address. The address of the published book
 is taken from ``LIPBOOK_URL``, which the job that publishes it sets. Without them the pages have
-no such button and no such link: nothing is guessed. With the address of the published book comes
-a list of its pages for search engines.
+no such button and no such link: nothing is guessed. With the address of the published book come
+a list of its pages for search engines, and the image that others show beside a link to a page.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.errors import ExtensionError
 
+CARD = "card.png"  # in html_static_path; tools/stills.py draws it
+CARD_ALT = (
+    "Ten handwritten digits, each with a certified radius. Attacked within it, an ordinary network "
+    "is wrong on all of them, and a Lipschitz network on none."
+)
 HOSTS = {"github.com": "github", "gitlab.com": "gitlab"}
 # git@host:owner/name.git, ssh://git@host/owner/name.git, https://user@host/owner/name
 REMOTE = re.compile(r"(?:\w+://)?(?:[^@/]+@)?(?P<host>[\w.-]+)[:/](?P<path>.+?)(?:\.git)?/?")
@@ -81,6 +86,10 @@ def configure(app: Sphinx, config: Config) -> None:
     if site and urlsplit(site).scheme not in ("http", "https"):
         raise ExtensionError(f"LIPBOOK_URL: expected http(s)://..., got {site!r}")
     config.html_baseurl = config.ogp_site_url = f"{site}/" if site else ""
+    if site:
+        config.ogp_image, config.ogp_image_alt = f"_static/{CARD}", CARD_ALT
+        large = '<meta name="twitter:card" content="summary_large_image" />'
+        config.ogp_custom_meta_tags = [*config.ogp_custom_meta_tags, large]
     # The page for missing pages is served at any depth, so its links start at the host.
     config.notfound_urls_prefix = f"{urlsplit(site).path}/"
 

@@ -12,7 +12,6 @@ result can be from the truth. A layer joins by one function, registered with
 from lipbook.composition.bounds import Residual, Sum, bound_method, lipschitz_bound
 from lipbook.composition.checks import LayerReport, check_layer
 from lipbook.composition.lower import _steepest, lipschitz_lower_bound
-from lipbook.layers.elementwise import _SLOPES
 from lipbook.rules import (
     _COMPUTATION,
     Affine,

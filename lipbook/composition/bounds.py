@@ -193,8 +193,8 @@ def lipschitz_bound(
     method : str
         ``"product"``, or a bound that looks at several layers at once: ``"absolute"``,
         ``"averaged"``, ``"eclipse"``, ``"seqlip"``, ``"lipsdp-layer"``, ``"lipsdp"`` or
-        ``"exact"``. They cost more, are for dense networks only, and live in
-        :mod:`lipbook.tightness`. Their bounds have no parts.
+        ``"exact"``. They cost more, are for networks whose activations lie on
+        one chain, and live in :mod:`lipbook.tightness`. Their bounds have no parts.
     domain : Box or Ball, optional
         Convex set on which the bound has to hold; all of space if not given.
     output : str or int, optional
@@ -252,6 +252,8 @@ def lipschitz_bound(
     if method != "product":
         if domain is not None:
             raise TypeError(f"method {method!r} takes no domain: use method='product'")
+        if output is not None:
+            options["output"] = output
         bound = _method(method)(module, shape, p, **options)
         return dataclasses.replace(bound, name=title, input_shape=shape)
     if options:

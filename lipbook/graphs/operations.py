@@ -560,6 +560,18 @@ def _(
     return ScaledDotProduct(**options), (query, key, value)
 
 
+# ------------------------------------------------------------------------------ recurrence
+
+
+@_handles("rnn_tanh_cell", "rnn_relu_cell", "gru_cell", "lstm_cell")
+def _(call: Call, *_: Any) -> Step:
+    kind = {"gru_cell": "GRU", "lstm_cell": "LSTM"}.get(handler_of(call.function)[0], "RNN")
+    raise TypeError(
+        f"is one step of a recurrence, whose bound is known for a sequence: call torch.nn.{kind} "
+        "with batch_first=True on inputs (batch, time, features) in place of the loop"
+    )
+
+
 # --------------------------------------------------------------------------------- joins
 
 

@@ -506,14 +506,14 @@ class _Trace:
                 "has no Lipschitz rule: register one for the module around it with "
                 "@lipschitz_rule.register, which makes that module a layer of the graph"
             )
-        if not isinstance(outputs, Tensor):
-            raise TypeError("has several outputs, which have no rule")
         call = Call(function, args, kwargs, self.tracked)
         renamed = dict(kwargs)
         if "input" in renamed and not args:
             args = (renamed.pop("input"),)
         renamed.pop("out", None)
         layer, inputs = handler(call, *args, **renamed)
+        if not isinstance(outputs, Tensor):
+            raise TypeError("has several outputs, which have no rule")
         self._write(outputs, layer.to(self.device), inputs, path)
 
     def _error(self, kind: type[Exception], name: str, reason: str) -> Exception:

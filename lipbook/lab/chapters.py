@@ -218,6 +218,7 @@ def _prose(text: str, known: Names) -> str:
     text = SITE_ONLY.sub("", text)
     text = re.sub(r"^(:{3,})\{touch\}.*$", r"\1{admonition} Figure", text, flags=re.MULTILINE)
     text = re.sub(r"^(:{3,})\{predict\}", r"\1{admonition} Predict:", text, flags=re.MULTILINE)
+    text = re.sub(r"^(:{3,})\{recap\}.*$", r"\1{admonition} Recap", text, flags=re.MULTILINE)
     text = DISPLAY.sub(lambda match: _display(match, known), text)
     text = DIRECTIVE.sub(lambda match: _box(match, match.string, known), text)
     text = LABEL.sub("", text)

@@ -48,6 +48,7 @@ from lipbook.rules import (
     range_rule,
     slope_rule,
 )
+from lipbook.units import Units, elementwise_units, units_rule
 
 __all__ = ["Absolute", "Exp", "Log", "Power", "Reciprocal", "Sine", "register_like"]
 
@@ -150,6 +151,8 @@ class _Curve:
     turn: Callable[[Any], float] = lambda m: -math.inf  # falls before, rises behind
     positive: bool = False  # defined for positive numbers only
     exact: bool = False  # its slopes are numbers without rounding
+    # points where the slope changes, and the slopes before, between and behind them
+    kinks: Callable[[Any], tuple[list[Any], list[Any]]] | None = None
 
 
 def _pieces(left: Callable[[Any], Any], at: Callable[[Any], float] = lambda m: 0.0) -> _Curve:
@@ -169,7 +172,7 @@ def _pieces(left: Callable[[Any], Any], at: Callable[[Any], float] = lambda m: 0
     def turn(m: Any) -> float:
         return 0.0 if bool((torch.as_tensor(left(m)) < 0).any()) else -math.inf
 
-    return _Curve(extent, local, turn, exact=True)
+    return _Curve(extent, local, turn, exact=True, kinks=lambda m: ([at(m)], [left(m), 1.0]))
 
 
 def _per_channel(slope: Tensor, values: Tensor) -> Tensor:
@@ -183,7 +186,10 @@ def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> _Curve:
         reached = ((most > low(m)) & (least < high(m))).double()
         return inside, reached
 
-    return _Curve(lambda m: (0.0, 1.0), local, exact=True)
+    def kinks(m: Any) -> tuple[list[Any], list[Any]]:
+        return [low(m), high(m)], [0.0, 1.0, 0.0]
+
+    return _Curve(lambda m: (0.0, 1.0), local, exact=True, kinks=kinks)
 
 
 def _rising(extent: Callable[[Any], Slopes], slope: Callable[[Any, Tensor], Tensor]) -> _Curve:
@@ -247,7 +253,9 @@ _CURVES: dict[type[nn.Module], _Curve] = {
     nn.SiLU: _Curve(lambda m: (1 - _SILU, _SILU), turn=lambda m: -1.2784645427610738),
     nn.Mish: _Curve(lambda m: (-_MISH, _MISH), turn=lambda m: -1.1924296110664296),
     nn.Hardswish: _Curve(lambda m: (-0.5, 1.5), turn=lambda m: -1.5),  # at -3 and 3
-    nn.Hardsigmoid: _Curve(lambda m: (0.0, 1 / 6)),
+    nn.Hardsigmoid: _Curve(
+        lambda m: (0.0, 1 / 6), kinks=lambda m: ([-3.0, 3.0], [0.0, 1 / 6, 0.0])
+    ),
     nn.LogSigmoid: _Curve(
         lambda m: (0.0, 1.0), lambda m, low, high: ((-high).sigmoid(), (-low).sigmoid())
     ),
@@ -259,10 +267,18 @@ _CURVES: dict[type[nn.Module], _Curve] = {
     nn.Softplus: _Curve(
         lambda m: (0.0, 1.0) if m.threshold >= 20 and m.beta > 0 else (-math.inf, math.inf)
     ),
-    nn.Softshrink: _Curve(lambda m: (0.0, 1.0)),
+    nn.Softshrink: _Curve(
+        lambda m: (0.0, 1.0), kinks=lambda m: ([-m.lambd, m.lambd], [1.0, 0.0, 1.0])
+    ),
     nn.Tanhshrink: _Curve(lambda m: (0.0, 1.0)),
-    nn.Threshold: _Curve(lambda m: (0.0, 1.0) if m.value == m.threshold else (-math.inf, math.inf)),
-    nn.Hardshrink: _Curve(lambda m: (1.0, 1.0) if m.lambd == 0 else (-math.inf, math.inf)),
+    nn.Threshold: _Curve(
+        lambda m: (0.0, 1.0) if m.value == m.threshold else (-math.inf, math.inf),
+        kinks=lambda m: ([m.threshold], [0.0, 1.0]),
+    ),
+    nn.Hardshrink: _Curve(
+        lambda m: (1.0, 1.0) if m.lambd == 0 else (-math.inf, math.inf),
+        kinks=lambda m: ([0.0], [1.0, 1.0]),
+    ),
     nn.GLU: _Curve(lambda m: (-math.inf, math.inf)),  # a product of two halves of the input
     Sine: _Curve(lambda m: (-1.0, 1.0), turn=lambda m: math.nan),
     Exp: _rising(lambda m: (0.0, math.inf), lambda m, x: x.exp()),
@@ -310,13 +326,9 @@ _ELEMENTWISE = (*_CURVES, Power)
 def register_like(cls: type[nn.Module], known: type[nn.Module]) -> None:
     """Give a class the answers of one that computes the same function."""
     _CURVES[cls] = _CURVES[known]
-    rules: tuple[Any, ...] = (lipschitz_rule, slope_rule, range_rule)
+    rules: tuple[Any, ...] = (lipschitz_rule, slope_rule, range_rule, units_rule)
     for rule in rules:
         rule.register(cls, rule.dispatch(known))
-
-
-# Largest modulus of the slopes, for each class: what the global bound needs.
-_SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {}
 
 
 def _largest(module: nn.Module) -> float:
@@ -326,10 +338,6 @@ def _largest(module: nn.Module) -> float:
         [torch.as_tensor(side, dtype=torch.float64).abs().max() for side in (low, high)]
     )
     return float(ends.max())
-
-
-for _class in _CURVES:
-    _SLOPES[_class] = _largest
 
 
 def _check_random(module: Any) -> None:
@@ -373,6 +381,13 @@ def _(module: nn.Module, values: Range | None) -> Slopes | None:
         _per_channel(torch.as_tensor(side, dtype=torch.float64), values.low) for side in extent
     )
     return torch.maximum(low, least.expand_as(low)), torch.minimum(high, most.expand_as(high))
+
+
+@_rule_of(*_ELEMENTWISE, dispatch=units_rule)
+def _(module: nn.Module, input_shape: Shape) -> Units | None:
+    slopes = units_rule.dispatch(object)(module, input_shape)  # which refuses jumps
+    kinks = _curve(module).kinks
+    return slopes if kinks is None else elementwise_units(module, input_shape, *kinks(module))
 
 
 def _check_values(curve: _Curve, module: nn.Module, values: Range) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lipbook.errors import ForwardError, _entrywise, _quantum, _stacked, _sum
 from lipbook.norms.rigorous import _gamma
-from lipbook.rules import Range, outward
+from lipbook.rules import Range, Shape, outward
+from lipbook.units import Units, sorted_units, units_rule
 
 __all__ = [
     "Add",
@@ -289,6 +290,13 @@ class Maximum(Join):
         """Take the maximum of the ends."""
         first, second = ranges
         return Range(self(first.low, second.low), self(first.high, second.high))
+
+
+@units_rule.register
+def _(module: Maximum, input_shape: Shape) -> Units:
+    pairs = torch.arange(math.prod(input_shape)).view(input_shape[0], -1).mT
+    outputs = torch.arange(len(pairs))[:, None]
+    return sorted_units(list(pairs), list(outputs), (pairs.numel(), len(pairs)), module.largest)
 
 
 class Multiply(Join):

@@ -41,6 +41,7 @@ from lipbook.rules import (
     lipschitz_rule,
     range_rule,
 )
+from lipbook.units import Units, elementwise_units, units_rule
 
 __all__ = [
     "Cast",
@@ -340,6 +341,21 @@ def _(module: Clamp, values: Range) -> Range:
     if values.center is None or values.radius is None:
         return Range(low, high)
     return Range(low, high, module(values.center), values.radius)
+
+
+@units_rule.register
+def _(module: Clamp, input_shape: Shape) -> Units:
+    low, high = module.low, module.high
+    if low is not None and high is not None:
+        low = torch.minimum(low, high)  # torch returns h where l > h
+    ends = [(end, rises) for end, rises in ((low, 1.0), (high, 0.0)) if end is not None]
+    points = [end.double() for end, _ in ends]
+    if not all(point.isfinite().all() for point in points):
+        zero = torch.zeros(math.prod(input_shape), dtype=torch.float64)
+        return Units(zero, zero + 1)
+    return elementwise_units(
+        module, input_shape, points, [float(low is None), *(rises for _, rises in ends)]
+    )
 
 
 class MatrixProduct(nn.Module):

@@ -38,6 +38,7 @@ from lipbook.rules import (
     pullback_rule,
     range_rule,
 )
+from lipbook.units import Units, sorted_units, units_rule
 
 __all__: list[str] = []
 
@@ -83,9 +84,7 @@ def _(module: Any, input_shape: Shape, p: float) -> Bound:
 
 @_rule_of(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 def _(module: Any, input_shape: Shape, p: float) -> Bound:
-    names = ("kernel_size", "stride", "padding", "dilation")
-    axes = _axes(module, input_shape, *names)
-    return _max_pool([_windows(*axis, module.ceil_mode) for axis in axes], p)
+    return _max_pool(_pooled(module, input_shape), p)
 
 
 @_rule_of(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -95,7 +94,7 @@ def _(module: Any, input_shape: Shape, p: float) -> Bound:
 
 @_rule_of(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 def _(module: Any, input_shape: Shape, p: float) -> Bound:
-    return _max_pool([(m > 0).double() for m in _adaptive_means(module, input_shape)], p)
+    return _max_pool(_pooled(module, input_shape), p)
 
 
 def _max_pool(windows: list[Tensor], p: float) -> Bound:
@@ -107,6 +106,15 @@ def _max_pool(windows: list[Tensor], p: float) -> Bound:
 def _windows(size: int, *window: Any) -> Tensor:
     """Which windows each pixel is in, (size, windows); ``window`` as ``max_pool1d`` takes it."""
     return (functional.max_pool1d(_eye(size), *window)[:, 0] == 1).double()
+
+
+def _pooled(module: Any, input_shape: Shape) -> list[Tensor]:
+    """Which windows of a pooling layer each pixel is in, axis by axis."""
+    if hasattr(module, "output_size"):
+        return [(m > 0).double() for m in _adaptive_means(module, input_shape)]
+    names = ("kernel_size", "stride", "padding", "dilation")
+    axes = _axes(module, input_shape, *names)
+    return [_windows(*axis, module.ceil_mode) for axis in axes]
 
 
 def _adaptive_means(module: Any, input_shape: Shape) -> list[Tensor]:
@@ -217,6 +225,20 @@ def _(module: Any, values: Range) -> Range:
         return Range(low, high)
     stretch = lipschitz_rule(module, values.shape, 2.0).value * (1 + 2.0**-40)
     return Range(low, high, module(values.center), values.radius * stretch)
+
+
+@_rule_of(*_MAXIMA, dispatch=units_rule)
+def _(module: Any, input_shape: Shape) -> Units:
+    places = torch.arange(math.prod(input_shape)).view(input_shape)
+    inputs = list(places.flatten(1))  # of each channel, then of each window of the channel
+    for axis, window in enumerate(_pooled(module, input_shape), 1):
+        inputs = [
+            part.view(-1, *input_shape[axis:])[:, column > 0].flatten()
+            for part in inputs
+            for column in window.mT
+        ]
+    outputs = list(torch.arange(len(inputs))[:, None])
+    return sorted_units(inputs, outputs, (places.numel(), len(inputs)))
 
 
 # Note [undecided windows]

@@ -1,4 +1,4 @@
-r"""How tight is a Lipschitz bound? Bounds of dense networks that see more than one layer at once.
+r"""How tight is a Lipschitz bound? Bounds of networks that see more than one layer at once.
 
 The product bound multiplies the norms of the layers, as if the direction that one layer stretches
 most were the one that the next layer stretches most, through activations that let it pass. The
@@ -13,7 +13,11 @@ between the least slope :math:`\alpha` and the largest slope :math:`\beta` of th
 **Centres**: :math:`D = C + R\,\Psi` with :math:`C = (\alpha+\beta)/2`,
 :math:`R = (\beta-\alpha)/2` and :math:`\lVert\Psi\rVert \le 1`.
 
-Sorting activations are no exception (see Note [sorting]). One function reaches every method:
+Sorts and maxima are no exception (Note [sorting] in ``lipbook.units``). A network is read as its
+graph, as long as its activations lie on one chain: what is affine between two of them, with skips,
+sums, slices, convolutions, normalisations and means, is multiplied out to one dense matrix of up to
+16 million entries. A skip around an activation is refused. An activation answers with
+:func:`~lipbook.units.units_rule`. One function reaches every method:
 :func:`lipschitz_bound(module, input_shape, method=...) <lipbook.composition.lipschitz_bound>`.
 """
 

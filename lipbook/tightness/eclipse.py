@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lipbook.composition import Bound, bound_method
 from lipbook.norms import operator_norm
-from lipbook.tightness.reading import EPS, _dense_layers, _euclidean, _Units, _widen
+from lipbook.tightness.reading import EPS, _dense_layers, _euclidean, _widen
+from lipbook.units import Units
 
 __all__ = ["eclipse_bound"]
 
@@ -58,13 +59,13 @@ class _Chain(NamedTuple):
         return _Chain(flip, self.center[::-1], self.radius[::-1], self.group[::-1], self.scale)
 
 
-def _chain(weights: list[Tensor], units: list[_Units]) -> _Chain:
+def _chain(weights: list[Tensor], units: list[Units]) -> _Chain:
     norms = [operator_norm(weight).item() for weight in weights]
     scale = math.prod(norms)
     if scale > 0:
         weights = [weight / norm for weight, norm in zip(weights, norms, strict=True)]
     center, radius = [u.center for u in units], [u.radius for u in units]
-    return _Chain(weights, center, radius, [u.group for u in units], scale)
+    return _Chain(weights, center, radius, [u.groups for u in units], scale)
 
 
 def _gram(weight: Tensor, form: Tensor) -> Tensor:
@@ -134,7 +135,13 @@ def _eclipse(chain: _Chain) -> float:
 
 
 @bound_method("eclipse")
-def eclipse_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -> Bound:
+def eclipse_bound(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    *,
+    output: str | int | None = None,
+) -> Bound:
     r"""Upper bound in closed form, layer by layer: ECLipsE-Fast, in both directions.
 
     From :math:`P_L = I`, with :math:`M_l = W_{l+1}^\top P_{l+1} W_{l+1}`,
@@ -154,11 +161,14 @@ def eclipse_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and activations: slope-restricted, sorting or Householder.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`):
+        slope-restricted units, sorts, maxima or Householder activations.
     input_shape : sequence of int
         Shape of one sample.
     p : float
         2.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -168,7 +178,7 @@ def eclipse_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -
     Raises
     ------
     ValueError
-        If the network is no such sequence, or p is not 2.
+        If the network is none such, or p is not 2.
 
     Examples
     --------
@@ -183,6 +193,6 @@ def eclipse_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -
     Note [eclipse].
     """
     _euclidean("eclipse", p)
-    net = _dense_layers(module, input_shape)
+    net = _dense_layers(module, input_shape, output)
     value = _widen(_eclipse(_chain(net.weights, net.units)), net)
     return Bound(value, "upper bound", p, output_shape=net.output_shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +13,22 @@ from torch import Tensor, nn
 from lipbook import composition
 from lipbook.composition import Bound, bound_method
 from lipbook.norms import operator_norm
+from lipbook.rules import Shape
 from lipbook.tightness.eclipse import _certify, _chain
-from lipbook.tightness.reading import Shape, _dense_layers, _Net
+from lipbook.tightness.reading import _dense_layers, _Net
+from lipbook.units import Piece, Units
 
 __all__ = ["exact_constant"]
 
 
 @bound_method("exact")
 def exact_constant(
-    module: nn.Module, input_shape: Sequence[int], p: float = 2, *, max_regions: int = 10_000
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    *,
+    max_regions: int = 10_000,
+    output: str | int | None = None,
 ) -> Bound:
     r"""Exact Lipschitz constant of a small piecewise linear network, by branch and bound.
 
@@ -31,9 +38,11 @@ def exact_constant(
 
     where :math:`J_\Omega` is the Jacobian on a region of one activation pattern: the regions with
     interior cover the space but for a set of measure zero, and a segment crosses
-    finitely many of them. Patterns are built unit by unit. A linear program decides whether a
-    region has interior (the largest ball in it), and a subtree is left out if an upper
-    bound of all its Jacobians does not exceed the best norm found.
+    finitely many of them. A pattern gives each unit one of its linear pieces, a half-line or an
+    interval, and each group that is sorted one of its orders, which is a cone; it is built unit by
+    unit and comparison by comparison. A linear program decides whether a region has interior (the
+    largest ball in it), and a subtree is left out if an upper bound of all its Jacobians does not
+    exceed the best norm found.
 
     **Guaranteed** when it returns: the constant, up to rounding, of the network with regions
     narrower than 1e-8 left out (in units of the largest distance of a first-layer kink from the
@@ -43,15 +52,19 @@ def exact_constant(
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and ReLU, leaky ReLU, PReLU, absolute value, MaxMin,
-        GroupSort(2) or Householder activations.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`),
+        and are piecewise linear: ReLU, leaky ReLU, PReLU, ReLU6, clipping, absolute value, soft
+        shrinkage, MaxMin, GroupSort, FullSort and Householder activations, maxima and max pooling,
+        or another that tells its pieces (:func:`~lipbook.units.units_rule`).
     input_shape : sequence of int
         Shape of one sample.
     p : float
         1, 2 or :data:`math.inf`.
     max_regions : int
-        Most linear programs; the number of regions is exponential in the number of units for
-        many inputs, and a power of it for few.
+        Most linear programs. The number of regions is exponential in the number of units for many
+        inputs, and a power of it for few; a sort of k entries alone has up to k! of them.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -61,7 +74,7 @@ def exact_constant(
     Raises
     ------
     ValueError
-        If an activation has other than two linear pieces, or the search is longer than
+        If the pieces of an activation are not known, or the search is longer than
         ``max_regions``.
 
     Examples
@@ -77,12 +90,12 @@ def exact_constant(
     :cite:t:`jordan2020` reach the same number by mixed-integer programming.
     """
     p = composition._exponent(p)
-    net = _dense_layers(module, input_shape)
-    for layer in net.units:
-        if layer.pieces is None:
+    net = _dense_layers(module, input_shape, output)
+    for units, node in zip(net.units, net.layers, strict=True):
+        if not units.piecewise_linear:
             raise ValueError(
-                "method 'exact' needs activations of two linear pieces, got "
-                f"{layer.module}: use 'lipsdp' or 'eclipse'"
+                "method 'exact' needs activations whose linear pieces are known, got "
+                f"{node.layer}: use 'lipsdp' or 'eclipse', or register its pieces with units_rule"
             )
     search = _Search(net, p, max_regions)
     search.run()
@@ -91,7 +104,7 @@ def exact_constant(
 
 
 class _Region(NamedTuple):
-    """Where the units decided so far have their signs: rows @ x + offsets >= 0."""
+    """Where the pieces decided so far hold: rows @ x + offsets >= 0."""
 
     rows: np.ndarray  # (k, n), of norm 1
     offsets: np.ndarray  # (k,)
@@ -99,19 +112,62 @@ class _Region(NamedTuple):
     width: float  # its radius
 
 
+class _State(NamedTuple):
+    """A layer of units of which some have their pieces: outputs as functions of the input."""
+
+    matrix: np.ndarray  # (n, inputs); the inputs of undecided units times their steepest slopes
+    offset: np.ndarray  # (n,)
+    moduli: np.ndarray  # (n, inputs), bounds of the entries of what `matrix` can become
+
+
+class _Layer:
+    """Units as arrays, with lengths in multiples of a unit."""
+
+    def __init__(self, units: Units, length: float) -> None:
+        self.length = length
+        self.cells = [(own.numpy(), pieces) for own, pieces in units.pieces()]
+        self.steepest = units.steepest.numpy()
+        self.linear = units.low.numpy()
+        kinks = units.kinks
+        offsets = torch.zeros_like(units.low) if kinks is None else kinks.offsets[0]
+        self.offsets = offsets.numpy() / length
+        self.together = (units.groups[:, None] == units.groups).double().numpy()
+
+    def start(self, matrix: np.ndarray, bias: np.ndarray) -> _State:
+        """Units without a piece, but for the linear ones."""
+        slopes, offset = self.linear.copy(), self.linear * bias + self.offsets
+        for own, _ in self.cells:
+            slopes[own], offset[own] = self.steepest[own], 0.0
+        matrix = slopes[:, None] * matrix
+        return _State(matrix, offset, np.sqrt(self.together @ matrix**2))
+
+    def levels(self, piece: Piece) -> np.ndarray:
+        return piece.levels.numpy() / self.length
+
+    def decided(
+        self, state: _State, own: np.ndarray, piece: Piece, rows: np.ndarray, bias: np.ndarray
+    ) -> _State:
+        """Give the units of one cell a piece."""
+        assert piece.matrix is not None
+        assert piece.offset is not None
+        matrix, offset, moduli = (part.copy() for part in state)
+        matrix[own] = piece.matrix.numpy() @ rows
+        offset[own] = piece.matrix.numpy() @ bias + piece.offset.numpy() / self.length
+        moduli[own] = np.abs(matrix[own])
+        return _State(matrix, offset, moduli)
+
+
 class _Search:
-    """Depth-first search over activation patterns."""
+    """Depth-first search over the pieces of all units, layer by layer."""
 
     thin = 1e-8
 
     def __init__(self, net: _Net, p: float, max_regions: int) -> None:
         self.p, self.max_regions, self.visited, self.net = p, max_regions, 0, net
         self.weights = [weight.numpy() for weight in net.weights]
-        lengths = np.linalg.norm(self.weights[0], axis=1)
-        offsets = np.abs(net.biases[0].numpy())[lengths > 0] / lengths[lengths > 0]
-        self.unit = float(offsets.max(initial=0.0)) or 1.0  # of length, for the inputs
+        self.unit = self.farthest_kink()  # of length, for the inputs
         self.biases = [bias.numpy() / self.unit for bias in net.biases]
-        self.pieces = [(u.pieces[0].numpy(), u.pieces[1].numpy()) for u in net.units if u.pieces]
+        self.layers = [_Layer(units, self.unit) for units in net.units]
         # From layer k on: a form that bounds the 2-norm, and an absolute product for all norms.
         chain = _chain(net.weights, net.units)
         forms = _certify(chain, None)[1] if chain.scale > 0 else []
@@ -119,10 +175,10 @@ class _Search:
         self.forms = [f.numpy() * math.prod(norms[i + 1 :]) ** 2 for i, f in enumerate(forms)]
         self.tails: list[np.ndarray] = []
         tail = np.eye(len(self.weights[-1]))
-        for weight, layer in zip(self.weights[:0:-1], net.units[::-1], strict=True):
+        for weight, layer in zip(self.weights[:0:-1], self.layers[::-1], strict=True):
             tail = tail @ np.abs(weight)  # from the outputs of an activation on
             self.tails.insert(0, tail)
-            tail = tail * layer.steepest.numpy()
+            tail = tail * layer.steepest @ layer.together
         self.stretch = [math.inf] * len(net.units)
         for k in range(len(net.units)):
             if forms:
@@ -131,14 +187,25 @@ class _Search:
         self.best, self.where, self.jacobian = -1.0, np.zeros(0), np.zeros((0, 0))
         self.width = 0.0
 
+    def farthest_kink(self) -> float:
+        """Largest distance of a kink of the first layer from the origin, or 1."""
+        distances = [0.0]
+        for own, pieces in self.net.units[0].pieces() if self.net.units else ():
+            rows, bias = self.net.weights[0][own], self.net.biases[0][own]
+            for piece in pieces:
+                lengths = (piece.normals @ rows).norm(dim=1)
+                values = (piece.normals @ bias - piece.levels).abs()
+                distances += (values[lengths > 0] / lengths[lengths > 0]).tolist()
+        return max(distances) or 1.0
+
     def run(self) -> None:
         n = self.weights[0].shape[1]
         space = _Region(np.zeros((0, n)), np.zeros(0), np.zeros(n), 1.0)
         self.enter(0, self.weights[0], self.biases[0], space)
 
     def enter(self, k: int, matrix: np.ndarray, bias: np.ndarray, region: _Region) -> None:
-        """Start layer k, whose inputs to the activations are matrix @ x + bias in the region."""
-        if k == len(self.pieces):
+        """Start layer k, whose units see matrix @ x + bias in the region."""
+        if k == len(self.layers):
             value = float(np.linalg.norm(matrix, self.p))
             if value > self.best:
                 self.best, self.jacobian = value, matrix
@@ -148,11 +215,10 @@ class _Search:
             above = np.linalg.eigvalsh(matrix.T @ self.forms[k] @ matrix)[-1]
             if math.sqrt(max(above, 0.0)) <= self.best:
                 return
-        slopes = np.maximum(*np.abs(self.pieces[k]))
-        order = np.argsort(-np.linalg.norm(matrix, axis=1) * (slopes > 0))
-        linear = self.pieces[k][0] == self.pieces[k][1]
-        slopes = np.where(linear, self.pieces[k][0], slopes)
-        self.decide(k, matrix, bias, region, slopes, [i for i in order if not linear[i]])
+        state = self.layers[k].start(matrix, bias)
+        cells = self.layers[k].cells
+        order = sorted(cells, key=lambda cell: -float(np.linalg.norm(state.matrix[cell[0]])))
+        self.decide(k, matrix, bias, region, state, order)
 
     def decide(
         self,
@@ -160,48 +226,80 @@ class _Search:
         matrix: np.ndarray,
         bias: np.ndarray,
         region: _Region,
-        slopes: np.ndarray,  # of the decided units; the steepest ones of the others
-        left: list[int],
+        state: _State,
+        left: Sequence[tuple[np.ndarray, Sequence[Piece]]],
     ) -> None:
-        """Decide the sign of the next unit, both ways."""
-        if self.above(k, slopes[:, None] * matrix) <= self.best:
+        """Give the next cell each of its pieces that the region meets."""
+        if self.above(k, state) <= self.best:
             return
         if not left:
-            follow, step = self.weights[k + 1], slopes[:, None] * matrix
-            return self.enter(
-                k + 1, follow @ step, follow @ (slopes * bias) + self.biases[k + 1], region
-            )
-        i, left = left[0], left[1:]
-        length = float(np.linalg.norm(matrix[i]))
-        if length <= 1e-13 * max(float(np.linalg.norm(matrix)), 1e-300):  # a constant
-            choices = [(bias[i] >= 0, region)]
+            follow = self.weights[k + 1]
+            behind = follow @ state.offset + self.biases[k + 1]
+            return self.enter(k + 1, follow @ state.matrix, behind, region)
+        layer, (own, pieces) = self.layers[k], left[0]
+        rows, shift = matrix[own], bias[own]
+        size = float(np.linalg.norm(rows))
+        if size <= 1e-13 * max(float(np.linalg.norm(matrix)), 1e-300):  # a constant
+            piece = self.piece_at(layer, pieces, shift)
+            choices = iter([(piece, region)])
         else:
-            row, offset = matrix[i] / length, bias[i] / length
-            value = float(row @ region.point + offset)
-            choices = []
-            for on in (value >= 0, value < 0):
-                sign = 1.0 if on else -1.0
-                inside = self.cut(region, sign * row, sign * offset, sign * value)
-                if inside is not None:
-                    choices.append((on, inside))
-        pieces = self.pieces[k]
-        choices.sort(key=lambda choice: -abs(pieces[int(choice[0])][i]))
-        for on, inside in choices:
-            changed = slopes.copy()
-            changed[i] = pieces[int(on)][i]
-            self.decide(k, matrix, bias, inside, changed, left)
+            choices = self.choices(layer, pieces, rows, shift, region)
+        for piece, inside in choices:
+            changed = layer.decided(state, own, piece, rows, shift)
+            self.decide(k, matrix, bias, inside, changed, left[1:])
         return None
 
-    def above(self, k: int, matrix: np.ndarray) -> float:
+    def choices(
+        self,
+        layer: _Layer,
+        pieces: Sequence[Piece],
+        rows: np.ndarray,
+        bias: np.ndarray,
+        region: _Region,
+    ) -> Iterator[tuple[Piece, _Region]]:
+        """Pieces that hold on a part of the region with interior, the steepest first."""
+
+        def steepness(piece: Piece) -> float:
+            return (
+                0.0 if piece.matrix is None else -float(np.abs(piece.matrix.numpy() @ rows).sum())
+            )
+
+        for piece in sorted(pieces, key=steepness):
+            normals = piece.normals.numpy()
+            inside = self.cut(region, normals @ rows, normals @ bias - layer.levels(piece))
+            if inside is not None and piece.finer is not None:
+                yield from self.choices(layer, piece.finer(), rows, bias, inside)
+            elif inside is not None:
+                yield piece, inside
+
+    @staticmethod
+    def piece_at(layer: _Layer, pieces: Sequence[Piece], values: np.ndarray) -> Piece:
+        """Piece that holds at a point."""
+
+        def depth(piece: Piece) -> float:
+            return float(
+                np.min(piece.normals.numpy() @ values - layer.levels(piece), initial=math.inf)
+            )
+
+        piece = max(pieces, key=depth)
+        return piece if piece.finer is None else _Search.piece_at(layer, piece.finer(), values)
+
+    def above(self, k: int, state: _State) -> float:
         """Bound of the norm of all that may follow the outputs of layer k."""
-        value = float(np.linalg.norm(self.tails[k] @ np.abs(matrix), self.p))
+        value = float(np.linalg.norm(self.tails[k] @ state.moduli, self.p))
         if self.p == 2 and self.forms:
-            value = min(value, self.stretch[k] * float(np.linalg.norm(matrix, 2)))
+            value = min(value, self.stretch[k] * float(np.linalg.norm(state.matrix, 2)))
         return value
 
-    def cut(self, region: _Region, row: np.ndarray, offset: float, value: float) -> _Region | None:
-        """Keep the part where row @ x + offset >= 0, or nothing if it has no interior."""
-        rows, offsets = np.vstack([region.rows, row]), np.append(region.offsets, offset)
+    def cut(self, region: _Region, rows: np.ndarray, offsets: np.ndarray) -> _Region | None:
+        """Keep the part where rows @ x + offsets >= 0, or nothing if it has no interior."""
+        lengths = np.linalg.norm(rows, axis=1)
+        flat = lengths <= 1e-13 * max(float(lengths.max(initial=0.0)), 1e-300)
+        if bool((offsets[flat] < -1e-12 * np.abs(offsets).max(initial=1.0)).any()):
+            return None
+        rows, offsets = rows[~flat] / lengths[~flat, None], offsets[~flat] / lengths[~flat]
+        value = float((rows @ region.point + offsets).min(initial=math.inf))
+        rows, offsets = np.vstack([region.rows, rows]), np.append(region.offsets, offsets)
         if value > max(0.1 * region.width, 1e-4):  # the point that is known will do
             return _Region(rows, offsets, region.point, min(region.width, value))
         self.visited += 1

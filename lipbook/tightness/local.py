@@ -13,18 +13,11 @@ from lipbook import composition
 from lipbook.composition import Bound, lipschitz_bound
 from lipbook.norms import dual_exponent, operator_norm
 from lipbook.norms.arguments import _got, _real
+from lipbook.rules import Range, range_rule, slope_rule
 from lipbook.tightness.eclipse import _chain, _eclipse
-from lipbook.tightness.reading import (
-    EPS,
-    _dense_layers,
-    _diagonal,
-    _euclidean,
-    _Net,
-    _Units,
-    _values,
-    _widen,
-)
+from lipbook.tightness.reading import _dense_layers, _diagonal, _euclidean, _Net, _widen
 from lipbook.tightness.semidefinite import _lipsdp
+from lipbook.units import EPS, Units
 
 __all__ = ["local_lipschitz_bound"]
 
@@ -44,10 +37,10 @@ def local_lipschitz_bound(
         \lVert y - x_0\rVert_p \le r
 
     Intervals that hold the inputs of every unit are carried through the network. A ReLU whose
-    interval does not meet 0 is on or off throughout the ball, and is no ReLU there; the
-    slopes of tanh and sigmoid are bounded on the interval; other units keep
-    :math:`[\alpha, \beta]`. Three bounds then hold for slopes in these intervals, and the smallest
-    is returned: the product of norms, the norm of the interval
+    interval does not meet 0 is on or off throughout the ball, and is no ReLU there; other units
+    have the slopes of the pieces that the interval meets, or those that
+    :func:`~lipbook.composition.slope_rule` bounds on it. Three bounds then hold for slopes in these
+    intervals, and the smallest is returned: the product of norms, the norm of the interval
     :math:`\lvert J - \bar J\rvert \le E` of Jacobians, carried through by
     :math:`\bar J \leftarrow W C \bar J`, :math:`E \leftarrow \lvert W\rvert\,
     ((\lvert C\rvert + R) E + R\, \lvert\bar J\rvert)`, and for p = 2 :func:`eclipse_bound`, or
@@ -59,7 +52,8 @@ def local_lipschitz_bound(
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and activations on single units or on pairs.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`),
+        and act on single units or on pairs.
     center : torch.Tensor
         :math:`x_0`, one sample without the batch dimension.
     radius : float
@@ -79,7 +73,7 @@ def local_lipschitz_bound(
     TypeError
         If ``center`` is no floating-point tensor.
     ValueError
-        If the network is no such sequence, ``radius`` is negative or not finite, or ``method`` is
+        If the network is none such, ``radius`` is negative or not finite, or ``method`` is
         unknown or not for this p.
 
     Examples
@@ -108,22 +102,27 @@ def local_lipschitz_bound(
     whole = lipschitz_bound(module, shape, p)
     net = _dense_layers(module, shape)
     _diagonal("interval", net)
-    units = _restrict(net, _values(center).flatten(), radius, p)
+    for layer, node in zip(net.units, net.layers, strict=True):
+        if layer.kinks is None and not layer.elementwise:
+            raise ValueError(
+                f"method 'interval' needs the kinks of units that are no entries, got {node.layer}"
+            )
+    restricted = _restrict(net, center.detach().double().cpu().flatten(), radius, p)
 
     masked = operator_norm(net.weights[0], p).item()
     jacobian, error = net.weights[0], torch.zeros_like(net.weights[0])  # |J - jacobian| <= error
-    for weight, layer in zip(net.weights[1:], units, strict=True):
+    for weight, layer in zip(net.weights[1:], restricted, strict=True):
         masked *= operator_norm(weight * layer.steepest, p).item()
         spread = layer.steepest[:, None] * error + layer.radius[:, None] * jacobian.abs()
         jacobian, error = weight @ (layer.center[:, None] * jacobian), weight.abs() @ spread
     name = type(module).__name__
     title: dict[str, Any] = {"name": name, "input_shape": shape, "output_shape": whole.output_shape}
-    if all(bool((layer.radius == 0).all()) for layer in units):
+    if all(bool((layer.radius == 0).all()) for layer in restricted):
         return Bound(operator_norm(jacobian, p).item(), "exact", p, **title)
     values = [masked, operator_norm(jacobian.abs() + error, p).item()]
     if p == 2:
         values.append(operator_norm(jacobian).item() + operator_norm(error).item())
-        chain = _chain(net.weights, units)
+        chain = _chain(net.weights, restricted)
         values.append(_eclipse(chain))
         if method == "lipsdp":
             values.append(_lipsdp(chain, "neuron", "barrier"))
@@ -131,54 +130,44 @@ def local_lipschitz_bound(
     return Bound(value, "upper bound", p, **title)
 
 
-def _restrict(net: _Net, center: Tensor, radius: float, p: float) -> list[_Units]:
+def _restrict(net: _Net, center: Tensor, radius: float, p: float) -> list[Units]:
     """Bound the slopes that units can have on the ball."""
-    units = []
+    found = []
     middle, spread = center, torch.zeros_like(center)
-    for k, layer in enumerate(net.units):
-        weight, bias = net.weights[k], net.biases[k]
+    for k, weight in enumerate(net.weights[:-1]):
+        bias = net.biases[k]
         reach = weight.abs() @ spread
         if k == 0:
             reach = radius * torch.linalg.vector_norm(weight, dual_exponent(p), dim=1)
+            far = middle.norm().item() + radius * max(1.0, len(middle) ** 0.5 if p > 2 else 1.0)
+        else:
+            far = (middle.abs() + spread).norm().item()
         size = weight.abs() @ (middle.abs() + spread) + bias.abs() + reach
         reach = reach + 4 * EPS * (weight.shape[1] + 4) * size  # rounding
+        reach = reach + (net.errors[k] * far + net.shifts[k]) * (1 + 2.0**-40)  # of the weights
         low, high = weight @ middle + bias - reach, weight @ middle + bias + reach
-        units.append(_slopes_between(layer, low, high))
-        low, high = _images_between(layer, low, high)
+        restricted, low, high = _between(net, k, low, high)
+        found.append(restricted)
         middle, spread = (low + high) / 2, (high - low) / 2
         spread = spread + 4 * EPS * (middle.abs() + spread)
-    return units
+    return found
 
 
-def _slopes_between(layer: _Units, low: Tensor, high: Tensor) -> _Units:
-    least, largest = layer.low, layer.high
-    near = torch.maximum(low, -high).clamp(min=0.0)  # the smallest modulus in the interval
-    far = torch.maximum(low.abs(), high.abs())
-    if layer.pieces is not None:
-        left, right = layer.pieces
-        least = torch.where(low > 0, right, torch.where(high < 0, left, least))
-        largest = torch.where(low > 0, right, torch.where(high < 0, left, largest))
-    elif isinstance(layer.module, (nn.Tanh, nn.Sigmoid)):
-        half = 0.5 if isinstance(layer.module, nn.Sigmoid) else 1.0
-        slopes = [half**2 / torch.cosh(half * end).square() for end in (far, near)]
-        least = (slopes[0] * (1 - 64 * EPS)).clamp(min=0.0)
-        largest = torch.minimum(slopes[1] * (1 + 64 * EPS), layer.high)
-    return dataclasses.replace(layer, low=least, high=largest)
-
-
-def _images_between(layer: _Units, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    if layer.pieces is not None:
-        left, right = layer.pieces
-        ends = [torch.where(end < 0, left, right) * end for end in (low, high)]
-        ends.append(torch.zeros_like(low).where((low < 0) & (high > 0), ends[0]))
-        stacked = torch.stack(ends)
-        return stacked.amin(0), stacked.amax(0)
-    middle, spread = (low + high) / 2, (high - low) / 2
-    with torch.no_grad():
-        image, first, last = layer.module(torch.stack((middle, low, high)))
-    reach = layer.steepest * spread
-    slack = 64 * EPS * (1 + image.abs() + reach + layer.steepest * middle.abs())
-    first, last = torch.minimum(first, image), torch.maximum(last, image)
-    monotone = layer.low >= 0
-    lower = torch.where(monotone, first, image - reach)
-    return lower - slack, torch.where(monotone, last, image + reach) + slack
+def _between(net: _Net, k: int, low: Tensor, high: Tensor) -> tuple[Units, Tensor, Tensor]:
+    """Slopes and values of the units of a layer whose inputs lie in an interval."""
+    units, layer = net.units[k], net.layers[k].layer
+    assert layer is not None
+    if units.kinks is not None:
+        least, most = units.kinks.between(low, high)
+        first, last = units.kinks.image(low, high)
+        far = torch.maximum(low.abs(), high.abs())
+        slack = 8 * EPS * (units.kinks.offsets.abs().amax(0) + units.steepest * far)
+        return dataclasses.replace(units, low=least, high=most), first - slack, last + slack
+    values = Range(*(end.view(1, *net.shapes[k]) for end in (low, high)))
+    image = range_rule(layer, values)
+    slopes = slope_rule(layer, values)
+    assert slopes is not None
+    ends = [torch.as_tensor(s, dtype=torch.float64).expand_as(image.low).flatten() for s in slopes]
+    least, most = torch.maximum(units.low, ends[0]), torch.minimum(units.high, ends[1])
+    restricted = dataclasses.replace(units, low=least, high=most)
+    return restricted, image.low.flatten(), image.high.flatten()

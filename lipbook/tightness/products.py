@@ -8,16 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from lipbook import composition
-from lipbook.activations import Householder
 from lipbook.composition import Bound, bound_method
 from lipbook.norms import operator_norm
-from lipbook.tightness.reading import _dense_layers, _Net, _Units, _widen
+from lipbook.tightness.reading import _dense_layers, _Net, _widen
+from lipbook.units import Units
 
 __all__ = ["absolute_bound", "averaged_bound"]
 
 
 @bound_method("absolute")
-def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -> Bound:
+def absolute_bound(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    *,
+    output: str | int | None = None,
+) -> Bound:
     r"""Upper bound by absolute values, entry by entry.
 
     .. math::
@@ -34,13 +40,15 @@ def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and activations that act on single units. Sorting activations
-        are allowed for :math:`p = 1` and :math:`p = \infty`: a Jacobian permutes the
-        entries of a group, so that each gets the largest bound of its group.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`), and act on
+        single units. Sorts and maxima are allowed for :math:`p = 1` and :math:`p = \infty`: a
+        Jacobian places entries of a group, so that each gets the largest bound of its group.
     input_shape : sequence of int
         Shape of one sample.
     p : float
         1, 2 or :data:`math.inf`.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -50,7 +58,7 @@ def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     Raises
     ------
     ValueError
-        If the network is no such sequence, or p = 2 meets an activation that mixes units.
+        If the network is none such, or p = 2 meets an activation that mixes units.
 
     Examples
     --------
@@ -60,11 +68,10 @@ def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     4.0
     """
     p = composition._exponent(p)
-    net = _dense_layers(module, input_shape)
+    net = _dense_layers(module, input_shape, output)
     if all(layer.elementwise for layer in net.units):
-        weights, units, value = net.weights, net.units, 0.0
-        chain = weights[0].abs()
-        for weight, layer in zip(weights[1:], units, strict=True):
+        chain = net.weights[0].abs()
+        for weight, layer in zip(net.weights[1:], net.units, strict=True):
             chain = weight.abs() @ (layer.steepest[:, None] * chain)
         value = operator_norm(chain, p).item()
     else:
@@ -74,35 +81,46 @@ def absolute_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
 
 def _absolute_through_sorts(net: _Net, p: float) -> float:
     """Bound the row sums (p = inf) or column sums (p = 1) of the Jacobian, layer by layer."""
-    weights = list(net.weights)
-    for k, layer in enumerate(net.units):
-        if isinstance(layer.module, Householder):
-            raise ValueError(f"method 'absolute' does not know {layer.module}: use 'product'")
-        if p == 2 and not layer.elementwise:
+    for layer, node in zip(net.units, net.layers, strict=True):
+        if layer.elementwise:
+            continue
+        if layer.sorts is None:
+            raise ValueError(f"method 'absolute' does not know {node.layer}: use 'product'")
+        if p == 2:
             raise ValueError(
                 "p must be 1 or math.inf for method 'absolute' with activations that mix units, "
-                f"got 2 and {layer.module}: use 'lipsdp' or 'eclipse'"
+                f"got 2 and {node.layer}: use 'lipsdp' or 'eclipse'"
             )
-        if layer.rotation is not None:  # back to where a Jacobian permutes
-            weights[k] = layer.rotation.mT @ weights[k]
-            weights[k + 1] = weights[k + 1] @ layer.rotation
-    order: list[tuple[Tensor, _Units | None]]
-    order = list(zip(weights, [*net.units, None], strict=True))
+    weights, units = [weight.abs() for weight in net.segments], net.units
     if p == 1:  # column sums are row sums of the transposed network
-        order = list(zip([w.mT for w in weights[::-1]], [*net.units[::-1], None], strict=True))
-    sums = torch.ones(order[0][0].shape[1], dtype=torch.float64)
-    for weight, unit in order:
-        sums = weight.abs() @ sums
-        if unit is not None and unit.members is not None:
-            largest = sums[unit.members].amax(1, keepdim=True)
-            sums[unit.members] = largest.expand(unit.members.shape)
-        elif unit is not None:
-            sums = unit.steepest * sums
+        weights, units = [weight.mT for weight in weights[::-1]], units[::-1]
+    sums = weights[0].sum(1)
+    for weight, layer in zip(weights[1:], units, strict=True):
+        sums = weight @ _through(layer, sums, weight.shape[1], p)
     return sums.max().item()
 
 
+def _through(layer: Units, sums: Tensor, size: int, p: float) -> Tensor:
+    """Bounds of the sums behind an activation, or before it for p = 1."""
+    if layer.sorts is None:
+        return layer.steepest * sums
+    result = torch.zeros(size, dtype=torch.float64)
+    for inputs, outputs in layer.sorts:
+        if p == 1:  # an entry may go to an output of each of its groups
+            result[inputs] += sums[outputs].max()
+        else:
+            result[outputs] = sums[inputs].max()
+    return result
+
+
 @bound_method("averaged")
-def averaged_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) -> Bound:
+def averaged_bound(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    p: float = 2,
+    *,
+    output: str | int | None = None,
+) -> Bound:
     r"""Upper bound by averages over products, of Combettes and Pesquet.
 
     Writing every :math:`D_l = C_l + R_l\Psi_l` and multiplying out leaves one term for each set
@@ -123,11 +141,13 @@ def averaged_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and activations with bounded slopes.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`).
     input_shape : sequence of int
         Shape of one sample.
     p : float
-        1, 2 or :data:`math.inf`; 2 for sorting activations.
+        1, 2 or :data:`math.inf`; 2 for sorts and maxima.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -137,7 +157,7 @@ def averaged_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     Raises
     ------
     ValueError
-        If the network is no such sequence, or another p meets an activation that mixes units.
+        If the network is none such, or another p meets an activation that mixes units.
 
     Examples
     --------
@@ -154,7 +174,7 @@ def averaged_bound(module: nn.Module, input_shape: Sequence[int], p: float = 2) 
     :cite:t:`combettes2020`.
     """
     p = composition._exponent(p)
-    net = _dense_layers(module, input_shape)
+    net = _dense_layers(module, input_shape, output)
     if p != 2 and not all(layer.elementwise for layer in net.units):
         raise ValueError(f"p must be 2 for activations that mix units, got {p:g}")
     ones = [torch.ones(len(weight), dtype=torch.float64) for weight in net.weights]

@@ -25,6 +25,7 @@ def lipsdp_bound(
     *,
     solver: str = "barrier",
     max_units: int = 1000,
+    output: str | int | None = None,
 ) -> Bound:
     r"""Upper bound of LipSDP-Neuron: the best diagonal multiplier, one entry a unit.
 
@@ -63,7 +64,8 @@ def lipsdp_bound(
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and activations: slope-restricted, sorting or Householder.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`):
+        slope-restricted units, sorts, maxima or Householder activations.
     input_shape : sequence of int
         Shape of one sample.
     p : float
@@ -74,6 +76,8 @@ def lipsdp_bound(
     max_units : int
         Most hidden units. The cost grows with their third power (the sixth for CLARABEL): a
         thousand take about a minute.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -85,7 +89,7 @@ def lipsdp_bound(
     ModuleNotFoundError
         If ``solver`` asks for cvxpy, which is not installed.
     ValueError
-        If the network is no such sequence or has too many units, p is not 2, ``solver`` is
+        If the network is none such or has too many units, p is not 2, ``solver`` is
         unknown, or it fails.
 
     Examples
@@ -103,7 +107,7 @@ def lipsdp_bound(
     ----------
     :cite:t:`fazlyab2019`, Theorem 2.
     """
-    return _lipsdp_bound("neuron", module, input_shape, p, solver, max_units)
+    return _lipsdp_bound("neuron", module, input_shape, p, solver, max_units, output)
 
 
 @bound_method("lipsdp-layer")
@@ -114,6 +118,7 @@ def lipsdp_layer_bound(
     *,
     solver: str = "barrier",
     max_units: int = 1000,
+    output: str | int | None = None,
 ) -> Bound:
     r"""Upper bound of LipSDP-Layer: the best multipliers, one scalar a layer.
 
@@ -126,6 +131,8 @@ def lipsdp_layer_bound(
     ----------
     module, input_shape, p, solver, max_units
         As for :func:`lipsdp_bound`.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -150,7 +157,7 @@ def lipsdp_layer_bound(
     ----------
     :cite:t:`fazlyab2019`, Section 3.
     """
-    return _lipsdp_bound("layer", module, input_shape, p, solver, max_units)
+    return _lipsdp_bound("layer", module, input_shape, p, solver, max_units, output)
 
 
 def _lipsdp_bound(
@@ -160,10 +167,11 @@ def _lipsdp_bound(
     p: float,
     solver: str,
     max_units: int,
+    output: str | int | None,
 ) -> Bound:
     method = "lipsdp" if multipliers == "neuron" else "lipsdp-layer"
     _euclidean(method, p)
-    net = _dense_layers(module, input_shape)
+    net = _dense_layers(module, input_shape, output)
     if net.hidden() > max_units:
         raise ValueError(
             f"method {method!r} is for at most max_units={max_units} hidden units, got "

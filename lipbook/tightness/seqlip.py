@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lipbook.composition import Bound, bound_method
 from lipbook.norms import operator_norm
 from lipbook.tightness.eclipse import _chain, _eclipse
-from lipbook.tightness.reading import _dense_layers, _diagonal, _euclidean, _Units, _widen
+from lipbook.tightness.reading import _dense_layers, _diagonal, _euclidean, _widen
 from lipbook.tightness.semidefinite import _lipsdp
+from lipbook.units import Units
 
 __all__ = ["seqlip_bound"]
 
@@ -27,6 +28,7 @@ def seqlip_bound(
     *,
     max_width: int = 12,
     max_units: int = 300,
+    output: str | int | None = None,
 ) -> Bound:
     r"""Upper bound of SeqLip: the worst activation pattern between each two layers.
 
@@ -47,7 +49,8 @@ def seqlip_bound(
     Parameters
     ----------
     module : torch.nn.Module
-        Sequence of linear layers and activations on single units or on pairs.
+        Network whose activations lie on one chain (:mod:`lipbook.tightness`),
+        and act on single units or on pairs.
     input_shape : sequence of int
         Shape of one sample.
     p : float
@@ -57,6 +60,8 @@ def seqlip_bound(
     max_units : int
         Most units of a layer for the relaxation; beyond, the closed form of
         :func:`eclipse_bound` takes its place.
+    output : str or int, optional
+        Which tensor is meant, if the network returns a dict or a tuple.
 
     Returns
     -------
@@ -66,7 +71,7 @@ def seqlip_bound(
     Raises
     ------
     ValueError
-        If the network is no such sequence, or p is not 2.
+        If the network is none such, or p is not 2.
 
     Examples
     --------
@@ -82,7 +87,7 @@ def seqlip_bound(
     :cite:t:`virmaux2018`, Section 5.
     """
     _euclidean("seqlip", p)
-    net = _dense_layers(module, input_shape)
+    net = _dense_layers(module, input_shape, output)
     _diagonal("seqlip", net)
     factors = [torch.linalg.svd(weight, full_matrices=False) for weight in net.weights]
     last = len(net.weights) - 1
@@ -101,7 +106,7 @@ def seqlip_bound(
     return Bound(_widen(value, net), "upper bound", p, output_shape=net.output_shape)
 
 
-def _worst_pattern(above: Tensor, layer: _Units, below: Tensor) -> float:
+def _worst_pattern(above: Tensor, layer: Units, below: Tensor) -> float:
     """Largest norm of above @ D @ below over the vertices D."""
     free = (layer.radius > 0).nonzero()[:, 0]
     best = 0.0
