@@ -622,7 +622,9 @@ def test_a_setting_is_judged_on_training_digits_that_it_has_not_seen(
         for part in (torch.cat([seen["fitted"], seen["held out"]]), images)
     )
     assert together == whole  # each digit once
-    assert not torch.equal(seen["held out"], images[-300:])  # a random draw
+    drawn = set(map(bytes, seen["held out"].flatten(1).numpy()))
+    for edge in (images[:300], images[-300:]):  # a random draw has a fifth of each
+        assert 30 < len(drawn & set(map(bytes, edge.flatten(1).numpy()))) < 90
 
 
 def test_the_speedrun_refuses_other_digits_and_names() -> None:
