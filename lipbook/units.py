@@ -101,7 +101,7 @@ class Piece:
         The set, :math:`\{u : G u \ge h\}`, (r, k) and (r,).
     matrix, offset : torch.Tensor or None
         :math:`M` and :math:`c`, (k, k) and (k,); None if the set holds several pieces.
-    finer : callable, optional
+    finer : collections.abc.Callable or None
         Gives these.
     """
 
@@ -139,10 +139,10 @@ class Units:
         :math:`A`, (n, inputs), and :math:`B`, (outputs, n); the identity if not given.
     kinks : Kinks or None
         The functions, if each unit is alone and piecewise linear.
-    cells : sequence or None
+    cells : collections.abc.Sequence or None
         Pieces of the groups, if the map is piecewise linear and there are groups of several units:
         pairs of the numbers of units, (k,), and of their pieces. Units in no cell are linear.
-    sorts : sequence or None
+    sorts : collections.abc.Sequence or None
         If the Jacobians place entries of the input: pairs of inputs and of the outputs, of which
         each gets one of these inputs.
     """
