@@ -10,6 +10,7 @@ somebody could make: a wrong sign, a lost factor, a bound taken from below, a st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -843,6 +844,46 @@ FAULTS = (
 )
 
 
+@contextlib.contextmanager
+def copied_tree() -> Iterator[Path]:
+    """Copy the library and its tests to where a line may be wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("lipbook", "tests"):
+            without = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, tree / name, ignore=without)
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        yield tree
+
+
+@contextlib.contextmanager
+def rewritten(path: Path, text: str) -> Iterator[None]:
+    """Give a file another text, and afterwards its own."""
+    right = path.read_text()
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.write_text(right)
+
+
+def run_tests(
+    tree: Path, *arguments: str, limit: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run tests of a copied tree until the first one fails."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command,
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=limit,
+    )
+
+
 def caught(fault: Fault, tree: Path) -> bool:
     """Whether the module's tests fail with the fault planted in a copy of the tree."""
     path = tree / "lipbook" / f"{fault.module}.py"
@@ -852,17 +893,10 @@ def caught(fault: Fault, tree: Path) -> bool:
             f"a fault must name a text that occurs once in lipbook/{fault.module}.py, "
             f"{fault.right!r} occurs {text.count(fault.right)} times"
         )
-    path.write_text(text.replace(fault.right, fault.wrong))
-    try:
-        room, *rest = fault.module.split("/")  # the tests of the lab are those of its files
-        tests = f"tests/test_{fault.tests or (rest[0] if room == 'lab' else room)}.py"
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
-        environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, check=False
-        )
-    finally:
-        path.write_text(text)
+    room, *rest = fault.module.split("/")  # the tests of the lab are those of its files
+    tests = f"tests/test_{fault.tests or (rest[0] if room == 'lab' else room)}.py"
+    with rewritten(path, text.replace(fault.right, fault.wrong)):
+        run = run_tests(tree, tests)
     if run.returncode not in (0, 1):  # pytest: passed, failed; anything else is no verdict
         raise RuntimeError(f"pytest gave no verdict on {fault}:\n{run.stdout}{run.stderr}")
     return run.returncode == 1
@@ -870,12 +904,7 @@ def caught(fault: Fault, tree: Path) -> bool:
 
 def verdicts(faults: Iterable[Fault]) -> Iterator[tuple[Fault, bool]]:
     """Plant each fault in one temporary copy of the library and its tests."""
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        for name in ("lipbook", "tests"):
-            without = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, tree / name, ignore=without)
-        shutil.copy(ROOT / "pyproject.toml", tree)
+    with copied_tree() as tree:
         for fault in faults:
             yield fault, caught(fault, tree)
 

@@ -1,0 +1,349 @@
+"""Change the library at random places, one at a time, and count the changes that the tests see.
+
+Planted faults (`planted_faults.py`) are slips that we thought of; mutants are those of nobody. Each
+changes one operator, comparison, condition or number of `lipbook/` (not of the lab) in a copy of
+the tree, and runs the tests of its own room until one fails.
+
+    python tools/mutants.py                     # a sample of every room
+    python tools/mutants.py rounding --count 20
+    python tools/mutants.py --again             # the survivors once more, after work on the tests
+    python tools/mutants.py --count 0           # only count what the record holds
+
+Results are appended to `mutants.jsonl`, a line each, so that a run that was cut goes on where it
+ended. Tests that take longer than four clean runs have failed. In the record a survivor is given
+its reason by hand, `"why"`; one that computes the same, or proves the same, has the verdict
+`"equivalent"` and does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import copy
+import json
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from planted_faults import ROOT, copied_tree, rewritten, run_tests
+from tqdm import tqdm
+
+# Rooms whose tests are not, or not only, in the file of their name.
+TESTS = {
+    "composition": ("test_composition.py", "test_domains.py", "test_checks.py"),
+    "errors": ("test_rounding.py",),
+    "freezing": (
+        "test_export.py",
+        "test_life_cycle.py::test_a_frozen_layer_has_the_same_bits",
+        "test_life_cycle.py::test_a_frozen_layer_has_the_same_bound",
+    ),
+    "layers": (
+        "test_domains.py",
+        "test_normalization_layers.py",
+        "test_sequence_layers.py",
+        "test_composition.py",
+        "test_checks.py",
+        "test_rounding.py",
+    ),
+    "rules": ("test_domains.py", "test_checks.py", "test_composition.py", "test_rounding.py"),
+}
+RECORD = Path(__file__).with_suffix(".jsonl")
+
+SWAPS: dict[type, tuple[type[ast.AST], ...]] = {
+    ast.Add: (ast.Sub,),
+    ast.Sub: (ast.Add,),
+    ast.Mult: (ast.Div,),
+    ast.Div: (ast.Mult,),
+    ast.FloorDiv: (ast.Mult,),
+    ast.Mod: (ast.FloorDiv,),
+    ast.Pow: (ast.Mult,),
+    ast.BitAnd: (ast.BitOr,),
+    ast.BitOr: (ast.BitAnd,),
+    ast.And: (ast.Or,),
+    ast.Or: (ast.And,),
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+
+
+class Mutant(NamedTuple):
+    """A place in a module, its text, and what stands there instead."""
+
+    module: str
+    source: str  # the line on which it begins
+    line: int
+    column: int  # in bytes
+    right: str
+    wrong: str
+
+    @property
+    def room(self) -> str:
+        """Its top-level module or package."""
+        return self.module.split("/", maxsplit=1)[0]
+
+    @property
+    def path(self) -> str:
+        """Its file in the tree."""
+        return f"lipbook/{self.module}.py"
+
+
+def _numbers(value: object) -> Iterator[object]:
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield value + 1
+        if value > 1:
+            yield value - 1
+    elif isinstance(value, float):
+        yield 2 * value if value else 1.0
+        yield value / 2 if value else -1.0
+
+
+def _changes(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the mutants of one node, not of those below it."""
+    if isinstance(node, ast.Constant):
+        yield from (ast.Constant(value) for value in _numbers(node.value))  # type: ignore[arg-type]
+    for operator in SWAPS.get(type(getattr(node, "op", None)), ()):
+        changed = copy.copy(node)
+        changed.op = operator()  # type: ignore[attr-defined]
+        yield changed
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
+        yield node.operand
+    if isinstance(node, ast.Compare):
+        for k, compared in enumerate(node.ops):
+            for other in SWAPS[type(compared)]:
+                changed = copy.copy(node)
+                changed.ops = [*node.ops[:k], other(), *node.ops[k + 1 :]]  # type: ignore[list-item]
+                yield changed
+    if isinstance(node, (ast.IfExp, ast.If, ast.While)):
+        for value in (True, False):
+            changed = copy.copy(node)
+            changed.test = ast.Constant(value)
+            yield changed
+
+
+_SILENT = ("__repr__", "extra_repr", "__str__")
+
+
+def _is_text(node: ast.AST) -> bool:
+    """Whether it is a message, a list of names, an assertion or a matter of types."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name in _SILENT
+    if isinstance(node, ast.Assign):
+        return ast.unparse(node.targets[0]) == "__all__"
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) == "TYPE_CHECKING"
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func) in ("isinstance", "issubclass", "cast")
+    if isinstance(node, ast.keyword):
+        return node.arg == "strict"
+    return isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr))
+
+
+def _places(node: ast.AST) -> Iterator[ast.AST]:
+    """Nodes of the code that computes or decides."""
+    if _is_text(node):
+        return
+    yield node
+    for name, field in ast.iter_fields(node):
+        if name not in ("annotation", "returns", "decorator_list"):
+            for child in field if isinstance(field, list) else [field]:
+                if isinstance(child, ast.AST):
+                    yield from _places(child)
+
+
+def mutants_of(module: str, text: str) -> list[Mutant]:
+    """All mutants of a module, in the order of its lines."""
+    found = []
+    for place in _places(ast.parse(text)):
+        for changed in _changes(place):
+            old, new = place, changed
+            if isinstance(place, (ast.If, ast.While)):  # only the condition changes
+                old, new = place.test, changed.test  # type: ignore[attr-defined]
+            right = ast.get_source_segment(text, old)
+            wrong = ast.unparse(ast.fix_missing_locations(new))
+            assert right is not None
+            assert isinstance(old, (ast.expr, ast.stmt))
+            source = text.splitlines()[old.lineno - 1].strip()
+            found.append(
+                Mutant(
+                    module,
+                    source,
+                    old.lineno,
+                    old.col_offset,
+                    right,
+                    f"({wrong})" if isinstance(old, ast.expr) else wrong,
+                )
+            )
+    return list(dict.fromkeys(found))
+
+
+def planted(mutant: Mutant, text: str) -> str:
+    """Write the mutant into the text of its module."""
+    code, right = text.encode(), mutant.right.encode()
+    start = sum(map(len, code.splitlines(keepends=True)[: mutant.line - 1])) + mutant.column
+    if not code[start:].startswith(right):
+        raise ValueError(f"{mutant.path} has changed, {mutant.right!r} is not at {mutant.line}")
+    return (code[:start] + mutant.wrong.encode() + code[start + len(right) :]).decode()
+
+
+def rooms() -> dict[str, list[str]]:
+    """List the modules of each room that is sampled."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for path in sorted((ROOT / "lipbook").rglob("*.py")):
+        module = path.relative_to(ROOT / "lipbook").with_suffix("").as_posix()
+        room = module.split("/", maxsplit=1)[0]
+        if room != "lab" and not path.name.startswith("__"):
+            found[room].append(module)
+    return dict(found)
+
+
+def sample(room: str, modules: Iterable[str], count: int, seed: int) -> list[Mutant]:
+    """Draw mutants of a room, all equally likely."""
+    mutants: list[Mutant] = []
+    for module in modules:
+        mutants += mutants_of(module, (ROOT / "lipbook" / f"{module}.py").read_text())
+    return random.Random(f"{seed} {room}").sample(mutants, min(count, len(mutants)))
+
+
+def verdict(mutant: Mutant, tree: Path, limit: float) -> str:
+    """Whether the tests of the room see the mutant in a copy of the tree."""
+    path = tree / mutant.path
+    with rewritten(path, planted(mutant, path.read_text())):
+        try:
+            run = run_tests(tree, *test_files(mutant.room), limit=limit)
+        except subprocess.TimeoutExpired:
+            return "timeout"
+    return "survived" if run.returncode == 0 else "killed"
+
+
+def test_files(room: str) -> list[str]:
+    """Name the tests of a room as pytest does."""
+    return [f"tests/{name}" for name in TESTS.get(room, (f"test_{room}.py",))]
+
+
+def clean_seconds(room: str, tree: Path) -> float:
+    """How long the tests of the room take when nothing is wrong."""
+    start = time.perf_counter()
+    run = run_tests(tree, *test_files(room))
+    if run.returncode != 0:
+        raise RuntimeError(f"the tests of {room} fail without a mutant:\n{run.stdout}{run.stderr}")
+    return time.perf_counter() - start
+
+
+def circumstances() -> dict[str, Any]:
+    """Tell what makes the numbers: command, versions, hardware, date."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {
+        "command": shlex.join(["python", "tools/mutants.py", *sys.argv[1:]]),
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "numpy", "pytest", "hypothesis")},
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def read(record: Path) -> list[dict[str, Any]]:
+    """Read the lines of a record."""
+    return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+
+
+def write(record: Path, lines: Iterable[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    record.write_text(text)
+
+
+def identity(line: dict[str, Any]) -> tuple[Any, ...]:
+    """Name a mutant so that it stays the same when the lines above it move."""
+    return tuple(line[name] for name in ("module", "source", "column", "right", "wrong"))
+
+
+def counts(lines: Iterable[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Killed mutants and all that are not equivalent, of each room."""
+    found: dict[str, tuple[int, int]] = {}
+    for line in lines:
+        if "module" in line and line["verdict"] != "equivalent":
+            room = line["module"].split("/", maxsplit=1)[0]
+            killed, total = found.get(room, (0, 0))
+            found[room] = killed + (line["verdict"] != "survived"), total + 1
+    return dict(sorted(found.items()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Try the mutants that the record lacks, and print the counts of all."""
+    parser = argparse.ArgumentParser(description="See how many random changes the tests catch.")
+    parser.add_argument("rooms", nargs="*", help="only these rooms")
+    parser.add_argument("--count", type=int, default=8, help="mutants of each room")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--to", type=Path, default=RECORD, help="file to which results go")
+    parser.add_argument("--again", action="store_true", help="try survivors of the file once more")
+    options = parser.parse_args(arguments)
+    known = rooms()
+    if not set(options.rooms) <= set(known):
+        parser.error(f"rooms must be among {', '.join(known)}, got {options.rooms}")
+    lines = read(options.to)
+    chosen = options.rooms or list(known)
+    tried = {
+        identity(line)
+        for line in lines
+        if "module" in line and not (options.again and line["verdict"] == "survived")
+    }
+    waiting = {
+        room: [
+            mutant
+            for mutant in sample(room, known[room], options.count, options.seed)
+            if identity(mutant._asdict()) not in tried
+        ]
+        for room in chosen
+    }
+    bar = tqdm(total=sum(map(len, waiting.values())), unit="mutant", disable=None)
+    with bar, copied_tree() as tree:
+        if bar.total:
+            lines.append(circumstances() | {"seed": options.seed})
+        for room, mutants in waiting.items():
+            limit = 10 + 4 * clean_seconds(room, tree) if mutants else 0.0
+            for mutant in mutants:
+                result = mutant._asdict() | {"verdict": verdict(mutant, tree, limit)}
+                lines = [
+                    line
+                    for line in lines
+                    if "module" not in line or identity(line) != identity(result)
+                ] + [result]
+                write(options.to, lines)
+                bar.update()
+                if result["verdict"] == "survived":
+                    bar.write(f"{mutant.path}:{mutant.line}  {mutant.right}  ->  {mutant.wrong}")
+    found = counts(lines)
+    for room, (killed, total) in found.items():
+        print(f"{room:20}{killed:4} of {total}")
+    killed, total = (sum(column) for column in zip(*found.values(), strict=True))
+    print(f"{'all':20}{killed:4} of {total}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
