@@ -11,18 +11,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
+import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis.extra.numpy
+import ot
+import pytest
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+OPENED = (hypothesis, ot, torch)  # here, once for all runs
+OUTPUT = "output.txt"  # of the tests, in the copied tree
 
 
 class Fault(NamedTuple):
@@ -867,21 +874,30 @@ def rewritten(path: Path, text: str) -> Iterator[None]:
         path.write_text(right)
 
 
-def run_tests(
-    tree: Path, *arguments: str, limit: float | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run tests of a copied tree until the first one fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command,
-        cwd=tree,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=limit,
-    )
+def run_tests(tree: Path, tests: Iterable[str], limit: int | None = None) -> int:
+    """Run tests of a copied tree until one fails; negative beyond a limit of seconds of a CPU.
+
+    Each run is a fork of this process, in which what takes long to import is open already.
+    """
+
+    def run() -> None:
+        os.chdir(tree)
+        os.environ["PYTHONPATH"] = sys.path[0] = str(tree)
+        torch.set_num_threads(1)
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+        with open(OUTPUT, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        opened = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+        unused = ("-p", "no:cacheprovider", "-p", "no:nbval", "-p", "no:xdist")
+        sys.exit(pytest.main(["-q", "-x", *opened, *unused, *tests]))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def caught(fault: Fault, tree: Path) -> bool:
@@ -896,10 +912,10 @@ def caught(fault: Fault, tree: Path) -> bool:
     room, *rest = fault.module.split("/")  # the tests of the lab are those of its files
     tests = f"tests/test_{fault.tests or (rest[0] if room == 'lab' else room)}.py"
     with rewritten(path, text.replace(fault.right, fault.wrong)):
-        run = run_tests(tree, tests)
-    if run.returncode not in (0, 1):  # pytest: passed, failed; anything else is no verdict
-        raise RuntimeError(f"pytest gave no verdict on {fault}:\n{run.stdout}{run.stderr}")
-    return run.returncode == 1
+        code = run_tests(tree, [tests])
+    if code not in (0, 1):  # pytest: passed, failed; anything else is no verdict
+        raise RuntimeError(f"pytest gave no verdict on {fault}:\n{(tree / OUTPUT).read_text()}")
+    return code == 1
 
 
 def verdicts(faults: Iterable[Fault]) -> Iterator[tuple[Fault, bool]]:
