@@ -95,6 +95,36 @@ def test_a_constant_classifier_cannot_be_attacked() -> None:
     assert torch.equal(decision_attack(net, x, wrong, steps=2, queries=5), x)
 
 
+class Shell(nn.Module):
+    """Class 1 between two distances from the origin, class 0 elsewhere."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=1, keepdim=True)
+        inside = ((size > self.low) & (size < self.high)).to(x.dtype)
+        return torch.cat([1 - inside, inside], 1)
+
+
+@pytest.mark.parametrize("scale", [2.0**i for i in range(-4, 5)])
+def test_the_decision_attack_looks_for_a_start_at_all_distances(scale: float) -> None:
+    """From a sixteenth to sixteen times the size 1 + |x| of the inputs, in each of 100 entries."""
+    net, x, y = Shell(7 * scale, 13 * scale), torch.zeros(1, 100), torch.zeros(1, dtype=torch.int64)
+    moved = decision_attack(net, x, y, steps=0)
+    assert net(moved).argmax(1).item() == 1
+    assert moved.norm().item() == pytest.approx(7 * scale, rel=1e-5)  # by bisection
+
+
+def test_the_confidence_of_an_attacked_accuracy_is_95_percent() -> None:
+    net, x = nn.Linear(3, 2), torch.randn(30, 3)
+    loader = [(x, net(x).argmax(1))]
+    found = attacked_accuracy(net, loader, 0.3, attack=fgsm)
+    assert found == attacked_accuracy(net, loader, 0.3, attack=fgsm, confidence=0.95)
+    assert found != attacked_accuracy(net, loader, 0.3, attack=fgsm, confidence=0.9)
+
+
 # --------------------------------------------------------------------------- the box of images
 
 BOXES: dict[str, tuple[float | Tensor, float | Tensor]] = {

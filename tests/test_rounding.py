@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -38,6 +39,7 @@ from lipbook.errors import (
     _relative,
     _stacked,
     _sum,
+    _then,
     moved_error,
 )
 from lipbook.layers.elementwise import _BY_INPUT, _RELATIVE, Sine
@@ -1072,6 +1074,39 @@ def test_a_quotient_of_standardize_is_within_a_factor_of_its_constant() -> None:
     units = result.error / result.outputs.double().abs()[:, 0] * 2.0**24
     assert units.max() <= 3 * (1 + 1e-4)
     assert (off / result.error).max() > 0.3
+
+
+def test_the_constants_of_a_composition() -> None:
+    """Products of small numbers, of which the margins are all that float64 adds."""
+    first = answer(torch.float64, X, 3.0, 0.5, 0.25)
+    second = answer(torch.float64, Y, 5.0, 2.0, 0.125)
+    both = _then(first, second)
+    expected = (15.0, 5 * 0.5 + 2 + 2 * 0.125 * 0.5, 5 * 0.25 + 0.125 * 3.25)
+    for ours, paper in zip((both.lipschitz, both.error.item(), both.slope), expected, strict=True):
+        assert paper < ours <= paper * (1 + 1e-11)
+    assert both.limit.item() == pytest.approx((1e3 - 1) / 3.25)
+    assert _then(first, dataclasses.replace(second, limit=second.limit * 1e9)).limit.item() == 1e3
+
+
+def test_branches_of_disjoint_slices_stretch_as_the_larger_one() -> None:
+    """Twice one half and three times the other: 3, and not the root of 4 + 9."""
+    result = forward_error(Slices(), torch.ones(1, 2, dtype=torch.float64))
+    assert 3 < result.lipschitz <= 3 * (1 + 1e-8)
+
+
+class Slices(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([2.0 * x[:, :1], 3.0 * x[:, 1:]], 1)
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_the_error_of_one_layer_on_a_set_is_that_of_its_rule(p: float) -> None:
+    """From the middle 0 to a corner: a + c d."""
+    layer, x = nn.Linear(4, 3), torch.zeros(1, 4)
+    near = forward_error(layer, x, p)
+    paper = near.error.item() + near.slope * 4 ** (1 / p)
+    ours = forward_error(layer, x, p, Box(-1, 1)).error.item()
+    assert paper < ours <= paper * (1 + 1e-11)
 
 
 def test_values_that_a_dtype_may_not_hold_are_lost_for_good() -> None:
