@@ -319,10 +319,11 @@ def main(arguments: list[str] | None = None) -> int:
         if bar.total:
             lines.append(circumstances() | {"seed": options.seed})
         for room, mutants in waiting.items():
-            clean = next((line["seconds"] for line in lines if line.get("clean") == room), None)
+            tests = shlex.join(tests_of(room))
+            clean = next((line["seconds"] for line in lines if line.get("clean") == tests), None)
             if mutants and clean is None:
                 clean = clean_seconds(room, tree)
-                lines.append({"clean": room, "seconds": clean})
+                lines.append({"clean": tests, "seconds": clean})
             for mutant in mutants:
                 result = mutant._asdict() | {"verdict": verdict(mutant, tree, 10 + int(4 * clean))}
                 lines = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import resource
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 OPENED = (hypothesis, ot, torch)  # here, once for all runs
+TIMES = ROOT / "_build" / "test-times.json"
 OUTPUT = "output.txt"  # of the tests, in the copied tree
 
 
@@ -874,6 +876,27 @@ def rewritten(path: Path, text: str) -> Iterator[None]:
         path.write_text(right)
 
 
+class Quickest:
+    """Plugin of pytest: runs the quickest tests first, once it is known how long they take."""
+
+    def __init__(self) -> None:
+        self.times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Sort the tests."""
+        items.sort(key=lambda item: self.times.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note how long one took that passed."""
+        if report.when == "call" and report.passed:
+            self.times.setdefault(report.nodeid, report.duration)
+
+    def pytest_sessionfinish(self) -> None:
+        """Remember the times."""
+        TIMES.parent.mkdir(exist_ok=True)
+        TIMES.write_text(json.dumps(self.times))
+
+
 def run_tests(tree: Path, tests: Iterable[str], limit: int | None = None) -> int:
     """Run tests of a copied tree until one fails; negative beyond a limit of seconds of a CPU.
 
@@ -891,7 +914,7 @@ def run_tests(tree: Path, tests: Iterable[str], limit: int | None = None) -> int
             os.dup2(file.fileno(), 2)
         opened = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
         unused = ("-p", "no:cacheprovider", "-p", "no:nbval", "-p", "no:xdist")
-        sys.exit(pytest.main(["-q", "-x", *opened, *unused, *tests]))
+        sys.exit(pytest.main(["-q", "-x", *opened, *unused, *tests], plugins=[Quickest()]))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
