@@ -111,10 +111,25 @@ class Shell(nn.Module):
 @pytest.mark.parametrize("scale", [2.0**i for i in range(-4, 5)])
 def test_the_decision_attack_looks_for_a_start_at_all_distances(scale: float) -> None:
     """From a sixteenth to sixteen times the size 1 + |x| of the inputs, in each of 100 entries."""
-    net, x, y = Shell(7 * scale, 13 * scale), torch.zeros(1, 100), torch.zeros(1, dtype=torch.int64)
+    x, y = torch.zeros(1, 100), torch.zeros(1, dtype=torch.int64)
+    x[0, 0] = 5.2
+    net = Shell(7 * 6.2 * scale, 13 * 6.2 * scale)  # |x| lies between two of the shells
+    assert net(x).argmax(1).item() == 0
     moved = decision_attack(net, x, y, steps=0)
     assert net(moved).argmax(1).item() == 1
-    assert moved.norm().item() == pytest.approx(7 * scale, rel=1e-5)  # by bisection
+    border = net.high if scale == 1 / 16 else net.low
+    assert moved.norm().item() == pytest.approx(border, rel=1e-5)  # by bisection
+
+
+def test_the_defaults_of_the_attacks() -> None:
+    net, (x, _) = trained_like(), points(6)
+    y = net(x).argmax(1)
+    known = pgd(net, x, y, 0.5)
+    assert torch.equal(known, pgd(net, x, y, 0.5, 2, steps=50, restarts=1, seed=0))
+    assert not torch.equal(known, pgd(net, x, y, 0.5, 2, steps=49, restarts=1, seed=0))
+    known = decision_attack(net, x, y)
+    assert torch.equal(known, decision_attack(net, x, y, steps=20, queries=100, seed=0))
+    assert not torch.equal(known, decision_attack(net, x, y, steps=20, queries=99, seed=0))
 
 
 def test_the_confidence_of_an_attacked_accuracy_is_95_percent() -> None:

@@ -1109,6 +1109,24 @@ def test_the_error_of_one_layer_on_a_set_is_that_of_its_rule(p: float) -> None:
     assert paper < ours <= paper * (1 + 1e-11)
 
 
+class Alone(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x], 1)
+
+
+def test_a_join_of_one_is_joined_with_nothing() -> None:
+    """Nothing is rounded, and its arithmetic is checked like that of others."""
+    x, box = torch.zeros(1, 3), Box(-1, 1)
+    assert forward_error(Alone(), x, 2, box).error.item() < 1e-30
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for module in (Alone(), Square()):
+            with pytest.raises(ValueError, match="precision must be 'highest', got 'medium'"):
+                forward_error(module, x, 2, box)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_values_that_a_dtype_may_not_hold_are_lost_for_good() -> None:
     """Clipping brings them back, and yet nothing is known of what was clipped."""
     for width, lost in ((4e37, False), (5e37, True)):
