@@ -456,6 +456,13 @@ def test_the_norm_of_a_convolution_is_below_the_bound_in_rational_numbers(
     assert bound <= convolution_norm_bound(layer.weight, 4, p=p, **GEOMETRIES[name]).item() * 1.2
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (1, 4, 1, 1)])
+def test_the_bound_of_a_column_and_of_a_row_of_ones(shape: tuple[int, ...]) -> None:
+    """The norm 2, between 1 and 4 for p = 1 and infinity, whose mean it is."""
+    bound = rigorous_convolution_norm(torch.ones(shape), 3)
+    assert 2 < bound <= 2 * (1 + 1e-10)
+
+
 @pytest.mark.parametrize("exponent", [-1060, -600, 0, 600, 1000])
 @pytest.mark.parametrize("p", EXPONENTS)
 def test_the_bound_of_a_convolution_at_every_scale(exponent: int, p: float) -> None:
