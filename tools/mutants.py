@@ -9,11 +9,13 @@ the tree, and runs the tests of its own room until one fails.
     python tools/mutants.py --again             # the survivors once more, after work on the tests
     python tools/mutants.py --count 0           # only count what the record holds
 
-Results are appended to `mutants.jsonl`, a line each, so that a run that was cut goes on where it
-ended. Tests that take four times as long as without a mutant have failed. In the record a survivor
-is given its reason by hand, `"why"`; one that computes the same, or proves the same, has the
-verdict `"equivalent"` and does not count. Margins like 2^-40 are not made 2^-39: both are far above
-the handful of roundings of float64 that they stand for.
+Tests are collected once a room; a fork of that process gets the mutant's code in its functions, and
+runs them, the quickest first. What is not in a function is imported anew. Results are appended to
+`mutants.jsonl`, a line each, so that a run that was cut goes on with the next room. Tests that take
+longer than `LIMIT` have failed. In the record a survivor is given its reason by hand, `"why"`; one
+that computes the same, or proves the same, has the verdict `"equivalent"` and does not count.
+Margins like 2^-40 are not made 2^-39: both are far above the handful of roundings of float64 that
+they stand for.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ import argparse
 import ast
 import collections
 import copy
+import gc
+import inspect
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -32,11 +37,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from planted_faults import OUTPUT, ROOT, copied_tree, rewritten, run_tests
 from tqdm import tqdm
 
@@ -54,7 +61,7 @@ TESTS = {
     "rounding": f"tests/test_rounding.py {_QUICK}",
     "rules": "tests/test_checks.py tests/test_composition.py tests/test_domains.py",
 }
-LIMIT = 600  # seconds of a CPU, where it is not known how long the tests take
+LIMIT = 300  # seconds of a CPU, several times what the tests of a room take
 RECORD = Path(__file__).with_suffix(".jsonl")
 
 SWAPS: dict[type, tuple[type[ast.AST], ...]] = {
@@ -228,12 +235,105 @@ def sample(room: str, modules: Iterable[str], count: int, seed: int) -> list[Mut
     return [mutant for mutant in mutants if not is_margin(mutant)][:count]
 
 
-def verdict(mutant: Mutant, tree: Path, limit: int) -> str:
-    """Whether the tests of the room see the mutant in a copy of the tree."""
+VERDICTS = {0: "survived", -signal.SIGXCPU: "timeout"}  # all other codes: killed
+ANEW = 77  # code of a run for which the library must be imported anew
+
+
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield a code object and those inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes(constant)
+
+
+def own(code: types.CodeType) -> tuple[Any, ...]:
+    """Tell what a code object does itself, without those inside it."""
+    inside = types.CodeType
+    return code.co_code, [None if isinstance(c, inside) else repr(c) for c in code.co_consts]
+
+
+def replaced(mutant: Mutant, tree: Path) -> bool:
+    """Give live functions the mutant's code, if it is all inside functions."""
     path = tree / mutant.path
-    with rewritten(path, planted(mutant, path.read_text())):
-        code = run_tests(tree, tests_of(mutant.room), limit)
-    return {0: "survived", -signal.SIGXCPU: "timeout"}.get(code, "killed")
+    text = path.read_text()
+    before, after = (
+        {(part.co_name, part.co_firstlineno): part for part in codes(compile(t, path, "exec"))}
+        for t in (text, planted(mutant, text))
+    )
+    if before.keys() != after.keys():  # lines have moved
+        return False
+    changed = {key for key, part in before.items() if own(part) != own(after[key])}
+    if not all(before[key].co_flags & inspect.CO_NEWLOCALS for key in changed):
+        return False
+    inner = {
+        key
+        for key, part in before.items()
+        if any((c.co_name, c.co_firstlineno) in changed for c in codes(part))
+    }
+    functions = [
+        thing
+        for thing in gc.get_objects()
+        if isinstance(thing, types.FunctionType)
+        and thing.__code__.co_filename == str(path)
+        and (thing.__code__.co_name, thing.__code__.co_firstlineno) in inner
+    ]
+    try:
+        for function in functions:
+            code = function.__code__
+            function.__code__ = after[code.co_name, code.co_firstlineno]
+    except ValueError:  # another number of variables from outside
+        return False
+    return bool(functions)
+
+
+class Planter:
+    """Plugin of pytest: collects once, and then runs the tests in a fork for each mutant."""
+
+    def __init__(self, mutants: list[Mutant], tree: Path, limit: int) -> None:
+        self.mutants, self.tree, self.limit = mutants, tree, limit
+        self.codes = multiprocessing.get_context("fork").SimpleQueue()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self) -> bool | None:
+        """Fork: the child goes on to the tests, the parent to the next mutant."""
+        codes = []
+        while len(codes) < len(self.mutants) or 0 not in codes:  # one run that passes, at least
+            child = os.fork()
+            if not child:
+                resource.setrlimit(resource.RLIMIT_CPU, (self.limit, self.limit))
+                if len(codes) < len(self.mutants) and not replaced(
+                    self.mutants[len(codes)], self.tree
+                ):
+                    os._exit(ANEW)
+                return None
+            _, status, usage = os.wait4(child, 0)
+            codes.append(os.waitstatus_to_exitcode(status))
+            self.codes.put((codes[-1], round(usage.ru_utime + usage.ru_stime, 1)))
+            if len(codes) > len(self.mutants):
+                break
+        return True
+
+
+def verdicts(mutants: list[Mutant], tree: Path) -> Iterator[tuple[Mutant, str, float]]:
+    """Whether the tests of a room see each mutant, and what that took of a CPU."""
+    tests = tests_of(mutants[0].room)
+    planter = Planter(mutants, tree, LIMIT)
+    run_tests(tree, tests, plugins=[planter])
+    passed = False
+    for mutant in mutants:
+        code, seconds = planter.codes.get()
+        if code == ANEW:
+            path, start = tree / mutant.path, spent()
+            with rewritten(path, planted(mutant, path.read_text())):
+                code = run_tests(tree, tests, LIMIT)
+            seconds = round(spent() - start, 1)
+        else:
+            passed |= code == 0
+        yield mutant, VERDICTS.get(code, "killed"), seconds
+    if not passed and planter.codes.get()[0] != 0:  # were they killed, or do these always fail?
+        output = (tree / OUTPUT).read_text()
+        raise RuntimeError(f"tests fail without a mutant:\n{output}")
 
 
 def tests_of(room: str) -> list[str]:
@@ -323,28 +423,14 @@ def main(arguments: list[str] | None = None) -> int:
     with bar, copied_tree() as tree:
         if bar.total:
             lines.append(circumstances() | {"seed": options.seed})
-        for room, mutants in waiting.items():
-            tests = tests_of(room)
-            clean = next((line["seconds"] for line in lines if line.get("clean") == tests), None)
-            for mutant in mutants:
-                start = spent()
-                limit = LIMIT if clean is None else 10 + int(4 * clean)
-                result = mutant._asdict() | {"verdict": verdict(mutant, tree, limit)}
+        for mutants in filter(None, waiting.values()):
+            for mutant, verdict, seconds in verdicts(mutants, tree):
+                result = mutant._asdict() | {"verdict": verdict, "seconds": seconds}
                 lines = [line for line in lines if identity(line) != identity(result)] + [result]
+                write(options.to, lines)
                 bar.update()
-                if result["verdict"] == "survived":
+                if verdict == "survived":
                     bar.write(f"{mutant.path}:{mutant.line}  {mutant.right}  ->  {mutant.wrong}")
-                    if clean is None:  # a survivor's run is as long as a clean one
-                        clean = round(spent() - start, 1)
-                        lines.append({"clean": tests, "seconds": clean})
-                write(options.to, lines)
-            if mutants and clean is None:  # were they killed, or do these tests always fail?
-                start = spent()
-                if run_tests(tree, tests) != 0:
-                    output = (tree / OUTPUT).read_text()
-                    raise RuntimeError(f"{room}: tests fail without a mutant:\n{output}")
-                lines.append({"clean": tests, "seconds": round(spent() - start, 1)})
-                write(options.to, lines)
     found = counts(lines)
     for room, (killed, total) in found.items():
         print(f"{room:20}{killed:4} of {total}")

@@ -897,7 +897,9 @@ class Quickest:
         TIMES.write_text(json.dumps(self.times))
 
 
-def run_tests(tree: Path, tests: Iterable[str], limit: int | None = None) -> int:
+def run_tests(
+    tree: Path, tests: Iterable[str], limit: int | None = None, plugins: Iterable[object] = ()
+) -> int:
     """Run tests of a copied tree until one fails; negative beyond a limit of seconds of a CPU.
 
     Each run is a fork of this process, in which what takes long to import is open already.
@@ -914,7 +916,9 @@ def run_tests(tree: Path, tests: Iterable[str], limit: int | None = None) -> int
             os.dup2(file.fileno(), 2)
         opened = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
         unused = ("-p", "no:cacheprovider", "-p", "no:nbval", "-p", "no:xdist")
-        sys.exit(pytest.main(["-q", "-x", *opened, *unused, *tests], plugins=[Quickest()]))
+        sys.exit(
+            pytest.main(["-q", "-x", *opened, *unused, *tests], plugins=[Quickest(), *plugins])
+        )
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
