@@ -439,6 +439,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "finite logits, got NaN for 1 of 4 inputs, the first of them input 1",
     ),
     "infinite logits": (lambda: fgsm(Broken(math.inf), X, Y, 0.1), ValueError, "got infinity for"),
+    "a function": (
+        lambda: pgd(torch.relu, X, Y, 0.1),  # type: ignore[arg-type]
+        TypeError,
+        r"model must be a torch\.nn\.Module, got builtin_function_or_method",
+    ),
     "NaN logits, decisions": (
         lambda: decision_attack(Broken(math.nan), X, Y),
         ValueError,

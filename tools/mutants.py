@@ -274,7 +274,7 @@ def replaced(mutant: Mutant, tree: Path) -> bool:
     functions = [
         thing
         for thing in gc.get_objects()
-        if isinstance(thing, types.FunctionType)
+        if type(thing) is types.FunctionType  # isinstance asks objects, and some of them warn
         and thing.__code__.co_filename == str(path)
         and (thing.__code__.co_name, thing.__code__.co_firstlineno) in inner
     ]
@@ -301,7 +301,7 @@ class Planter:
         while len(codes) < len(self.mutants) or 0 not in codes:  # one run that passes, at least
             child = os.fork()
             if not child:
-                resource.setrlimit(resource.RLIMIT_CPU, (self.limit, self.limit))
+                resource.setrlimit(resource.RLIMIT_CPU, (self.limit, self.limit + 9))
                 if len(codes) < len(self.mutants) and not replaced(
                     self.mutants[len(codes)], self.tree
                 ):
@@ -330,6 +330,10 @@ def verdicts(mutants: list[Mutant], tree: Path) -> Iterator[tuple[Mutant, str, f
             seconds = round(spent() - start, 1)
         else:
             passed |= code == 0
+        if code > 2:  # neither passed nor failed nor broken at the import
+            raise RuntimeError(
+                f"pytest gave no verdict on {mutant}:\n{(tree / OUTPUT).read_text()}"
+            )
         yield mutant, VERDICTS.get(code, "killed"), seconds
     if not passed and planter.codes.get()[0] != 0:  # were they killed, or do these always fail?
         output = (tree / OUTPUT).read_text()

@@ -910,7 +910,7 @@ def run_tests(
         os.environ["PYTHONPATH"] = sys.path[0] = str(tree)
         torch.set_num_threads(1)
         if limit is not None:
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 9))
         with open(OUTPUT, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
