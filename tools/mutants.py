@@ -297,7 +297,7 @@ class Planter:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self) -> bool | None:
         """Fork: the child goes on to the tests, the parent to the next mutant."""
-        codes = []
+        codes: list[int] = []
         while len(codes) < len(self.mutants) or 0 not in codes:  # one run that passes, at least
             child = os.fork()
             if not child:
