@@ -750,7 +750,7 @@ def test_files_that_do_not_fit_are_refused(
         load_weights(model, tmp_path / "a.safetensors")
     first, *rest = str(caught.value).split("\n  ")
     assert rest == differences
-    assert f"got {len(differences)} difference" in first
+    assert first.endswith(f"got {len(differences)} difference{'s' * (differences[1:] != [])}:")
     assert same(bits(model), before)
 
 
@@ -906,6 +906,25 @@ def test_a_graph_that_disagrees_is_not_written(
         export_onnx(Spectrum(), path, (4,))
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
+
+
+@pytest.mark.parametrize(("gap", "agrees"), [(0.9e-5, True), (1.1e-5, False)])
+@pytest.mark.parametrize("size", [0.1, 100.0])
+def test_a_graph_may_differ_by_a_hundred_thousandth(
+    size: float, gap: float, agrees: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the largest output, or of 1: here outputs are constant."""
+    pytest.importorskip("onnxruntime")
+    graph, net, other = export._onnx_graph, nn.Linear(1, 1), nn.Linear(1, 1)
+    for model, value in ((net, size), (other, size + gap * max(size, 1))):
+        model.weight.data.zero_()
+        model.bias.data.fill_(value)
+    monkeypatch.setattr(export, "_onnx_graph", lambda _, *rest: graph(other, *rest))
+    if agrees:
+        export_onnx(net, tmp_path / "a.onnx", (1,))
+    else:
+        with pytest.raises(ValueError, match="must agree with torch to 1e-5"):
+            export_onnx(net, tmp_path / "a.onnx", (1,))
 
 
 def test_the_advice_for_a_graph_of_one_size_helps(tmp_path: Path) -> None:
