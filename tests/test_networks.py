@@ -57,6 +57,8 @@ def test_an_unknown_network_is_refused() -> None:
         networks.load("best")
     with pytest.raises(ValueError, match="no network 'best'"):
         networks.norm("best")
+    with pytest.raises(ValueError, match=r"architecture: expected one of \('dense', .*got 'huge'"):
+        networks.rebuilt("huge", (), {})
 
 
 # --------------------------------------------------------------------------------- evaluation

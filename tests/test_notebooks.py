@@ -213,7 +213,7 @@ FAULTS: dict[str, tuple[Callable[[NotebookNode], Any], str, str]] = {
     "old Colab cell": (change(1, source="pip install lipbook==0.0.0"), "-", "not the Colab cell"),
     "Colab cell shown": (change(1, metadata={}), "-", "not the Colab cell"),
     "Colab cell that speaks": (change(1, outputs=[stdout("ok")]), "-", "not the Colab cell"),
-    "too large": (outputs(stdout("1" * 420_000)), "-", "more than the 420 kB"),
+    "too large": (outputs(stdout("1" * 460_000)), "-", "more than the 460 kB"),
     "path": (outputs(stdout("saved to /srv/data/x.npz\n")), "number", "path /srv/data/x.npz"),
     "Windows path": (outputs(stdout(r"C:\Users\x")), "number", "absolute path"),
     "path in HTML": (

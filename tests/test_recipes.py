@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -9,6 +10,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from lipbook.lab.recipes import (
     ordinary_networks,
     recipes,
     smoothing,
+    speedrun,
     tightness,
     transport_scaling,
     wgan,
@@ -74,7 +77,7 @@ def test_every_recipe_has_its_record(name: str) -> None:
     parameters = inspect.signature(run).parameters
     assert record.facts["seed"] == parameters["seed"].default
     assert "rows" in parameters
-    assert 0 < record.facts["seconds"] <= (900 if name == "cifar10" else 600)
+    assert 0 < record.facts["seconds"] <= {"cifar10": 900, "speedrun": 3600}.get(name, 600)
     assert record.facts["threads"] >= 1
     assert len(record.facts["hardware"]) > 10
     size = sum(t.numel() * t.element_size() for t in record.tensors.values())
@@ -397,7 +400,9 @@ def test_each_network_that_ships_is_certified_again(name: str) -> None:
         [0, *recorded["epsilons"]], [recorded["clean"], *recorded["certified"]], strict=True
     ):  # on another machine an input may fall on the other side
         assert found.certified_accuracy(epsilon).value == pytest.approx(share, abs=1 / len(images))
-    for layer in model:
+    # where the rows of the last layer have one length, their differences count and not its norm
+    layers = model[:-1] if record == "speedrun" else model
+    for layer in layers:
         if isinstance(layer, torch.nn.Linear):
             weight = layer.weight.double().numpy()
             if p == 2:
@@ -406,7 +411,9 @@ def test_each_network_that_ships_is_certified_again(name: str) -> None:
                 assert np.abs(weight).sum(1).max() <= 1 + 1e-3
 
 
-@pytest.mark.parametrize("name", ["mnist_best", "mnist_small", "mnist_infinity", "cifar10"])
+@pytest.mark.parametrize(
+    "name", ["mnist_best", "mnist_small", "mnist_infinity", "cifar10", "speedrun"]
+)
 def test_no_certificate_exceeds_the_attack_and_epsilon_only_lowers(name: str) -> None:
     results = records.read(name).results
     tests = [results["test"]] if "test" in results else []
@@ -543,6 +550,141 @@ def test_the_best_network_trains_and_resumes(
     results, _ = mnist_best.run(rows=Rows(tmp_path), **sizes)
     assert results["test"]["clean"] > 0.6
     assert mnist_best.run(rows=Rows(tmp_path), **sizes)[0] == results
+
+
+def few_digits() -> Mnist:
+    digits = mnist()
+    return Mnist(*(t[:1500] for t in digits[:2]), *(t[::40] for t in digits[2:]))
+
+
+SPRINTS = {
+    1: tuple(speedrun.Setting(*sizes, 1.0, batch_size=64) for sizes in ((32, 2, 8), (16, 2, 1))),
+    2: (speedrun.Setting(32, 3, 8, 1.0, batch_size=64),),
+}
+
+
+def test_the_speedrun_runs_on_a_few_digits_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = few_digits()
+    monkeypatch.setattr(speedrun, "mnist", lambda full=False: few)
+    sizes: dict[str, Any] = {
+        "budgets": (1, 2), "candidates": SPRINTS, "validation": 300, "attack": 10,
+        "precision": "float32", "rows": Rows(tmp_path),
+    }  # fmt: skip
+    results, tensors = speedrun.run(**sizes)
+    assert speedrun.run(**sizes)[0] == results
+    # the setting that is better on the validation digits was trained, from five seeds
+    assert [one["count"] for one in results["judged"]] == [300, 300, 300]
+    better, worse = (one["clean"] + one["certified"] for one in results["judged"][:2])
+    assert better > worse
+    made = records.facts("lipbook reproduce speedrun", 0, 1.0)
+    record = records.Record("speedrun", made, results, tensors)
+    first, second = speedrun.entries(record)
+    assert (first.budget, first.setting, first.seeds) == (1, SPRINTS[1][0], (0, 1, 2, 3, 4))
+    assert (second.budget, second.setting, second.within) == (2, SPRINTS[2][0], True)
+    values = [row["test"]["certified"][0] for row in results["rows"] if row["budget"] == 1]
+    assert first.certified == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert first.certified_of_attacked <= first.attacked <= 1
+    assert first.clean[0] > 0.8
+    assert networks.rebuilt("dense", ([784, 32, 32, 10],), tensors)
+
+
+def test_a_budget_that_nothing_meets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = few_digits()
+    monkeypatch.setattr(speedrun, "mnist", lambda full=False: few)
+    slow = {0: (speedrun.Setting(16, 1, 1, 1.0, batch_size=64),)}
+    with pytest.raises(ValueError, match="candidates: no training took at most 0 seconds here"):
+        speedrun.run(budgets=(0,), candidates=slow, validation=300, precision="float32")
+
+
+def test_a_setting_is_judged_on_training_digits_that_it_has_not_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = {}
+    images, labels = few_digits()[:2]
+
+    def fit(given: Tensor, given_labels: Tensor, **sizes: Any) -> torch.nn.Sequential:
+        seen["fitted"] = given
+        return networks.dense((784, 10)).eval()
+
+    def certificate(model: object, given: Tensor, *_: object, sound: bool) -> Any:
+        seen["held out"] = given
+        return real(model, given, *_, sound=sound)
+
+    real = speedrun.certificate
+    monkeypatch.setattr(speedrun, "fit", fit)
+    monkeypatch.setattr(speedrun, "certificate", certificate)
+    speedrun.judge(images, labels, SPRINTS[2][0], validation=300, seed=3)
+    assert len(seen["held out"]) == 300
+    together, whole = (
+        sorted(map(bytes, part.flatten(1).numpy()))
+        for part in (torch.cat([seen["fitted"], seen["held out"]]), images)
+    )
+    assert together == whole  # each digit once
+    drawn = set(map(bytes, seen["held out"].flatten(1).numpy()))
+    for edge in (images[:300], images[-300:]):  # a random draw has a fifth of each
+        assert 30 < len(drawn & set(map(bytes, edge.flatten(1).numpy()))) < 90
+
+
+def test_the_speedrun_refuses_other_digits_and_names() -> None:
+    digits = few_digits()
+    with pytest.raises(TypeError, match=r"validation: expected a number .* cannot choose"):
+        speedrun.judge(*digits[:2], SPRINTS[2][0], validation=digits[2:])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="validation: expected a number of the 1500 training dig"):
+        speedrun.judge(*digits[:2], SPRINTS[2][0], validation=1500)
+    with pytest.raises(ValueError, match=r"loss: expected one of .*'multi-margin'.* got 'hinge'"):
+        speedrun.Setting(32, 2, 8, 1.0, loss="hinge")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda facts, rows: facts.update(hardware=" "), "no hardware"),
+        (lambda facts, rows: rows[0].pop("seed"), r"a row has no \['seed'\]"),
+        (lambda facts, rows: rows[0].pop("budget"), r"a row has no \['budget'\]"),
+        (lambda facts, rows: rows[0].pop("seconds"), r"a row has no \['seconds'\]"),
+        (lambda facts, rows: rows.pop(0), "expected 5 seeds or more for 15 seconds, each once"),
+        (lambda facts, rows: rows[0].update(seed=1), "expected 5 seeds or more for 15 seconds"),
+        (lambda facts, rows: rows.append(rows[0]), r"each once, got \[0, 1, 2, 3, 4, 0\]"),
+        (lambda facts, rows: rows[0]["setting"].update(epochs=99), "expected one setting for 15"),
+    ],
+)
+def test_numbers_without_budget_seeds_or_hardware_do_not_load(
+    change: Callable[[dict[str, Any], list[dict[str, Any]]], object], words: str
+) -> None:
+    record = copy.deepcopy(records.read("speedrun"))
+    assert speedrun.entries(record)
+    change(record.facts, record.results["rows"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=words):
+        speedrun.entries(record)
+
+
+@pytest.mark.parametrize("fact", ["hardware", "seed", "versions"])
+def test_a_record_of_the_speedrun_without_its_facts_does_not_load(
+    fact: str, tmp_path: Path
+) -> None:
+    record = records.read("speedrun", tensors=False)
+    content = {"results": record.results, "tensors": None}
+    facts = {key: value for key, value in record.facts.items() if key != fact}
+    (tmp_path / "speedrun.json").write_text(json.dumps(content | {"facts": facts}))
+    with pytest.raises(ValueError, match=f"no .*{fact}"):
+        records.read("speedrun", tmp_path)
+
+
+def test_the_settings_of_the_speedrun_are_the_best_on_validation_digits() -> None:
+    record = records.read("speedrun")
+    for entry in speedrun.entries(record):
+        judged = [one for one in record.results["judged"] if one["budget"] == entry.budget]
+        assert [speedrun.Setting(**one["setting"]) for one in judged] == list(
+            speedrun.CANDIDATES[entry.budget]
+        )
+        held_out = judged[0]["count"] / 60_000
+        fit = [one for one in judged if one["seconds"] <= entry.budget * (1 - held_out)]
+        best = max(fit, key=lambda one: one["clean"] + one["certified"])
+        assert entry.setting == speedrun.Setting(**best["setting"])
+        assert entry.within
+        assert all(one["test"]["count"] == 10_000 for one in record.results["rows"])
 
 
 def test_the_search_finds_counterexamples_of_real_arithmetic_only() -> None:

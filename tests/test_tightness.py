@@ -761,6 +761,19 @@ def test_what_cancels_between_paths_leaves_its_error(seed: int) -> None:
         assert exact <= Fraction(bound) <= Fraction(1e-13), method
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_cancels_in_a_product_leaves_its_error(seed: int) -> None:
+    """Two layers in a row whose product is 0 but for rounding, as a rational number."""
+    first, second = np.random.default_rng(seed).normal(size=(2, 20))
+    second[-1] = -(first[:-1] @ second[:-1]) / first[-1]
+    linear = two_layers(first[:, None].tolist(), [second.tolist()], nn.Identity())
+    net = nn.Sequential(*linear, nn.ReLU())
+    exact = abs(sum(Fraction(a) * Fraction(b) for a, b in zip(first, second, strict=True)))
+    for method in ("lipsdp", "eclipse", "averaged", "absolute", "seqlip"):
+        bound = lipschitz_bound(net, (1,), method=method).value
+        assert exact <= Fraction(bound) <= Fraction(1e-11), method
+
+
 # ------------------------------------------------------------------------ units of many pieces
 
 MANY_PIECES: dict[str, Callable[[], nn.Module]] = {

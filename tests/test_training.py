@@ -280,6 +280,11 @@ def test_both_refuse(change: dict[str, Any], error: type[Exception], message: st
         ),
         ({"validation": N}, ValueError, "validation: expected a number of the 50 examples, got 50"),
         ({"validation": 0.2}, ValueError, "validation: .* got 0.2"),
+        (
+            {"validation": mnist()[2:]},
+            TypeError,
+            "validation: expected a number of the 50 examples, got tuple: .* test images, cannot",
+        ),
         ({"precision": "tf32"}, ValueError, "precision: expected one of .*, got 'tf32'"),
         (
             {"loss": lambda outputs, _: outputs.sum(1)},

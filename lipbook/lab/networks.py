@@ -297,7 +297,16 @@ def rebuilt(
     -------
     torch.nn.Sequential
         In float32 and evaluation mode, parameters frozen.
+
+    Raises
+    ------
+    ValueError
+        If there is no such architecture, naming those that exist.
     """
+    if architecture not in _ARCHITECTURES:
+        raise ValueError(
+            f"architecture: expected one of {(*_ARCHITECTURES,)}, got {architecture!r}"
+        )
     model = _ARCHITECTURES[architecture](*arguments)
     model.load_state_dict({name: value.float() for name, value in tensors.items()})
     return model.requires_grad_(False).eval()

@@ -377,6 +377,11 @@ def _precision(precision: str, device: str) -> tuple[Any, torch.amp.GradScaler]:
 
 def _split(examples: int, validation: int, seed: int) -> tuple[Tensor, Tensor]:
     """Choose the indices to train on and those to validate on, each in order."""
+    if isinstance(validation, Iterable):
+        raise TypeError(
+            f"validation: expected a number of the {examples} examples, got "
+            f"{type(validation).__name__}: other examples, such as test images, cannot choose"
+        )
     if not isinstance(validation, int) or not 0 <= validation < examples:
         raise ValueError(
             f"validation: expected a number of the {examples} examples, got {validation!r}"

@@ -138,7 +138,7 @@ def domain(random: Random, shape: tuple[int, ...]) -> Domain:
 
 def graph(random: Random, products: bool) -> Drawn:
     choices = random.integers(0, 14, (size(random, 1, 6), 3))
-    net = RandomGraph([(int(kind), int(i), int(j)) for kind, i, j in choices], products)
+    net = RandomGraph([(int(a), int(b), int(c)) for a, b, c in choices], products)
     return Drawn(net, (6,), domain(random, (6,)) if products else None)
 
 
