@@ -292,6 +292,7 @@ def test_the_wheel_holds_the_library_and_its_data(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(TOP)], check=True)
     (wheel,) = tmp_path.glob("lipbook-*.whl")
+    assert wheel.stat().st_size <= 12_000_000
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r}); import lipbook; "
         "assert '.whl' in lipbook.__file__; from lipbook.lab.data import mnist; "
