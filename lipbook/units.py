@@ -200,7 +200,7 @@ class Units:
         for own, pieces in self.cells or ():
             at = [piece_at(pieces, values) for values in z[:, own]]
             rows = [
-                piece.matrix @ values + piece.offset  # type: ignore[operator]
+                piece.matrix @ values + piece.offset
                 for piece, values in zip(at, z[:, own], strict=True)
             ]
             y[:, own] = torch.stack(rows)
