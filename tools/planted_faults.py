@@ -744,7 +744,7 @@ FAULTS = (
     Fault(
         "tightness/reading",
         "error = norm * seen.error + gamma * _size(affine.absolute(seen.matrix.abs()))",
-        "error = norm * seen.error + gamma * _size(matrix)",
+        "error = gamma * _size(matrix)",
         "what cancels in a folded matrix leaves no error",
     ),
     Fault(
