@@ -485,3 +485,14 @@ def test_hinge_kr_takes_several_classes_a_sample(dtype: torch.dtype) -> None:
     torch.testing.assert_close(hinge_kr(outputs, labels), expected)
     with pytest.raises(ValueError, match=r"divide multi-label rows by their sums"):
         multi_margin(outputs, labels.float())
+
+
+@pytest.mark.parametrize("loss", [MultiMarginLoss(1.0), OffsetCrossEntropyLoss(1.0)])
+def test_class_weights_take_the_dtype_of_the_logits(loss: nn.Module) -> None:
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    loss.class_weight = weight
+    found = loss(logits, labels)
+    assert found.dtype == torch.float32
+    loss.class_weight = weight.float()
+    assert found == loss(logits, labels)
