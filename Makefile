@@ -20,7 +20,7 @@ BOOK_TMP := $(HERE)/tmp
 BUILD_BOOK = mkdir -p $(BOOK_TMP) && TMPDIR=$(BOOK_TMP) $(BIN)/jupyter-book build -W -n --keep-going --all
 
 .DEFAULT_GOAL := help
-.PHONY: help book html pdf test lint faults bench pages lab chapters clean
+.PHONY: help book html pdf test lint faults mutants soak bench pages lab chapters clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,12 @@ test: lint ## static checks, the library's tests, and every chapter against its 
 
 faults: $(READY) ## plant faults in a copy of the library and see the tests catch them
 	$(BIN)/python tools/planted_faults.py
+
+mutants: $(READY) ## change random places in a copy of the library and count what the tests see
+	$(BIN)/python tools/mutants.py
+
+soak: $(READY) ## measure ten thousand random networks against what the library promises
+	$(BIN)/python -m lipbook reproduce soak --to _build/soak
 
 bench: ## measure the layers beside their peers, in an environment of its own
 	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from lipbook import units as units
     from lipbook import wasserstein as wasserstein
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 METHOD_ROOMS = ("tightness",)  # whose bounds lipschitz_bound(..., method=...) names
 

@@ -224,6 +224,24 @@ def _check_arithmetic(example: Tensor) -> None:
 # x is what the layer sees in this run, v what it may see, D = ‖v - x‖. Norms of a batch are
 # (batch,) in float64. A local error that is proportional to |v| splits into a part at x and a part
 # times D.
+#
+# Note [constants of an analysis]
+# Let u be the unit of Note [the model of rounding] and q the least normal number, below which an
+# operation may lose as much as that. A path of k roundings multiplies by 1 + t with |t| <= gamma_k.
+#
+# A value y that took k roundings is P(v) = y (1 + t), so that |P(v) - y| <= gamma_k |y|. What is
+# known is |P(x)| and not |y|: |y| <= |P(x)| / (1 - gamma) <= (1 + 4 gamma) |P(x)| for gamma <= 3/4,
+# and |y(v)| <= |y(x)| + L D. One rounding more pays for a cast of the input.
+#
+# A sum of two numbers is rounded once: it is off by gamma_1 of itself, which at x is at most
+# (1 + gamma_1) |P(x)| and its inputs' errors. Of m numbers the first meets m - 1 roundings, and one
+# more where they are scaled: gamma_m of the sum of their moduli, each of them a computed number,
+# which is within 2a + c D of what x shows: a to the exact value and a back.
+#
+# A sum of n products and a bias has n + 1 roundings on a path; gamma_{n+2} has one to spare. Each
+# operation may flush, and so may an input or a weight, which the other one multiplies:
+# 2 (n + 2) q (1 + max |A| + |v|). In half precision u is doubled, hence gamma_{2n+4}.
+# tests/test_rounding.py recomputes the constants and attains some of them.
 
 
 def _norms(x: Tensor, p: float) -> Tensor:

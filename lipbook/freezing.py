@@ -50,8 +50,8 @@ def freeze(model: nn.Module) -> nn.Module:
     **Guaranteed**: the outputs are those of ``model.eval()``, bit by bit, with and without
     :class:`torch.no_grad`, since the same torch functions are called on the same numbers. So is the
     value of :func:`~lipbook.composition.lipschitz_bound`, for every input shape. Torch chooses the
-    kernels of attention by whether a weight requires gradients; the copy of a transformer layer
-    remembers which did, and takes those. Two exceptions agree to rounding only: images in
+    kernels of attention and recurrence by whether a weight requires gradients; the copy of such a
+    layer remembers which did, and takes those. Two exceptions agree to rounding only: images in
     channels-last layout, which torch's circular padding changes, and a
     :class:`torch.nn.Linear` on a tensor (batch, n, m) that is not contiguous, unless the weights of
     the network do not require gradients either.
@@ -69,7 +69,8 @@ def freeze(model: nn.Module) -> nn.Module:
     all other convolutions, SOC, Cayley      the same class, with a constant kernel
     ``SLLLinear``, ``CPLConv2d``, ...        ``DenseStep``, ``ConvolutionStep``
     other modules with parametrizations      the same class, with constant weights
-    attention and transformers of torch      a subclass, which keeps to the kernels of the original
+    attention, transformers and recurrent    a subclass, which keeps to the kernels of the original
+    layers of torch
     everything else                          a copy
     =======================================  ===================================================
 
@@ -322,7 +323,9 @@ def register_plain(
 # ------------------------------------------------------------------------- the choice of kernels
 
 # Note [kernels by requires_grad]
-# Some layers of torch take a fused kernel if gradients are off or no weight requires them. What a
+# Some layers of torch take a fused kernel if gradients are off or no weight requires them; and a
+# product of a tensor (n, m, k) that is not contiguous is one product of matrices if the weight
+# requires gradients, a batch of them if not, as in GRU and RNN with the batch first. What a
 # network computes in evaluation mode so depends on a flag of its weights that its frozen copy no
 # longer has, and so do the bits. The copy remembers the flags, and calls torch's forward on a twin
 # of itself whose weights are the same memory under those flags. The twin lives for one call.
@@ -410,6 +413,8 @@ def _twin(module: nn.Module, trained: frozenset[str], path: str = "") -> nn.Modu
         for name, child in module._modules.items()
     }
     vars(twin).update(vars(module) | {"_parameters": weights, "_modules": children})
+    if isinstance(twin, nn.RNNBase):  # which calls torch with a list of its own
+        vars(twin)["_flat_weights"] = [weights[name] for name in twin._flat_weights_names]
     return cast(nn.Module, twin)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lipbook.rules import Shape, slope_rule
 
-__all__ = ["Kinks", "Piece", "Units", "elementwise_units", "sorted_units", "units_rule"]
+__all__ = ["Kinks", "Piece", "Units", "elementwise_units", "piece_at", "sorted_units", "units_rule"]
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -101,7 +101,7 @@ class Piece:
         The set, :math:`\{u : G u \ge h\}`, (r, k) and (r,).
     matrix, offset : torch.Tensor or None
         :math:`M` and :math:`c`, (k, k) and (k,); None if the set holds several pieces.
-    finer : callable, optional
+    finer : collections.abc.Callable or None
         Gives these.
     """
 
@@ -139,10 +139,10 @@ class Units:
         :math:`A`, (n, inputs), and :math:`B`, (outputs, n); the identity if not given.
     kinks : Kinks or None
         The functions, if each unit is alone and piecewise linear.
-    cells : sequence or None
+    cells : collections.abc.Sequence or None
         Pieces of the groups, if the map is piecewise linear and there are groups of several units:
         pairs of the numbers of units, (k,), and of their pieces. Units in no cell are linear.
-    sorts : sequence or None
+    sorts : collections.abc.Sequence or None
         If the Jacobians place entries of the input: pairs of inputs and of the outputs, of which
         each gets one of these inputs.
     """
@@ -191,6 +191,21 @@ class Units:
         """Whether the pieces are known."""
         return self.kinks is not None or self.cells is not None
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """Give the outputs for flat samples, (batch, inputs), from the pieces."""
+        if not self.piecewise_linear:
+            raise ValueError("units must be piecewise linear for their values")
+        z = x if self.before is None else x @ self.before.mT
+        y = self.low * z if self.kinks is None else self.kinks(z)
+        for own, pieces in self.cells or ():
+            at = [piece_at(pieces, values) for values in z[:, own]]
+            rows = [
+                piece.matrix @ values + piece.offset
+                for piece, values in zip(at, z[:, own], strict=True)
+            ]
+            y[:, own] = torch.stack(rows)
+        return y if self.behind is None else y @ self.behind.mT
+
     def pieces(self) -> list[Cell]:
         """Pieces of all units that are not linear."""
         if self.kinks is None:
@@ -200,6 +215,16 @@ class Units:
             for unit in range(len(self.low))
             if bool((self.kinks.slopes[:, unit] != self.kinks.slopes[0, unit]).any())
         ]
+
+
+def piece_at(pieces: Sequence[Piece], values: Tensor) -> Piece:
+    """Piece that holds at a point."""
+
+    def depth(piece: Piece) -> float:
+        return min((piece.normals @ values - piece.levels).tolist(), default=math.inf)
+
+    piece = max(pieces, key=depth)
+    return piece if piece.finer is None else piece_at(piece.finer(), values)
 
 
 def _intervals(kinks: Kinks, unit: int) -> list[Piece]:

@@ -95,6 +95,51 @@ def test_a_constant_classifier_cannot_be_attacked() -> None:
     assert torch.equal(decision_attack(net, x, wrong, steps=2, queries=5), x)
 
 
+class Shell(nn.Module):
+    """Class 1 between two distances from the origin, class 0 elsewhere."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=1, keepdim=True)
+        inside = ((size > self.low) & (size < self.high)).to(x.dtype)
+        return torch.cat([1 - inside, inside], 1)
+
+
+@pytest.mark.parametrize("scale", [2.0**i for i in range(-4, 5)])
+def test_the_decision_attack_looks_for_a_start_at_all_distances(scale: float) -> None:
+    """From a sixteenth to sixteen times the size 1 + |x| of the inputs, in each of 100 entries."""
+    x, y = torch.zeros(1, 100), torch.zeros(1, dtype=torch.int64)
+    x[0, 0] = 5.2
+    net = Shell(7 * 6.2 * scale, 13 * 6.2 * scale)  # |x| lies between two of the shells
+    assert net(x).argmax(1).item() == 0
+    moved = decision_attack(net, x, y, steps=0)
+    assert net(moved).argmax(1).item() == 1
+    border = net.high if scale == 1 / 16 else net.low
+    assert moved.norm().item() == pytest.approx(border, rel=1e-5)  # by bisection
+
+
+def test_the_defaults_of_the_attacks() -> None:
+    net, (x, _) = trained_like(), points(6)
+    y = net(x).argmax(1)
+    known = pgd(net, x, y, 0.5)
+    assert torch.equal(known, pgd(net, x, y, 0.5, 2, steps=50, restarts=1, seed=0))
+    assert not torch.equal(known, pgd(net, x, y, 0.5, 2, steps=49, restarts=1, seed=0))
+    known = decision_attack(net, x, y)
+    assert torch.equal(known, decision_attack(net, x, y, steps=20, queries=100, seed=0))
+    assert not torch.equal(known, decision_attack(net, x, y, steps=20, queries=99, seed=0))
+
+
+def test_the_confidence_of_an_attacked_accuracy_is_95_percent() -> None:
+    net, x = nn.Linear(3, 2), torch.randn(30, 3)
+    loader = [(x, net(x).argmax(1))]
+    found = attacked_accuracy(net, loader, 0.3, attack=fgsm)
+    assert found == attacked_accuracy(net, loader, 0.3, attack=fgsm, confidence=0.95)
+    assert found != attacked_accuracy(net, loader, 0.3, attack=fgsm, confidence=0.9)
+
+
 # --------------------------------------------------------------------------- the box of images
 
 BOXES: dict[str, tuple[float | Tensor, float | Tensor]] = {
@@ -394,6 +439,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "finite logits, got NaN for 1 of 4 inputs, the first of them input 1",
     ),
     "infinite logits": (lambda: fgsm(Broken(math.inf), X, Y, 0.1), ValueError, "got infinity for"),
+    "a function": (
+        lambda: pgd(torch.relu, X, Y, 0.1),  # type: ignore[arg-type]
+        TypeError,
+        r"model must be a torch\.nn\.Module, got builtin_function_or_method",
+    ),
     "NaN logits, decisions": (
         lambda: decision_attack(Broken(math.nan), X, Y),
         ValueError,

@@ -316,6 +316,11 @@ def test_folds_of_the_menu_have_names(extension: Any) -> None:
     assert '<summary aria-label="Pages of: The library">' in named
 
 
+def test_folds_of_code_are_called_what_they_say(extension: Any) -> None:
+    fold = '<summary aria-label="Toggle hidden content">\n<p>Show the code</p></summary>'
+    assert extension("access").speaking_folds(fold) == "<summary>\n<p>Show the code</p></summary>"
+
+
 def test_long_signatures_are_lines(extension: Any) -> None:
     long = (
         '<dt><span class="sig-paren">(</span>\n\n<dl>\n<dd><em>x</em>,</dd>\n<dd><em>y</em>,</dd>\n'

@@ -97,6 +97,23 @@ def test_three_questions_recall_a_section(chapter: str) -> None:
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_second_reading_is_announced_with_the_minutes_that_it_takes(chapter: str) -> None:
+    r"""Headings end in \*; words share the minutes, without questions and exercises."""
+    text = "\n\n".join(cell.source for cell in cells(chapter, "markdown"))
+    said = re.search(r"(\d+) minutes to read, (\d+) without the sections marked \\\*", text)
+    text = re.sub(r"^:::\{recap\}.*?^:::$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^## Exercises$.*?^## Summary$", "", text, flags=re.MULTILINE | re.DOTALL)
+    parts = re.split(r"^(?=##+ )", text, flags=re.MULTILINE)
+    starred = [part for part in parts if part.split("\n", 1)[0].endswith(r"\*")]
+    assert bool(said) == bool(starred)
+    if said:
+        assert "an asterisk (\\*) are for a second reading" in text
+        whole, main = map(int, said.groups())
+        later, words = (sum(len(part.split()) for part in each) for each in (starred, parts))
+        assert abs(whole * (1 - later / words) - main) < 2
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_words_in_formulas_are_upright(chapter: str) -> None:
     text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
     assert not re.findall(r".*[_^]\{(?:in|out|inputs|outputs|min|max)\}.*", text)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lipbook.activations import GroupSort, Householder, MaxMin
 from lipbook.composition import Ball, Bound, Box, check_layer, lipschitz_rule
 from lipbook.errors import ForwardError, forward_error_rule
 from lipbook.freezing import freeze_rule
 from lipbook.layers.elementwise import Exp, Log, Power, Reciprocal, Sine
 from lipbook.rules import Affine, Range, affine_rule, pullback_rule, range_rule, slope_rule
+from lipbook.units import Units, elementwise_units, units_rule
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "Linear": (nn.Linear(4, 3), (4,)),
@@ -22,6 +24,9 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "Conv2d, reflecting": (nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), (1, 4, 4)),
     "ConvTranspose2d": (nn.ConvTranspose2d(2, 1, 3, 2), (2, 3, 3)),
     "BatchNorm2d": (nn.BatchNorm2d(2), (2, 3, 3)),
+    "MaxMin": (MaxMin(), (4, 2)),
+    "GroupSort": (GroupSort(3, dim=-1), (2, 6)),
+    "Householder": (Householder(4), (4,)),
     "MaxPool2d": (nn.MaxPool2d(3, 2, 1), (2, 5, 5)),
     "MaxPool1d": (nn.MaxPool1d(2), (2, 6)),
     "AvgPool2d": (nn.AvgPool2d(3, 1, 1), (1, 4, 4)),
@@ -116,6 +121,17 @@ def wrong_slopes(cls: type[nn.Module]) -> None:
     slope_rule.register(cls, lambda module, values: (0.0, 1.0))
 
 
+def wrong_units(cls: type[nn.Module]) -> None:
+    ones = torch.ones(3, dtype=torch.float64)
+    units_rule.register(cls, lambda module, shape: Units(0 * ones, ones))
+
+
+def wrong_pieces(cls: type[nn.Module]) -> None:
+    units_rule.register(
+        cls, lambda module, shape: elementwise_units(module, shape, [1.0], [2.0, 1.0])
+    )
+
+
 def wrong_matrix(cls: type[nn.Module]) -> None:
     affine_rule.register(
         cls, lambda module, shape: Affine(lambda x: 3 * x, two, two, torch.zeros(shape), 1)
@@ -159,6 +175,8 @@ WRONG = {
     r"range_rule of Twice says \[": wrong_range,
     "range_rule of Twice says a ball": wrong_ball,
     "slope_rule of Twice says": wrong_slopes,
+    r"units_rule of Twice says slopes in \[0, 1\]": wrong_units,
+    r"units_rule of Twice says \[.*the values are": wrong_pieces,
     r"affine_rule of Twice says A x": wrong_matrix,
     r"affine_rule of Twice says \|A\|": wrong_magnitude,
     "affine_rule of Twice says the squares": wrong_squares,

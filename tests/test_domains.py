@@ -22,7 +22,15 @@ from lipbook.composition.local import (
 from lipbook.graphs import trace
 from lipbook.layers.joins import Multiply
 from lipbook.norms import dual_exponent
-from lipbook.rules import Range
+from lipbook.rules import (
+    Range,
+    affine_rule,
+    ball_range,
+    local_lipschitz_rule,
+    outward,
+    pullback_rule,
+    range_rule,
+)
 
 NORMS = (1, 2, math.inf)
 
@@ -188,3 +196,100 @@ def test_a_product_is_as_steep_in_one_factor_as_the_other_is_large() -> None:
     for p in NORMS:
         in_first, in_second = Multiply().factors([first, second], p)
         assert (in_first.item(), in_second.item()) == (0.5, 3.0)
+
+
+# ------------------------------------------------- margins: never too small, and hardly too large
+
+
+def just_above(found: Tensor | float, true: float) -> bool:
+    """Decided in float64, which holds the true number."""
+    return true < float(found) <= true * (1 + 1e-11)
+
+
+def test_sizes_of_ranges_on_paper() -> None:
+    """Numbers of which float64 computes the norm without an error: the margin must show."""
+    point = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    values = Range(-point, point)
+    for p, true in ((1, 7), (2, 5), (math.inf, 4)):
+        assert just_above(values.norms(p), true)
+    radius = torch.tensor([1.0], dtype=torch.float64)
+    held = Range(-2 * point, 2 * point, point, radius)
+    for p, true in ((1, 14), (2, 6), (math.inf, 8)):  # the ball is known in the 2-norm
+        assert just_above(held.norms(p), true)
+    assert just_above(Range(-2 * point, 2 * point, point).norms(2), 10)
+    box = Box(-1.0, 3.0).range((2, 2))
+    assert box.center is not None
+    assert box.center.eq(1).all()
+    assert just_above(box.radius, 4)
+    for p, true in ((1, 2), (2, 2), (math.inf, 4)):
+        ball = Ball(torch.ones(2, 2), 2.0, p).range((2, 2))
+        assert just_above(ball.radius, true)
+        assert just_above(ball.high.max(), 3)
+        assert just_above(-ball.low.min(), 1)
+
+
+def test_intervals_are_widened_by_the_slack_and_little_more() -> None:
+    low, high = outward(torch.tensor(-3.0).double(), torch.tensor(5.0).double(), 0.5)
+    assert just_above(-low, 3.5)
+    assert just_above(high, 5.5)
+    low, high = outward(torch.zeros(1).double(), torch.zeros(1).double())
+    assert low < 0 < high < 1e-300
+
+
+def test_the_range_of_an_affine_layer_is_attained() -> None:
+    """Of a box by its corners, of a ball by the rows' norms: 3, 4 and 12, 5."""
+    layer = nn.Linear(2, 2).double().requires_grad_(False)
+    layer.weight.data = torch.tensor([[3.0, -4.0], [12.0, 5.0]], dtype=torch.float64)
+    layer.bias.data = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    affine = affine_rule(layer, (2,))
+    assert affine is not None
+    ones = torch.ones(1, 2, dtype=torch.float64)
+    for values, low, high in (
+        (Range(-ones, ones), (-6.0, -15.0), (8.0, 19.0)),
+        (Range(-ones, ones, 0 * ones, ones[:, 0]), (-4.0, -11.0), (6.0, 15.0)),
+    ):
+        image = affine.range(values)
+        assert all(just_above(-a, -b) for a, b in zip(image.low[0], low, strict=True))
+        assert all(just_above(a, b) for a, b in zip(image.high[0], high, strict=True))
+        assert (image.center is None) == (values.center is None)
+    whole = range_rule(layer, Range(-ones, ones, 0 * ones, ones[:, 0])).radius
+    assert just_above(whole, torch.linalg.matrix_norm(layer.weight, 2).item())
+
+
+@pytest.mark.parametrize("center", [None, 1.0])
+def test_the_range_of_a_layer_that_is_known_by_its_bound_alone(center: float | None) -> None:
+    """x -> -2x on [0, 2]³ or on the unit ball around 1, whose image has the radius 2."""
+    layer = Steep()
+    ones = torch.ones(1, 3, dtype=torch.float64)
+    ball = (None, None) if center is None else (ones, torch.ones(1, dtype=torch.float64))
+    image = ball_range(layer, Range(0 * ones, 2 * ones, *ball))
+    assert -4 * (1 + 1e-9) <= image.low.min() < -4
+    assert 0 < image.high.max() < 1e-9
+    assert (image.radius is None) == (center is None)
+    if image.center is not None:
+        assert torch.equal(image.center, -2 * ones)
+        assert 2 < image.radius <= 2 * (1 + 1e-9)
+
+
+class Steep(nn.LeakyReLU):
+    """Minus twice the identity, which is -2 times a leaky rectifier of slope 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -2 * x
+
+
+@local_lipschitz_rule.register
+def _(module: Steep, values: Range, p: float) -> Tensor:
+    return torch.full((len(values.low),), 2.0, dtype=torch.float64)
+
+
+def test_intervals_of_slopes_on_paper() -> None:
+    """Rows in [2.5, 3.5] times slopes in [0.25, 1]: the upper end 3.5 is attained."""
+    values = Range(*(torch.tensor([[v]], dtype=torch.float64) for v in (-1.0, 1.0)))
+    row = torch.tensor([[[3.0]]], dtype=torch.float64)
+    pulled = pullback_rule(nn.LeakyReLU(0.25).double(), (row, 0 * row + 0.5), values)
+    assert pulled is not None
+    center, radius = pulled
+    assert center.item() == 3 * 0.625
+    assert just_above(radius, 3 * 0.375 + 0.5)
+    assert just_above(center + radius, 3.5)

@@ -168,6 +168,26 @@ def test_sequences_freeze_to_the_same_bits(
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recurrent_layers_freeze_to_the_same_bits(kind: type[nn.RNNBase], dtype: Any) -> None:
+    """Torch chooses the products by the flags of the weights, at some sizes with other bits."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        inputs, hidden, length, batch = (int(n) for n in torch.randint(1, 9, (4,)))
+        layer = kind(
+            inputs, hidden, 2, batch_first=True, bidirectional=seed % 2 > 0, bias=seed % 3 > 0
+        )
+        model, x = layer.eval().to(dtype), torch.randn(batch, length, inputs, dtype=dtype)
+        frozen = pickle.loads(pickle.dumps(freeze(model)))
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                assert torch.equal(output(frozen, x), output(model, x))
+    assert repr(frozen) == repr(model)
+    bounds = [lipschitz_bound(each, x.shape[1:], output=0).value for each in (frozen, model)]
+    assert bounds[0] == bounds[1]
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # by torch
 def test_frozen_transformers_are_those_of_torch() -> None:
     """In print, for compilers, transformations and bounds; and their weights can be trained."""
@@ -730,7 +750,7 @@ def test_files_that_do_not_fit_are_refused(
         load_weights(model, tmp_path / "a.safetensors")
     first, *rest = str(caught.value).split("\n  ")
     assert rest == differences
-    assert f"got {len(differences)} difference" in first
+    assert first.endswith(f"got {len(differences)} difference{'s' * (differences[1:] != [])}:")
     assert same(bits(model), before)
 
 
@@ -888,6 +908,25 @@ def test_a_graph_that_disagrees_is_not_written(
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
 
 
+@pytest.mark.parametrize(("gap", "agrees"), [(0.9e-5, True), (1.1e-5, False)])
+@pytest.mark.parametrize("size", [0.1, 100.0])
+def test_a_graph_may_differ_by_a_hundred_thousandth(
+    size: float, gap: float, agrees: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the largest output, or of 1: here outputs are constant."""
+    pytest.importorskip("onnxruntime")
+    graph, net, other = export._onnx_graph, nn.Linear(1, 1), nn.Linear(1, 1)
+    for model, value in ((net, size), (other, size + gap * max(size, 1))):
+        model.weight.data.zero_()
+        model.bias.data.fill_(value)
+    monkeypatch.setattr(export, "_onnx_graph", lambda _, *rest: graph(other, *rest))
+    if agrees:
+        export_onnx(net, tmp_path / "a.onnx", (1,))
+    else:
+        with pytest.raises(ValueError, match="must agree with torch to 1e-5"):
+            export_onnx(net, tmp_path / "a.onnx", (1,))
+
+
 def test_the_advice_for_a_graph_of_one_size_helps(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model, x = Prefixed(lambda x: x.shape[0]), torch.randn(7, 3, 4)
@@ -967,6 +1006,29 @@ def test_a_float64_model_in_training_becomes_a_float32_graph(tmp_path: Path) -> 
 
 
 # --------------------------------------------------------------------------------- optional parts
+
+
+JOINS: dict[str, Callable[[], nn.Module]] = {
+    "sum": lambda: Sum(OrthogonalLinear(6, 6), nn.Tanh(), nn.Identity()),
+    "residual": lambda: Residual(nn.Sequential(OrthogonalLinear(6, 6), MaxMin())),
+    "sum of sums": lambda: Sum(Residual(OrthogonalLinear(6, 6)), Sum(MaxMin(), nn.ReLU())),
+    "sum to one output": lambda: Sum(UnitNormLinear(6, 1), UnitNormLinear(6, 1)),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_sums_in_onnx_take_batches_of_any_size(name: str, tmp_path: Path) -> None:
+    onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
+    model = JOINS[name]()
+    export_onnx(model, tmp_path / "a.onnx", (6,))
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param  # a name, not a number
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    for batch in (1, 2, 3, 7, 64):
+        x = torch.randn(batch, 6)
+        (found,) = session.run(["output"], {"input": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(x), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime", "safetensors"])

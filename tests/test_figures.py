@@ -220,7 +220,9 @@ def test_arrow_keys_on_a_point_do_not_turn_the_page(page: Any, name: str) -> Non
 def test_controls_have_names_and_colours_follow_the_theme(page: Any, name: str) -> None:
     stills.mount(page, name)
     for handle in page.locator(".touch-handle").all():
-        assert re.search(r"\w.*: .*\d", handle.get_attribute("aria-label"))
+        said = handle.get_attribute("aria-label")
+        assert re.search(r"\w.*: .*\d", said)
+        assert handle.text_content() in said
     for control in page.locator(".touch-live input").all():
         label = control.evaluate("input => input.labels[0].innerText")
         assert re.search(r"\w", label)

@@ -23,6 +23,7 @@ from lipbook.composition import Ball, Box, lipschitz_bound, lipschitz_lower_boun
 from lipbook.composition.local import ranges_of
 from lipbook.graphs import trace
 from lipbook.lab.ordinary import NETWORKS, Coupling, Wrapper, made
+from lipbook.lab.recipes.soak import RandomGraph
 from lipbook.robustness import certify
 from lipbook.rounding import forward_error
 
@@ -232,42 +233,6 @@ def test_graph_and_bound_print_what_the_code_says() -> None:
 
 
 # --------------------------------------------------------------------------- random graphs
-
-
-class RandomGraph(nn.Module):
-    """A random directed graph of layers, joins and slices on vectors of six entries."""
-
-    def __init__(self, choices: list[tuple[int, int, int]], products: bool) -> None:
-        super().__init__()
-        self.choices, self.products = choices, products
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.narrow = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
-
-    def step(self, kind: int, a: Tensor, b: Tensor) -> Tensor:
-        first, second = a.chunk(2, 1)
-        steps = [
-            lambda: self.layers[0](a),
-            lambda: functional.relu(self.layers[1](a)),
-            lambda: torch.tanh(a) + b,
-            lambda: a - 0.5 * b,
-            lambda: torch.maximum(a, b),
-            lambda: torch.cat([self.narrow[0](first), second], 1),
-            lambda: torch.cat([first, second + self.narrow[1](first).abs()], 1),
-            lambda: torch.cat([a[:, 1:4], b[:, 2:5]], 1),
-            lambda: functional.gelu(self.layers[2](a)) - a,
-            lambda: torch.cat([a[:, :2], b[:, 3:5], a[:, 4:]], 1),
-            lambda: 1.5 - a.flip(1).view(-1, 2, 3).transpose(1, 2).flatten(1),
-            lambda: functional.softplus(a) + b.mean(1, keepdim=True),
-            lambda: a * torch.sigmoid(b) if self.products else a + b,
-            lambda: a * b if self.products else b,
-        ]
-        return steps[kind % len(steps)]()
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = [x]
-        for kind, i, j in self.choices:
-            values.append(self.step(kind, values[i % len(values)], values[j % len(values)]))
-        return values[-1] + values[len(values) // 2][:, :1]
 
 
 steps_of_graphs = st.lists(

@@ -70,9 +70,10 @@ def known() -> Names:
         ":::{prf:theorem}\n:label: thm-b\n\n$$\na\n$$\n\n$$\nb\n$$ (eq-b)\n:::\n\n"
         ":::{prf:proof}\n:class: dropdown\n\ny\n:::\n\n:::{exercise} Try\n:label: ex-b\n\nz\n:::"
     )
+    touched = ":::{touch} disc\n![A disc.](disc.svg)\n\nMove it.\n:::"
     pages = {
         "first.ipynb": notebook(cell("(ch-first)=\n# Maps")),
-        "second.ipynb": notebook(cell(statements), code(mystnb=figure)),
+        "second.ipynb": notebook(cell(statements), cell(touched), code(mystnb=figure)),
     }
     texts = {name: json.dumps(page) for name, page in pages.items()}
     return names(texts | {"more.md": "(ch-more)=\n# More"}, TOC, BIB)
@@ -84,7 +85,8 @@ def test_places_are_numbered_as_in_the_book(known: Names) -> None:
         "thm-b": "Theorem 2.2",
         "eq-b": "(2.1)",
         "ex-b": "Exercise 2.1",
-        "fig-b": "Fig. 2.1",
+        "fig-touch-disc": "Fig. 2.1",
+        "fig-b": "Fig. 2.2",
     }
     assert known.titles["ch-first"] == ("Maps", "first.ipynb")
     assert known.works == {
@@ -100,7 +102,7 @@ def test_places_are_numbered_as_in_the_book(known: Names) -> None:
         ("{prf:ref}`thm-b`", "Theorem 2.2"),
         ("{prf:ref}`that theorem <thm-b>`", "that theorem"),
         ("{eq}`eq-b`", "(2.1)"),
-        ("{numref}`fig-b`", "Fig. 2.1"),
+        ("{numref}`fig-b`", "Fig. 2.2"),
         ("{ref}`ch-first`", "[Maps](first.ipynb)"),
         ("{ref}`here <ch-first>`", "[here](first.ipynb)"),
         ("{ref}`ch-more`", "More"),
@@ -158,7 +160,7 @@ def test_a_drawing_shows_before_a_notebook_is_trusted(known: Names) -> None:
     assert copied["outputs"][0]["data"] == {}
     assert 'alt="a &quot;disc&quot;"' in shown
     assert "data:image/svg+xml;base64,PHN2Zy8+" in shown
-    assert "<b>Fig. 2.1</b> By Theorem 2.2." in shown
+    assert "<b>Fig. 2.2</b> By Theorem 2.2." in shown
     assert drawn["outputs"][0]["data"] == {"image/svg+xml": ["<svg/>"]}, "the chapter was changed"
 
 

@@ -240,6 +240,31 @@ def test_power_iteration_is_the_iteration() -> None:
     assert_close(power_iteration(A, 500), torch.linalg.matrix_norm(A, 2), 1e-12)
 
 
+def test_power_iteration_has_twenty_steps_unless_told_otherwise() -> None:
+    A = torch.randn(6, 6, dtype=torch.float64)
+    found, known, more = (
+        power_iteration(A, *steps, generator=torch.Generator().manual_seed(7))
+        for steps in ((), (20,), (21,))
+    )
+    assert torch.equal(found, known)
+    assert not torch.equal(found, more)
+
+
+@pytest.mark.parametrize(("mode", "most"), [("circular", 5), ("reflect", 4)])
+def test_padding_is_refused_from_where_torch_refuses_it(mode: Any, most: int) -> None:
+    x, weight = torch.ones(1, 1, 5), torch.ones(1, 1, 3)
+    for padding in (most, most + 1):
+        layer = torch.nn.Conv1d(1, 1, 3, padding=padding, padding_mode=mode)
+        if padding == most:
+            layer(x)
+            convolution_norm_bound(weight, 5, padding=padding, padding_mode=mode)
+        else:
+            with pytest.raises(RuntimeError):
+                layer(x)
+            with pytest.raises(ValueError, match=f"padding must be at most {most}"):
+                convolution_norm_bound(weight, 5, padding=padding, padding_mode=mode)
+
+
 def test_power_iteration_is_a_function_of_the_generator() -> None:
     A = normal(0, 30, 30)
     draws = [power_iteration(A, 1, torch.Generator().manual_seed(s)).item() for s in (0, 0, 1)]

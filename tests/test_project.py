@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -291,6 +292,7 @@ def test_the_wheel_holds_the_library_and_its_data(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(TOP)], check=True)
     (wheel,) = tmp_path.glob("lipbook-*.whl")
+    assert wheel.stat().st_size <= 12_000_000
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r}); import lipbook; "
         "assert '.whl' in lipbook.__file__; from lipbook.lab.data import mnist; "
@@ -353,16 +355,75 @@ def test_every_public_name_has_its_entry_and_its_place_in_a_chapter(room: str) -
     assert [name for name in names if not re.search(rf"\b{name}\b", chapters)] == []
 
 
-def test_every_planted_fault_has_its_place() -> None:
-    """A fault whose line is gone would be reported as an error of the tool, or never tried."""
+def tool(name: str) -> Any:
+    """A module of the folder of tools."""
     sys.path.insert(0, str(TOP / "tools"))
     try:
-        faults = importlib.import_module("planted_faults").FAULTS
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(TOP / "tools"))
-    for fault in faults:
+
+
+def test_every_planted_fault_has_its_place() -> None:
+    """A fault whose line is gone would be reported as an error of the tool, or never tried."""
+    for fault in tool("planted_faults").FAULTS:
         text = (TOP / "lipbook" / f"{fault.module}.py").read_text()
         assert text.count(fault.right) == 1, (fault.module, fault.consequence)
+
+
+def test_mutants_change_one_place_of_the_code_and_no_text() -> None:
+    tools = tool("mutants")
+    text = '''"""A docstring with 3 < 4."""
+__all__ = ["f"] * 1
+
+
+@decorated(True)
+def f(é: Literal[2], b: int = 5) -> int:
+    if not b < 6:
+        raise ValueError("é" * 7)
+    assert b > 8
+    return zip(é + b, strict=True)
+'''
+    mutants = tools.mutants_of("room", text)
+    changed = {(mutant.right, mutant.wrong) for mutant in mutants}
+    assert changed == {
+        ("5", "(6)"),
+        ("5", "(4)"),
+        ("not b < 6", "(True)"),
+        ("not b < 6", "(False)"),
+        ("not b < 6", "(b < 6)"),
+        ("b < 6", "(b <= 6)"),
+        ("b < 6", "(b >= 6)"),
+        ("6", "(7)"),
+        ("6", "(5)"),
+        ("é + b", "(é - b)"),
+    }
+    for mutant in mutants:
+        wrong = tools.planted(mutant, text)
+        lines = zip(text.splitlines(), wrong.splitlines(), strict=True)
+        assert [line for line in lines if len(set(line)) > 1] == [
+            (
+                text.splitlines()[mutant.line - 1],
+                wrong.splitlines()[mutant.line - 1],
+            )
+        ]
+        assert mutant.wrong in wrong
+    with pytest.raises(ValueError, match="has changed"):
+        tools.planted(mutants[0], "\n" + text)
+
+
+def test_mutants_that_survived_have_a_reason() -> None:
+    """What `make mutants` recorded: 92 of 100 are killed, and 85 of 100 in each room."""
+    tools = tool("mutants")
+    lines = tools.read(tools.RECORD)
+    verdicts = {line["verdict"] for line in lines if "module" in line}
+    assert verdicts <= {"killed", "timeout", "survived", "equivalent"}
+    for line in lines:
+        assert line.get("verdict") not in ("survived", "equivalent") or line.get("why"), line
+    counts = tools.counts(lines)
+    killed, total = (sum(column) for column in zip(*counts.values(), strict=True))
+    assert killed >= 0.92 * total
+    assert [room for room, (killed, total) in counts.items() if killed < 0.85 * total] == []
 
 
 def test_an_editor_shows_what_a_class_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -30,7 +31,17 @@ from lipbook.convolutions import (
     OrthogonalConvTranspose2d,
     SkewOrthogonalConv2d,
 )
-from lipbook.errors import moved_error
+from lipbook.errors import (
+    _Affine,
+    _by_input,
+    _cast,
+    _norms,
+    _relative,
+    _stacked,
+    _sum,
+    _then,
+    moved_error,
+)
 from lipbook.layers.elementwise import _BY_INPUT, _RELATIVE, Sine
 from lipbook.layers.normalization import UnitNormalize
 from lipbook.layers.rearrangements import (
@@ -53,6 +64,7 @@ from lipbook.robustness import (
 )
 from lipbook.rounding import (
     ForwardError,
+    _widened,
     forward_error,
     forward_error_rule,
     rigorous_convolution_norm,
@@ -442,6 +454,13 @@ def test_the_norm_of_a_convolution_is_below_the_bound_in_rational_numbers(
     bound = rigorous_convolution_norm(layer.weight, 4, p=p, **GEOMETRIES[name])
     assert exceeds_norm(bound, dense(layer, (channels[0], 4, 4)), p)
     assert bound <= convolution_norm_bound(layer.weight, 4, p=p, **GEOMETRIES[name]).item() * 1.2
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (1, 4, 1, 1)])
+def test_the_bound_of_a_column_and_of_a_row_of_ones(shape: tuple[int, ...]) -> None:
+    """The norm 2, between 1 and 4 for p = 1 and infinity, whose mean it is."""
+    bound = rigorous_convolution_norm(torch.ones(shape), 3)
+    assert 2 < bound <= 2 * (1 + 1e-10)
 
 
 @pytest.mark.parametrize("exponent", [-1060, -600, 0, 600, 1000])
@@ -871,6 +890,265 @@ def test_layers_compose_as_the_formula_says() -> None:
     expected = b.lipschitz * a.error + b.error + 2 * b.slope * a.error
     torch.testing.assert_close(both.error, expected)
     assert both.slope == pytest.approx(b.lipschitz * a.slope + b.slope * (a.lipschitz + a.slope))
+
+
+# ------------------------------------------------------- the constants of the bounds, on paper
+# With thousands of roundings the terms of second order are as visible as those of the first. The
+# norms are those of Pythagorean triangles.
+
+
+def gamma(roundings: int, unit: float) -> float:
+    return roundings * unit / (1 - roundings * unit)
+
+
+UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
+
+
+def answer(
+    dtype: torch.dtype, outputs: Sequence[float], lipschitz: float, error: float, slope: float
+) -> ForwardError:
+    limit = torch.full((1,), 1e3, dtype=torch.float64)
+    values = torch.tensor([outputs], dtype=dtype)
+    return ForwardError(values, lipschitz, torch.full_like(limit, error), slope, limit)
+
+
+def agrees(result: ForwardError, error: float, slope: float, limit: float) -> None:
+    """Sound, and no more than the margins for norms that are computed in float32."""
+    for ours, paper in ((result.error.item(), error), (result.slope, slope)):
+        assert paper <= ours <= paper * (1 + 1e-5)
+    assert limit * (1 - 1e-5) <= result.limit.item() <= limit
+
+
+X, Y = (3.0, 4.0), (5.0, 12.0)
+AFFINE = {"norm": 2.0, "absolute_norm": 3.0, "bias_norm": 5.0, "largest": 7.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_half", [False, True])
+def test_the_constants_of_a_sum_of_products(dtype: torch.dtype, in_half: bool) -> None:
+    """|A||x| + |b| is 3 · 5 + 5, and the outputs have the norm 13."""
+    half = dtype != torch.float32
+    working = dtype if in_half else torch.float32
+    n = 18 if half and in_half else 2**17
+    u, tiny = UNITS[working], torch.finfo(working).tiny
+    g = gamma(2 * n + 4 if half else n + 2, u)
+    flush = 2 * (n + 2) * tiny * math.sqrt(2)
+    error, slope = 20 * g + flush * (1 + 7 + 5), 3 * g + flush
+    if half and not in_half:  # the sum is rounded, and the sum with the bias
+        h = 2 * UNITS[dtype] * (1 + 8 * UNITS[dtype])
+        error += h * (13 + 2 * 5 + 2 * g * 20) + 2 * LEAST[dtype] * math.sqrt(2)
+        slope += h * (2 + 2 * g * 3)
+    affine = _Affine(
+        lambda x: torch.tensor([Y], dtype=dtype), terms=n, sums_in_half=in_half, **AFFINE
+    )
+    x = torch.tensor([X], dtype=dtype)
+    agrees(affine(x, 2), error, slope, (torch.finfo(dtype).max / 4 - 20) / 3)
+    known = affine._replace(magnitude=lambda x: torch.tensor([35.0], dtype=torch.float64))
+    assert known(x, 2).error.item() - affine(x, 2).error.item() == pytest.approx(
+        g * 20 * (1 + (2 * h if half and not in_half else 0)), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_underflows_in_a_sum_of_products(dtype: torch.dtype) -> None:
+    """Of a matrix and an input of zeros, nothing but the flushed numbers is left."""
+    none = AFFINE | {"norm": 0.0, "absolute_norm": 0.0, "bias_norm": 0.0}
+    x = torch.zeros(1, 2, dtype=dtype)
+    result = _Affine(lambda x: x, terms=2**17, **none)(x, 2)
+    flush = 2 * (2**17 + 2) * 2.0**-126 * math.sqrt(2)
+    assert result.slope == pytest.approx(flush)
+    last = 0.0 if dtype == torch.float32 else 2 * LEAST[dtype] * math.sqrt(2)
+    lost = 0.0 if dtype == torch.float32 else 4 * UNITS[dtype] * (1 + 8 * UNITS[dtype]) * 2.0**-63
+    assert result.error.item() == pytest.approx(8 * flush + last + lost, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+def test_the_constants_of_a_count_of_roundings(dtype: torch.dtype) -> None:
+    n = round(0.2 / UNITS[dtype])
+    g, largest = gamma(n + 1, UNITS[dtype]), torch.finfo(dtype).max / 4
+    x = torch.tensor([X], dtype=dtype)
+    error = g * (1 + 4 * g) * 13 + n * LEAST[dtype] * math.sqrt(2)
+    for stretch, limit in ((2.0, (largest - 13) / 2), (0.5, largest - 5 - 100)):
+        result = _relative(lambda x: torch.tensor([Y], dtype=dtype), x, 2, stretch, n, 100.0)
+        agrees(result, error, g * stretch, limit)
+    small = _relative(lambda x: x, 0 * x, 2, 1.0, n).error.item()
+    lost = g * (1 + 4 * g) * 2 * 2.0**-63  # squares that underflow in float32
+    assert small == pytest.approx(n * LEAST[dtype] * math.sqrt(2) + lost, rel=1e-4)
+    u = UNITS[dtype]
+    for stretch in (0.5, 2.0):
+        result = _by_input(lambda x: x, x, 2, stretch, n, 3.0)
+        error = gamma(n, u) * 5 + (3 + n * LEAST[dtype]) * math.sqrt(2)
+        agrees(result, error, gamma(n, u), largest / 2 / max(stretch, 1) - 5)
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+def test_the_constants_of_sums(dtype: torch.dtype) -> None:
+    first, second = answer(dtype, X, 2.0, 0.5, 0.25), answer(dtype, X, 3.0, 1.5, 0.75)
+    out, u = torch.tensor([Y], dtype=dtype), UNITS[dtype]
+    for parts in ([first, second], [first, second, first]):
+        total = sum(part.error.item() for part in parts)
+        stretch = sum(part.lipschitz for part in parts)
+        slope = sum(part.slope for part in parts)
+        count = len(parts)
+        g = gamma(1 if count == 2 else 3, u)
+        size = 13 * (1 + g) + 4 * total if count == 2 else 5 * count + 2 * total
+        flush = count * LEAST[dtype] * math.sqrt(2)
+        result = _sum(parts, out, 2)
+        agrees(result, total + g * size + flush, slope + g * (stretch + 2 * slope), 1e3)
+        assert stretch <= result.lipschitz <= stretch * (1 + 1e-9)
+    g = gamma(3, u)
+    result = _sum([first, second], out, 2, [2.0, -3.0])
+    error = 2 * 0.5 + 3 * 1.5 + g * (2 * 6 + 3 * 8) + 3 * LEAST[dtype] * math.sqrt(2)
+    agrees(
+        result, error, 2.75 + g * (13 + 5.5), min(1e3, (torch.finfo(dtype).max / 4 - 36) / 15.75)
+    )
+    assert _sum([first, second], out, 2, [1.0, -1.0]).error == _sum([first, second], out, 2).error
+
+
+def test_the_constants_of_parts_side_by_side() -> None:
+    first, second = (
+        answer(torch.float16, X, 3.0, 5.0, 0.3),
+        answer(torch.float16, X, 4.0, 12.0, 0.4),
+    )
+    out = torch.tensor([Y], dtype=torch.float16)
+    result = _stacked([first, second], out, 2)
+    agrees(result, 13 + 2 * 2.0**-24 * math.sqrt(2), 0.5, 1e3)
+    assert result.lipschitz == pytest.approx(5, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "to", "is_exact"),
+    [
+        (torch.float32, torch.float64, True),
+        (torch.float32, torch.float32, True),
+        (torch.float16, torch.float32, True),
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, torch.float16, False),
+        (torch.float64, torch.float32, False),
+    ],
+)
+def test_which_casts_round(dtype: torch.dtype, to: torch.dtype, is_exact: bool) -> None:
+    result = _cast(torch.tensor([X], dtype=dtype), to, 2)
+    assert result.outputs.dtype == to
+    expected = 0.0 if is_exact else gamma(2, UNITS[to])
+    assert result.slope == pytest.approx(expected)
+    assert (result.error.item() > 0) != is_exact
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("n", [1, 7, 2**18])
+def test_norms_are_rounded_up_and_little(n: int, p: float) -> None:
+    """From 2^18 entries on the sum is one of float64."""
+    x = torch.full((2, n), 1 / 3)
+    exact_norm = power(rational(x[0, :1]), p) * (1 if p == INF else n)
+    found = _norms(x, p)[0].item()
+    assert found**2 >= exact_norm if p == 2 else Fraction(found) >= exact_norm
+    most = 1e-9 if n == 2**18 else 4 * (n + 8) * 2.0**-24
+    assert found <= float(exact_norm) ** (0.5 if p == 2 else 1) * (1 + most)
+    zero = _norms(torch.zeros(1, n), p).item()
+    assert zero == pytest.approx(n * (2.0**-511 if n == 2**18 else 2.0**-63))
+    huge = _norms(torch.full((1, 4), 2.0**127), 2).item()  # whose square float32 cannot hold
+    assert 2.0**128 <= huge <= 2.0**128 * (1 + 1e-9)
+
+
+def test_a_program_that_adds_from_left_to_right_attains_the_constant() -> None:
+    """1 + u rounds to 1, sixty-three times: 63 u of the 66 u that any order may lose."""
+    x = np.full(64, 2.0**-24, dtype=np.float32)
+    x[0] = 1
+    total = functools.reduce(lambda a, b: np.float32(a + b), x)
+    layer = nn.Linear(64, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    bound = forward_error(layer, torch.from_numpy(x)[None]).error.item()
+    off = abs(Fraction(float(total)) - sum(map(Fraction, x.tolist())))
+    assert 0.9 * bound < off <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_of_two_attains_its_constant(dtype: torch.dtype) -> None:
+    u = torch.finfo(dtype).eps / 2
+    parts = [answer(dtype, [v], 1.0, 0.0, 0.0) for v in (1.0, 0.99 * u)]
+    result = _sum(parts, parts[0].outputs + parts[1].outputs, 1)
+    assert 0.9 * result.error.item() < 0.99 * u <= result.error.item()
+
+
+def test_a_quotient_of_standardize_is_within_a_factor_of_its_constant() -> None:
+    layer = Standardize([1 / 3], [0.7])
+    x = torch.linspace(1, 2, 5001)[:, None]
+    result = forward_error(layer, x, 1)
+    off = (result.outputs.double() - copy.deepcopy(layer).double()(x.double())).abs()[:, 0]
+    assert (off <= result.error).all()
+    units = result.error / result.outputs.double().abs()[:, 0] * 2.0**24
+    assert units.max() <= 3 * (1 + 1e-4)
+    assert (off / result.error).max() > 0.3
+
+
+def test_the_constants_of_a_composition() -> None:
+    """Products of small numbers, of which the margins are all that float64 adds."""
+    first = answer(torch.float64, X, 3.0, 0.5, 0.25)
+    second = answer(torch.float64, Y, 5.0, 2.0, 0.125)
+    both = _then(first, second)
+    expected = (15.0, 5 * 0.5 + 2 + 2 * 0.125 * 0.5, 5 * 0.25 + 0.125 * 3.25)
+    for ours, paper in zip((both.lipschitz, both.error.item(), both.slope), expected, strict=True):
+        assert paper < ours <= paper * (1 + 1e-11)
+    assert both.limit.item() == pytest.approx((1e3 - 1) / 3.25)
+    assert _then(first, dataclasses.replace(second, limit=second.limit * 1e9)).limit.item() == 1e3
+
+
+def test_branches_of_disjoint_slices_stretch_as_the_larger_one() -> None:
+    """Twice one half and three times the other: 3, and not the root of 4 + 9."""
+    result = forward_error(Slices(), torch.ones(1, 2, dtype=torch.float64))
+    assert 3 < result.lipschitz <= 3 * (1 + 1e-8)
+
+
+class Slices(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([2.0 * x[:, :1], 3.0 * x[:, 1:]], 1)
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_the_error_of_one_layer_on_a_set_is_that_of_its_rule(p: float) -> None:
+    """From the middle 0 to a corner: a + c d."""
+    layer, x = nn.Linear(4, 3), torch.zeros(1, 4)
+    near = forward_error(layer, x, p)
+    paper = near.error.item() + near.slope * 4 ** (1 / p)
+    ours = forward_error(layer, x, p, Box(-1, 1)).error.item()
+    assert paper < ours <= paper * (1 + 1e-11)
+
+
+class Alone(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x], 1)
+
+
+def test_a_join_of_one_is_joined_with_nothing() -> None:
+    """Nothing is rounded, and its arithmetic is checked like that of others."""
+    x, box = torch.zeros(1, 3), Box(-1, 1)
+    assert forward_error(Alone(), x, 2, box).error.item() < 1e-30
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for module in (Alone(), Square()):
+            with pytest.raises(ValueError, match="precision must be 'highest', got 'medium'"):
+                forward_error(module, x, 2, box)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_values_that_a_dtype_may_not_hold_are_lost_for_good() -> None:
+    """Clipping brings them back, and yet nothing is known of what was clipped."""
+    for width, lost in ((4e37, False), (5e37, True)):
+        result = forward_error(nn.Hardtanh(), torch.zeros(1, 3), 2, Box(-width, width))
+        assert result.error.isinf().all() == lost
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_a_ball_is_widened_to_hold_what_is_near_it(p: float) -> None:
+    ball = Ball(torch.ones(4), 1.0, 2).range((4,))
+    wide = _widened(ball, torch.tensor([0.5], dtype=torch.float64), p)
+    longest = 0.5 * (2 if p == INF else 1)  # of an error of p-norm 1/2 in four entries
+    assert 1 + longest <= wide.radius.item() <= (1 + longest) * (1 + 1e-9)
+    assert wide.high.max().item() == pytest.approx(2.5)
+    assert wide.low.min().item() == pytest.approx(-0.5)
 
 
 # ----------------------------------------------------------------------- rules and refusals

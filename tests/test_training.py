@@ -447,6 +447,36 @@ def test_a_run_that_is_killed_and_started_again_ends_with_the_same_bits(tmp_path
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
+HALF = """
+import os, signal
+save, saved = torch.save, []
+
+def half(state, file):
+    save(state, file)
+    saved.append(file)
+    if len(saved) == 3:
+        os.truncate(file, 100)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = half
+"""
+
+
+def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(
+    tmp_path: Path,
+) -> None:
+    checkpoint, resumed, whole = (tmp_path / name for name in ("run.pt", "resumed", "whole"))
+    program = LONG_RUN.replace("\ntorch.manual_seed", HALF + "\ntorch.manual_seed", 1)
+    killed = [sys.executable, "-c", program, str(checkpoint), str(resumed), "0"]
+    assert subprocess.run(killed, check=False).returncode == -signal.SIGKILL
+    assert len(torch.load(checkpoint, weights_only=True)["losses"]) == 2
+    assert start(str(checkpoint), str(resumed), "0").wait() == 0
+    assert start("none", str(whole), "0").wait() == 0
+    expected = torch.load(whole, weights_only=True)
+    got = torch.load(resumed, weights_only=True)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     x, y = problem()
     path = tmp_path / "run.pt"

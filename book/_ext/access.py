@@ -6,6 +6,8 @@
 - The list of modules has lists between its entries. It is written as one list.
 - Parameters of a long signature are written as a list of descriptions without terms, inside a
   term. They are written as lines.
+- A fold of code says "Show the code". Its label, "Toggle hidden content", would keep this from
+  those who hear the page, and is dropped.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ def lines_of_parameters(html: str) -> str:
     return PARAMETERS.sub(lines, html)
 
 
+def speaking_folds(html: str) -> str:
+    """HTML of a page, its folds of code named by what they say."""
+    return html.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+
+
 def one_list(html: str) -> str:
     """HTML of the list of modules, without the lists inside it."""
     start, end = html.index("<ul>") + len("<ul>"), html.rindex("</ul>")
@@ -54,7 +61,7 @@ def one_list(html: str) -> str:
 
 def mend(app: Sphinx, page: str, template: str, context: dict[str, Any], _: Any) -> None:
     if "body" in context:
-        context["body"] = lines_of_parameters(plain_references(context["body"]))
+        context["body"] = speaking_folds(lines_of_parameters(plain_references(context["body"])))
     if page == "_modules/index":
         context["body"] = one_list(context["body"])
     menu: Callable[..., Any] | None = context.get("generate_toctree_html")

@@ -32,6 +32,7 @@ from lipbook.rules import (
     range_rule,
     slope_rule,
 )
+from lipbook.units import units_rule
 
 __all__ = ["LayerReport", "check_layer"]
 
@@ -72,6 +73,7 @@ def check_layer(
     Lipschitz bound        two points, found by ascent and among samples, for p = 1, 2, ∞
     range                  values of samples, on boxes and balls around points of all scales
     slopes                 difference quotients, entry by entry
+    units                  the layer itself, and differences of values, group by group
     matrix                 the layer itself, at samples; bounds of :math:`|A|` by its columns
     rows of the Jacobian   the Jacobian by automatic differentiation
     error of the program   the same layer in float64, at samples and on sets
@@ -127,6 +129,7 @@ def check_layer(
     with torch.inference_mode(False):
         check.stretch()
         check.slopes()
+        check.units()
         check.matrix()
         check.ranges()
         check.rows_of_the_jacobian()
@@ -278,6 +281,42 @@ class _Check:
                     y[row],
                 )
         self.rows.append(("slopes", "hold", "difference quotients"))
+
+    def units(self) -> None:
+        units = None if self.domain is not None else units_rule(self.double, self.shape)
+        if units is None:
+            return
+        x = torch.cat([self.points(scale) for scale in (1e-2, 1.0, 1e2)])
+        flat, y = x.flatten(1), self.double(x.clone()).flatten(1)
+        close = 1e-9 * (1 + flat.abs().amax(1, keepdim=True) + y.abs().amax(1, keepdim=True))
+        if units.piecewise_linear:
+            off = ((units(flat) - y).abs() / close).amax(1)
+            if bool((off > 1).any()):
+                row = int(off.argmax())
+                says, shows = units(flat)[row].tolist()[:8], y[row].tolist()[:8]
+                raise self.wrong("units_rule", f"{says}", f"the values are {shows}", x[row])
+        behind = torch.eye(y.shape[1]).double() if units.behind is None else units.behind
+        if not torch.allclose(behind.mT @ behind, torch.eye(behind.shape[1]).double()):
+            self.rows.append(("units", "hold", "values"))  # the outputs do not tell those of units
+            return
+        z = flat if units.before is None else flat @ units.before.mT
+        (step, rise), groups = ((part[1:] - part[:-1] for part in (z, y @ behind)), units.groups)
+
+        def norms(values: Tensor) -> Tensor:
+            zero = values.new_zeros(len(values), int(groups.max()) + 1)
+            return zero.index_add(1, groups, values**2).sqrt()
+
+        excess = norms(rise - units.center * step) - norms(units.radius * step)
+        wrong = (excess > 1e-7 * (1 + norms(step) + norms(rise))).any(1)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise self.wrong(
+                "units_rule",
+                f"slopes in [{units.low.min().item():.6g}, {units.high.max().item():.6g}]",
+                "two points show others",
+                *x[row : row + 2],
+            )
+        self.rows.append(("units", "hold", "values and differences"))
 
     def matrix(self) -> None:
         affine = affine_rule(self.double, self.shape)

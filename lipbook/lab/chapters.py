@@ -23,6 +23,7 @@ KINDS = {
     for kind in ("theorem", "definition", "lemma", "proposition", "corollary", "example", "remark")
 }
 DIRECTIVE = re.compile(r"^(?P<fence>:{3,})\{(?P<name>[\w:-]+)\}[ \t]*(?P<title>.*)$", re.MULTILINE)
+TOUCH = re.compile(r"^:{3,}\{touch\}[ \t]*(\w+)", re.MULTILINE)
 LABEL = re.compile(r"^:label:\s*(\S+)\n", re.MULTILINE)
 PLACE = re.compile(r"^\(([\w-]+)\)=\n+#+ (.+)$", re.MULTILINE)
 DISPLAY = re.compile(
@@ -120,6 +121,9 @@ def _numbered(cells: Sequence[Mapping[str, Any]], chapter: int) -> dict[str, str
                 found[figure["name"]] = f"Fig. {chapter}.{figures}"
             continue
         text = _source(cell)
+        for name in TOUCH.findall(text):
+            figures += 1
+            found[f"fig-touch-{name}"] = f"Fig. {chapter}.{figures}"
         for directive in DIRECTIVE.finditer(text):
             label = _label(text, directive)
             if directive["name"] in KINDS:
@@ -216,7 +220,7 @@ def _box(match: re.Match[str], text: str, known: Names) -> str:
 def _prose(text: str, known: Names) -> str:
     """Text of a cell with every name written out."""
     text = SITE_ONLY.sub("", text)
-    text = re.sub(r"^(:{3,})\{touch\}.*$", r"\1{admonition} Figure", text, flags=re.MULTILINE)
+    text = TOUCH.sub(lambda match: _touch(match, known), text)
     text = re.sub(r"^(:{3,})\{predict\}", r"\1{admonition} Predict:", text, flags=re.MULTILINE)
     text = re.sub(r"^(:{3,})\{recap\}.*$", r"\1{admonition} Recap", text, flags=re.MULTILINE)
     text = DISPLAY.sub(lambda match: _display(match, known), text)
@@ -225,6 +229,11 @@ def _prose(text: str, known: Names) -> str:
     text = LINK.sub(lambda m: f":link: {known.titles.get(m[1], ('', m[1]))[1]}\n", text)
     text = re.sub(r"^\([\w-]+\)=\n", "", text, flags=re.MULTILINE)
     return ROLE.sub(lambda match: _role(match, known), text).strip("\n")
+
+
+def _touch(match: re.Match[str], known: Names) -> str:
+    number = known.numbers.get(f"fig-touch-{match[1]}", "Figure")
+    return re.sub(r"\{touch\}.*", lambda _: f"{{admonition}} {number}", match[0])
 
 
 def _solution(text: str, known: Names) -> str:

@@ -42,6 +42,7 @@ from lipbook.errors import (
     _quantum,
     range_error_rule,
 )
+from lipbook.freezing import keep_kernels
 from lipbook.norms import operator_norm
 from lipbook.norms.rigorous import _gamma
 from lipbook.rules import (
@@ -59,6 +60,10 @@ __all__ = ["Recurrence"]
 
 _UP = 1 + 2.0**-40
 Interval = tuple[Tensor, Tensor]
+
+FrozenRNN = keep_kernels(nn.RNN)
+FrozenGRU = keep_kernels(nn.GRU)
+FrozenLSTM = keep_kernels(nn.LSTM)
 
 
 class Recurrence(nn.Module):

@@ -173,7 +173,8 @@ def unit_rows(rows: Tensor) -> Tensor:
     work = rows.to(working_dtype(rows.dtype))
     least = negligible(work.dtype)
     work = work / work.detach().abs().amax(-1, keepdim=True).clamp(min=least)
-    norm = torch.linalg.vector_norm(work, dim=-1, keepdim=True).clamp(min=1)
+    # At least 1, but for rows of zeros; torch 2.14 has no gradient where a clamp is attained.
+    norm = torch.linalg.vector_norm(work, dim=-1, keepdim=True).clamp(min=0.5)
     return (work / norm).to(rows.dtype)
 
 

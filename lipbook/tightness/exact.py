@@ -16,7 +16,7 @@ from lipbook.norms import operator_norm
 from lipbook.rules import Shape
 from lipbook.tightness.eclipse import _certify, _chain
 from lipbook.tightness.reading import _dense_layers, _Net
-from lipbook.units import Piece, Units
+from lipbook.units import Piece, Units, piece_at
 
 __all__ = ["exact_constant"]
 
@@ -240,7 +240,7 @@ class _Search:
         rows, shift = matrix[own], bias[own]
         size = float(np.linalg.norm(rows))
         if size <= 1e-13 * max(float(np.linalg.norm(matrix)), 1e-300):  # a constant
-            piece = self.piece_at(layer, pieces, shift)
+            piece = piece_at(pieces, torch.from_numpy(shift * self.unit))
             choices = iter([(piece, region)])
         else:
             choices = self.choices(layer, pieces, rows, shift, region)
@@ -271,18 +271,6 @@ class _Search:
                 yield from self.choices(layer, piece.finer(), rows, bias, inside)
             elif inside is not None:
                 yield piece, inside
-
-    @staticmethod
-    def piece_at(layer: _Layer, pieces: Sequence[Piece], values: np.ndarray) -> Piece:
-        """Piece that holds at a point."""
-
-        def depth(piece: Piece) -> float:
-            return float(
-                np.min(piece.normals.numpy() @ values - layer.levels(piece), initial=math.inf)
-            )
-
-        piece = max(pieces, key=depth)
-        return piece if piece.finer is None else _Search.piece_at(layer, piece.finer(), values)
 
     def above(self, k: int, state: _State) -> float:
         """Bound of the norm of all that may follow the outputs of layer k."""

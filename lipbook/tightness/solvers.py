@@ -38,33 +38,44 @@ class _Program(NamedTuple):
         return form + torch.diag(diagonal)
 
 
+_PARTS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03)  # of the way along a tangent, to 1 / tau = 0
+_CORRECTIONS = 6  # Newton steps back to the path before a tangent is given up
+
+
+def _derivatives(program: _Program, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient and Hessian (up to its sign) of log det F."""
+    maps, inputs = program.maps, program.inputs
+    of_maps = maps @ inverse
+    below = inverse[inputs:, inputs:], of_maps[:, inputs:], of_maps @ maps.mT
+    slope, hessian = torch.empty_like(program.start), torch.empty(2 * program.start.shape).double()
+    slope[0] = inverse.diagonal()[:inputs].sum()
+    slope[1:] = program.gathered(below[0].diagonal() - below[2].diagonal())
+    hessian[0, 0] = (inverse[:inputs, :inputs] ** 2).sum()
+    mixed = (inverse[inputs:, :inputs] ** 2).sum(1) - (of_maps[:, :inputs] ** 2).sum(1)
+    hessian[0, 1:] = hessian[1:, 0] = program.gathered(mixed)
+    squares = below[0] ** 2 - below[1] ** 2 - (below[1] ** 2).mT + below[2] ** 2
+    hessian[1:, 1:] = program.gathered(program.gathered(squares).mT)
+    return slope, hessian
+
+
 def _barrier(program: _Program) -> Tensor:
     """Path-following Newton method; only its point is used, never its value.
 
     Every term e e' - g g' has rank two, so that the Hessian of log det F is made of the squares of
     the entries of U F^{-1} U' with U the rows e and g: no tensor of order three is formed.
     """
-    maps, inputs = program.maps, program.inputs
-    a, size = maps.shape
+    a, size = program.maps.shape
     unit = program.start  # the scale of each variable
     y = torch.ones_like(unit)
     # A whiff of all variables in the objective, lest one that does not matter runs away.
     cost = torch.full_like(unit, 1e-10 / len(unit))
     cost[0] = 1.0
     tau, last = float(size), 1e7 * size
+    kept, longest, part, corrections = (y, tau), 1.0, 1.0, 0
     lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * y))
     for _ in range(0 if failed else 300):
         inverse = torch.cholesky_inverse(lower)
-        of_maps = maps @ inverse
-        below = inverse[inputs:, inputs:], of_maps[:, inputs:], of_maps @ maps.mT
-        slope, hessian = torch.empty_like(unit), torch.empty(len(unit), len(unit)).double()
-        slope[0] = inverse.diagonal()[:inputs].sum()
-        slope[1:] = program.gathered(below[0].diagonal() - below[2].diagonal())
-        hessian[0, 0] = (inverse[:inputs, :inputs] ** 2).sum()
-        mixed = (inverse[inputs:, :inputs] ** 2).sum(1) - (of_maps[:, :inputs] ** 2).sum(1)
-        hessian[0, 1:] = hessian[1:, 0] = program.gathered(mixed)
-        squares = below[0] ** 2 - below[1] ** 2 - (below[1] ** 2).mT + below[2] ** 2
-        hessian[1:, 1:] = program.gathered(program.gathered(squares).mT)
+        slope, hessian = _derivatives(program, inverse)
         gradient = tau * cost - unit * slope
         hessian = unit[:, None] * hessian * unit
         root = hessian.diagonal().rsqrt()
@@ -75,14 +86,20 @@ def _barrier(program: _Program) -> Tensor:
         if decrement < 1:  # near the path, y(1 / tau): a step along its tangent
             if tau * max(y[0].item(), 1e-6) >= last:
                 return unit * y
-            for part in (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03):
+            kept, corrections = (y, tau), 0
+            for part in (p for p in _PARTS if p < longest):
                 moved = y + part * tau * ahead
                 lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * moved))
                 if not failed:
-                    y, tau = moved, tau / (1 - part)
+                    y, tau, longest = moved, tau / (1 - part), 1.0
                     break
             else:
                 return unit * y
+            continue
+        corrections += 1
+        if corrections > _CORRECTIONS and part < 1:  # the tangent led far away: a shorter step
+            (y, tau), longest, corrections = kept, part, 0
+            lower, failed = torch.linalg.cholesky_ex(program.matrix(unit * y))
             continue
         value = tau * cost @ y - 2 * lower.diagonal().log().sum()
         step = 1.0

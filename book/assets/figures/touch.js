@@ -267,9 +267,9 @@ const touch = (() => {
     }
 
     /* A point that can be moved by mouse, finger and arrow keys. Options: label, said aloud; name,
-       written beside it; kind, its colour; at(), where it is; move([x, y]), what to do when it is
-       taken there; step of an arrow key. A point on a circle has turn(angle) for the keys: left
-       and up turn it against the clock. */
+       written beside it and said after the label; kind, its colour; at(), where it is;
+       move([x, y]), what to do when it is taken there; step of an arrow key. A point on a circle
+       has turn(angle) for the keys: left and up turn it against the clock. */
     handle({ label, name = "", kind = "", at, move, turn, step = turn ? Math.PI / 36 : 0.1 }) {
       const handle = element(this.svg, "g", {
         class: `touch-handle ${kind}`,
@@ -319,7 +319,10 @@ const touch = (() => {
         const [x, y] = at();
         const inside = [clamp(x, this.x), clamp(y, this.y)];
         handle.setAttribute("transform", `translate(${this.px(inside[0])} ${this.py(inside[1])})`);
-        handle.setAttribute("aria-label", `${plain(label)}: ${number(x)}, ${number(y)}`);
+        const words = plain(label).split(" ");
+        const seen = name.replace(/[*_{}]/g, "");
+        const said = (words.includes(seen) ? words : [...words, seen]).join(" ").trim();
+        handle.setAttribute("aria-label", `${said}: ${number(x)}, ${number(y)}`);
       });
       return handle;
     }

@@ -193,6 +193,8 @@ def within(x: Tensor, moved: Tensor, radius: float, p: float) -> bool:
     gaps = [abs(Fraction(a) - Fraction(b)) for a, b in pairs]
     if p == float("inf"):
         return max(gaps) <= Fraction(radius)
+    if p == 1:
+        return sum(gaps) <= Fraction(radius)
     return sum(gap * gap for gap in gaps) <= Fraction(radius) ** 2
 
 
