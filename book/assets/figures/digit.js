@@ -1,15 +1,15 @@
 "use strict";
 
 /* A digit that the reader draws, what a network of the book says of it, how surely, and the nearest
-   image found of which it says something else. The network is data, which tools/digit_network.py
-   writes to book/assets/networks/digit.js, and is asked for when the figure comes into view. */
+   image found of which it says something else. The network is data that tools/digit_network.py
+   writes to book/assets/networks/digit.js, asked for when the figure comes into view. */
 touch.add(
   "digit",
   (() => {
     const { clamp, number } = touch;
     const SIDE = 28;
     const PIXELS = SIDE * SIDE;
-    const DIGITS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9];
+    const DIGITS = [...Array(10).keys()];
     const INSIDE = 20; // height or width of a drawing, as in the data
     const RADIUS = 1.3; // of the pen, where it is half grey
     const SOFT = 1.2; // pixels from black to white

@@ -321,8 +321,8 @@ const touch = (() => {
         handle.setAttribute("transform", `translate(${this.px(inside[0])} ${this.py(inside[1])})`);
         const words = plain(label).split(" ");
         const seen = name.replace(/[*_{}]/g, "");
-        const said = (words.includes(seen) ? words : [...words, seen]).join(" ").trim();
-        handle.setAttribute("aria-label", `${said}: ${number(x)}, ${number(y)}`);
+        if (!words.includes(seen)) words.push(seen);
+        handle.setAttribute("aria-label", `${words.join(" ").trim()}: ${number(x)}, ${number(y)}`);
       });
       return handle;
     }
