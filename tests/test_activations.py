@@ -25,6 +25,7 @@ from lipbook.activations import (
     max_min,
 )
 from lipbook.composition import lipschitz_bound
+from lipbook.rules import Range, pullback_rule
 
 # Every module, for 12 channels. The angles of the Householder activation are no special ones.
 
@@ -348,3 +349,24 @@ def test_all_is_complete() -> None:
         if not name.startswith("_") and getattr(value, "__module__", "") == activations.__name__
     }
     assert own == set(activations.__all__)
+
+
+def test_rows_are_pulled_back_through_a_sort_group_by_group() -> None:
+    """A group whose order is known is a permutation, another one an interval; samples differ."""
+    low = torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 5.0]], dtype=torch.float64)
+    values = Range(low, low + 1)
+    rows = torch.randn(2, 3, 4, dtype=torch.float64)
+    middle, radius = pullback_rule(MaxMin(), (rows, torch.zeros_like(rows)), values)
+    first, second = rows[..., :2], rows[..., 2:]
+    swapped, undecided = first[0].flip(-1), second[0].mean(-1, keepdim=True).expand(3, 2)
+    assert torch.equal(middle[0, :, :2], swapped)
+    assert torch.allclose(middle[0, :, 2:], undecided)
+    assert torch.allclose(middle[1, :, :2], first[1].mean(-1, keepdim=True).expand(3, 2))
+    assert torch.equal(middle[1, :, 2:], second[1])
+    half = (rows[..., 0::2] - rows[..., 1::2]).abs() / 2
+    assert (radius[0, :, :2] == 0).all()
+    assert (radius[1, :, 2:] == 0).all()
+    for sample, group in ((0, 1), (1, 0)):
+        found = radius[sample, :, 2 * group : 2 * group + 2]
+        assert torch.allclose(found, half[sample, :, [group]].expand(3, 2))
+        assert (found >= half[sample, :, [group]]).all()
