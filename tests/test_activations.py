@@ -26,6 +26,7 @@ from lipbook.activations import (
 )
 from lipbook.composition import lipschitz_bound
 from lipbook.rules import Range, pullback_rule
+from lipbook.units import units_rule
 
 # Every module, for 12 channels. The angles of the Householder activation are no special ones.
 
@@ -370,3 +371,12 @@ def test_rows_are_pulled_back_through_a_sort_group_by_group() -> None:
         found = radius[sample, :, 2 * group : 2 * group + 2]
         assert torch.allclose(found, half[sample, :, [group]].expand(3, 2))
         assert (found >= half[sample, :, [group]]).all()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, -1, -2])
+def test_units_of_a_sort_compute_what_it_does_along_any_dimension(dim: int) -> None:
+    layer = GroupSort(2, dim)
+    x = torch.randn(5, 4, 6, 2, dtype=torch.float64)
+    units = units_rule(layer, (4, 6, 2))
+    assert units is not None
+    assert torch.allclose(units(x.flatten(1)), layer(x).flatten(1), atol=1e-14)
