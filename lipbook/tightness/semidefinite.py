@@ -230,7 +230,7 @@ def _program(chain: _Chain, multipliers: str, start: list[Tensor], rho: float) -
     for k, weight in enumerate([first, *chain.weights[1:-1]]) if active else ():
         signal = weight @ signal
         on = active[k]
-        maps.append(signal[on])
+        maps.append(signal[on, :column])
         signal = chain.center[k][:, None] * signal
         signal[on, column + torch.arange(len(on))] += chain.radius[k][on]
         column += len(on)
@@ -251,4 +251,4 @@ def _program(chain: _Chain, multipliers: str, start: list[Tensor], rho: float) -
     # Least squares: exact, since t is of this form.
     theta[1:].index_add_(0, place, shape * t)
     theta[1:] /= torch.zeros(sum(counts), dtype=torch.float64).index_add(0, place, shape**2)
-    return _Program(torch.cat(maps), signal.mT @ signal, inputs, shape, place, theta)
+    return _Program(maps, signal.mT @ signal, inputs, shape, place, theta)

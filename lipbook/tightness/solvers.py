@@ -15,7 +15,8 @@ __all__: list[str] = []
 class _Program(NamedTuple):
     """Minimise theta_0 subject to F = theta_0 E_x - Y + sum_i t_i (e_i e_i' - g_i g_i') >= 0."""
 
-    maps: Tensor  # (a, N): g_i, the input to unit i as a function of (x, psi)
+    # Of each layer, (a_k, c_k): g_i, the input to unit i, in x and the psi of the layers before.
+    maps: list[Tensor]
     offset: Tensor  # (N, N): Y
     inputs: int
     shape: Tensor  # (a,) and
@@ -32,10 +33,12 @@ class _Program(NamedTuple):
         return zeros.index_add(0, self.column, weighted)
 
     def matrix(self, theta: Tensor) -> Tensor:
-        t = self.multipliers(theta)
-        form = -self.offset - self.maps.mT @ (t[:, None] * self.maps)
-        diagonal = torch.cat((theta[0].expand(self.inputs), t))
-        return form + torch.diag(diagonal)
+        t, form = self.multipliers(theta), -self.offset
+        form.diagonal().add_(torch.cat((theta[0].expand(self.inputs), t)))
+        for part, own in zip(self.maps, t.split([len(part) for part in self.maps]), strict=True):
+            width = part.shape[1]
+            form[:width, :width] -= part.mT @ (own[:, None] * part)
+        return form
 
 
 _PARTS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03)  # of the way along a tangent, to 1 / tau = 0
@@ -45,15 +48,17 @@ _CORRECTIONS = 6  # Newton steps back to the path before a tangent is given up
 def _derivatives(program: _Program, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient and Hessian (up to its sign) of log det F."""
     maps, inputs = program.maps, program.inputs
-    of_maps = maps @ inverse
-    below = inverse[inputs:, inputs:], of_maps[:, inputs:], of_maps @ maps.mT
+    of_maps = torch.cat([part @ inverse[: part.shape[1]] for part in maps])
+    both = torch.cat([of_maps[:, : part.shape[1]] @ part.mT for part in maps], 1)
+    below = inverse[inputs:, inputs:], of_maps[:, inputs:], both
     slope, hessian = torch.empty_like(program.start), torch.empty(2 * program.start.shape).double()
     slope[0] = inverse.diagonal()[:inputs].sum()
     slope[1:] = program.gathered(below[0].diagonal() - below[2].diagonal())
     hessian[0, 0] = (inverse[:inputs, :inputs] ** 2).sum()
     mixed = (inverse[inputs:, :inputs] ** 2).sum(1) - (of_maps[:, :inputs] ** 2).sum(1)
     hessian[0, 1:] = hessian[1:, 0] = program.gathered(mixed)
-    squares = below[0] ** 2 - below[1] ** 2 - (below[1] ** 2).mT + below[2] ** 2
+    squares, crossed = below[0] ** 2 + below[2] ** 2, below[1] ** 2
+    squares = squares - crossed - crossed.mT
     hessian[1:, 1:] = program.gathered(program.gathered(squares).mT)
     return slope, hessian
 
@@ -64,7 +69,7 @@ def _barrier(program: _Program) -> Tensor:
     Every term e e' - g g' has rank two, so that the Hessian of log det F is made of the squares of
     the entries of U F^{-1} U' with U the rows e and g: no tensor of order three is formed.
     """
-    a, size = program.maps.shape
+    a, size = len(program.shape), len(program.offset)
     unit = program.start  # the scale of each variable
     y = torch.ones_like(unit)
     # A whiff of all variables in the objective, lest one that does not matter runs away.
@@ -130,7 +135,7 @@ def _cvxpy(program: _Program, solver: str) -> Tensor:
         raise ValueError(
             f"solver must be 'barrier' or one of {cvxpy.installed_solvers()}, got {solver!r}"
         )
-    size = program.maps.shape[1]
+    size = len(program.offset)
     zero = torch.zeros_like(program.start)
     unit = program.start
     base = program.matrix(zero)
