@@ -44,6 +44,7 @@ from lipbook.errors import (
     _error_rule_of,
     _is_half,
     _norms,
+    forward_error_rule,
 )
 from lipbook.freezing import computes_as, freeze_rule
 from lipbook.norms import convolution_norm_bound, dual_exponent, operator_norm
@@ -569,6 +570,7 @@ _STEPS: dict[type[nn.Module], type[Any]] = {
 }
 for _plain in (DenseStep, ConvolutionStep):
     lipschitz_rule.register(_plain, lipschitz_rule.dispatch(SLLLinear))
+    forward_error_rule.register(_plain, forward_error_rule.dispatch(SLLLinear))
 
 
 def _freeze_step(module: Any) -> nn.Module:

@@ -1073,3 +1073,13 @@ def test_all_is_complete() -> None:
     }
     passed_on = {"freeze", "freeze_rule", "DenseStep", "ConvolutionStep"}
     assert public | passed_on == set(export.__all__)
+
+
+def test_only_modules_are_frozen() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        freeze("model")  # type: ignore[arg-type]
+
+
+def test_a_frozen_layer_of_torch_has_its_class_where_pickle_finds_it() -> None:
+    cls = type(freeze(nn.GRU(2, 3, batch_first=True)))
+    assert getattr(importlib.import_module(cls.__module__), cls.__name__) is cls

@@ -66,6 +66,7 @@ from lipbook.pooling import (
     Upsampling,
 )
 from lipbook.residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from lipbook.rounding import forward_error
 
 Shape = tuple[int, ...]
 
@@ -815,3 +816,19 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     net.load_state_dict(ranks[0])
     for name, layer in zip(SELECTED, net.layers, strict=True):
         assert_guarantee(name, layer, torch.float64)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_frozen_layer_has_the_error_of_its_layer(name: str) -> None:
+    """Or is refused as the layer is: what can be certified can be frozen and certified."""
+    row = TABLE[name]
+    layer, x = row.make().eval(), torch.randn(2, *row.shape)
+    found = []
+    for module in (layer, freeze(layer)):
+        try:
+            error = forward_error(module, x, 2)
+        except (TypeError, ValueError):
+            found.append(None)
+        else:
+            found.append((error.lipschitz, error.slope, error.error.tolist()))
+    assert found[0] == found[1]

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from lipbook import residual
 from lipbook.composition import lipschitz_bound
+from lipbook.freezing import freeze
 from lipbook.residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear, cpl_scale, sll_scale
+from lipbook.rounding import forward_error
 
 DENSE = {"sll": SLLLinear, "cpl": CPLLinear}
 CONVOLUTIONS = {"sll": SLLConv2d, "cpl": CPLConv2d}
@@ -326,3 +328,25 @@ def test_layers_stay_nonexpansive_at_any_size_of_the_weight(kind: Any, power: in
     x = torch.randn(5)
     jacobian = torch.func.jacrev(lambda z: layer(z[None])[0])(x)
     assert np.linalg.svd(jacobian.detach().double().numpy())[1].max() <= 1 + 1e-6
+
+
+STEPS = {
+    "dense": (lambda: SLLLinear(6, 9), (6,)),
+    "convolution": (lambda: SLLConv2d(3, 5, 3), (3, 4, 4)),
+    "convex": (lambda: CPLLinear(6, 9, activation="relu"), (6,)),
+}
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize("name", STEPS)
+def test_errors_of_a_program_are_bounded_frozen_or_not(name: str, p: float) -> None:
+    make, shape = STEPS[name]
+    layer, x = make().eval(), torch.randn(4, *shape)
+    live, frozen = forward_error(layer, x, p), forward_error(freeze(layer), x, p)
+    assert torch.equal(live.error, frozen.error)
+    exact = freeze(layer).double()(x.double())
+    off = torch.linalg.vector_norm((layer(x).double() - exact).flatten(1), p, dim=1)
+    assert (off <= live.error).all()
+    assert live.lipschitz == frozen.lipschitz
+    if p == 2:  # the real function does not stretch, and the program hardly
+        assert 1 <= live.lipschitz < 1 + 1e-5
