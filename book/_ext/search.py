@@ -2,15 +2,17 @@
 
 The built pages are read section by section: chapters' sections, theorems, exercises, glossary
 terms, API entries and works of the bibliography each become one entry with an address of its
-own. Prose counts; code, outputs and long formulas do not. The entries are written as a script,
-which a page opened from a folder may load too, and `search.js` looks through them with
-MiniSearch. Sphinx's own index is by page: it is removed, except for its word stems.
+own. Prose counts; code, outputs, long formulas and questions with their wrong answers do not, and
+of an API entry what comes first. The entries are written as a script, which a page opened from a
+folder may load too, and `search.js` looks through them with MiniSearch. Sphinx's own index is by
+page: it is removed, except for its word stems.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +21,12 @@ from bs4 import BeautifulSoup, Tag
 from sphinx.application import Sphinx
 
 INDEX = "search-sections.js"
+LONGEST = 900  # characters of an API entry
 UNUSED = ("searchindex.js", "_static/searchtools.js")
 SKIPPED = (
     "div.cell_input, div.cell_output, details.hide, div.highlight, nav, a.headerlink, script, "
-    "style, p.used-in, a.viewcode-link, span.eqno, div.routes, figure img, .sd-stretched-link"
+    "style, p.used-in, a.viewcode-link, span.eqno, div.routes, figure img, .sd-stretched-link, "
+    "div.recap, details.choice"
 )
 PLAIN = re.compile(r"[\w\s.,+\-=<>|/()']{1,24}")
 HEADING = re.compile(r"h[1-6]$")
@@ -135,6 +139,7 @@ def read(html: str, address: str) -> Iterator[Entry]:
             continue  # a method belongs to its class
         told = name.find_next_sibling("dd")
         text = prose(told, "dl.py > dt") if isinstance(told, Tag) else ""
+        text = textwrap.shorten(text, LONGEST, placeholder=" …")
         bare = str(name["id"]).rpartition(".")[2]
         yield Entry(f"{address}#{name['id']}", page, bare, text, "api")
     for work in article.select("div.citation[id]"):
