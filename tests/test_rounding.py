@@ -42,6 +42,7 @@ from lipbook.errors import (
     _then,
     moved_error,
 )
+from lipbook.freezing import freeze
 from lipbook.layers.elementwise import _BY_INPUT, _RELATIVE, Sine
 from lipbook.layers.normalization import UnitNormalize
 from lipbook.layers.rearrangements import (
@@ -57,7 +58,14 @@ from lipbook.norms import convolution_norm_bound, operator_norm
 from lipbook.norms.rigorous import _largest_spectral_bound
 from lipbook.orthogonal import OrthogonalLinear, Scale
 from lipbook.pooling import AveragePooling, InvertibleDownsampling, NormPooling, Upsampling
-from lipbook.residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from lipbook.residual import (
+    ConvolutionStep,
+    CPLConv2d,
+    CPLLinear,
+    DenseStep,
+    SLLConv2d,
+    SLLLinear,
+)
 from lipbook.robustness import (
     Standardize,
     certify,
@@ -304,20 +312,29 @@ def _(module: nn.ZeroPad2d, x: np.ndarray) -> np.ndarray:
     return np.pad(x, ((0, 0), (top, bottom), (left, right)), constant_values=Fraction(0))
 
 
+def step_scale(module: Any) -> np.ndarray:
+    """2 T^(-1): exactly, of a frozen layer; a live one states its own T as it computes it."""
+    if isinstance(module, DenseStep | ConvolutionStep):
+        return Fraction(2) / rational(module.diagonal)
+    return rational(2 / module.scale())
+
+
 @exact.register(SLLLinear)
-def _(module: SLLLinear, x: np.ndarray) -> np.ndarray:
-    weight, scale = rational(module.weight), rational(2 / module.scale())
+@exact.register(DenseStep)
+def _(module: Any, x: np.ndarray) -> np.ndarray:
+    weight, scale = rational(module.weight), step_scale(module)
     hidden = np.maximum(x @ weight.T + rational(module.bias), Fraction(0))
     return x - (hidden * scale) @ weight
 
 
 @exact.register(SLLConv2d)
 @exact.register(CPLConv2d)
+@exact.register(ConvolutionStep)
 def _(module: Any, x: np.ndarray) -> np.ndarray:
     convolution = nn.Conv2d(*module.weight.shape[1::-1], 3, padding=1, bias=False)
     convolution.padding_mode = module.padding_mode
     convolution.weight.data = module.weight.detach().double()
-    bias, scale = (rational(v)[:, None, None] for v in (module.bias, 2 / module.scale()))
+    bias, scale = (v[:, None, None] for v in (rational(module.bias), step_scale(module)))
     hidden = np.maximum(exact(convolution, x) + bias, Fraction(0)) * scale
     pixels = np.vectorize(Fraction, otypes=[object])(np.eye(x.size)).reshape(-1, *x.shape)
     matrix = np.stack([exact(convolution, pixel).reshape(-1) for pixel in pixels])
@@ -598,6 +615,8 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "SLLLinear": (lambda: SLLLinear(3, 4), (3,)),
     "SLLConv2d": (lambda: SLLConv2d(1, 1), (1, 3, 3)),
     "CPLConv2d": (lambda: CPLConv2d(1, 1, padding_mode="zeros"), (1, 3, 3)),
+    "SLLLinear frozen": (lambda: freeze(SLLLinear(3, 4)), (3,)),
+    "CPLConv2d frozen": (lambda: freeze(CPLConv2d(1, 1)), (1, 3, 3)),
     "SkewOrthogonalConv2d": (lambda: SkewOrthogonalConv2d(1, 2, 3, terms=4), (1, 3, 3)),
     "deep": (deep, (1, 4, 4)),
 }
