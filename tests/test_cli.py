@@ -243,13 +243,6 @@ def test_a_missing_package_does_not_stop_what_does_not_need_it() -> None:
     assert blocked("tqdm", "reproduce", "--help").returncode == 0
 
 
-def test_every_optional_package_has_its_extra() -> None:
-    lines = importlib.metadata.requires("lipbook") or []
-    for package, extra in cli.EXTRAS.items():
-        (*_,) = found = [line for line in lines if re.match(rf"{package}\b", line)]
-        assert any(f"extra == '{extra}'" in line.replace('"', "'") for line in found), package
-
-
 def test_weights_that_are_not_from_a_file_are_announced(
     linear: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

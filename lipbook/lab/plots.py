@@ -11,15 +11,21 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from lipbook._extras import missing
+
+try:
+    import matplotlib as mpl
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(missing("matplotlib"), name=error.name) from error
+import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 from matplotlib.rcsetup import cycler
-from numpy.typing import ArrayLike
-from torch import Tensor
 
 __all__ = [
     "COLOURS",

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import lipbook
+from lipbook._extras import imported
 
 __all__ = ["Record", "facts", "made", "names", "read", "write", "rounded"]
 
@@ -258,7 +259,9 @@ def write(record: Record, folder: str | os.PathLike[str] | None = None) -> Path:
     path = place / f"{record.name}.json"
     tensor_hash, tensor_path = None, path.with_suffix(".safetensors")
     if record.tensors:
-        data = _safetensors().save({k: t.detach().contiguous() for k, t in record.tensors.items()})
+        data = imported("safetensors.torch").save(
+            {k: t.detach().contiguous() for k, t in record.tensors.items()}
+        )
         if len(data) > LIMIT:
             raise ValueError(
                 f"tensors of record {record.name!r} must take at most {LIMIT} bytes, "
@@ -324,17 +327,7 @@ def _load(path: Path, tensor_hash: str | None) -> dict[str, Tensor]:
             f"{tensor_path} must have the SHA-256 {tensor_hash} that {path.name} was written "
             f"with, got {found}"
         )
-    return _safetensors().load(data)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch  # noqa: PLC0415 - only records with tensors need it
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "records with tensors need safetensors: pip install 'lipbook[lab]'"
-        ) from None
-    return safetensors.torch
+    return imported("safetensors.torch").load(data)
 
 
 def _replace(path: Path, data: bytes) -> None:
