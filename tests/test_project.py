@@ -46,6 +46,7 @@ FLOORS = {
     "pooling": 6,
     "convolutions": 7,
     "residual": 8,
+    "sequences": 8,
     "wasserstein": 9,
     "losses": 9,
     "tightness": 9,
