@@ -139,6 +139,8 @@ def _reproduce(chosen: Any) -> None:
     seconds = time.process_time() - start + rows.earlier
     seed = sizes.get("seed", inspect.signature(module.run).parameters["seed"].default)
     facts = records.facts(command, seed, seconds)
+    if rows.elsewhere:
+        facts["elsewhere"] = rows.elsewhere
     record = records.Record(chosen.name, facts, records.rounded(results), tensors)
     path = records.write(record, chosen.to or _records_folder())
     shutil.rmtree(folder, ignore_errors=True)

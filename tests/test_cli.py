@@ -53,11 +53,17 @@ def test_an_interrupted_command_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         return fit(*arguments, **sizes)
 
     monkeypatch.setattr(group_sizes, "fit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main(shortened(tmp_path))
+    with monkeypatch.context() as patched:
+        patched.setattr(records, "_hardware", lambda: "another machine")
+        with pytest.raises(KeyboardInterrupt):
+            main(shortened(tmp_path))
     main(shortened(tmp_path))
     assert len(calls) == 3
-    again = records.read("group_sizes", tmp_path).results
+    record = records.read("group_sizes", tmp_path)
+    (elsewhere,) = record.facts["elsewhere"]
+    assert elsewhere["hardware"] == "another machine" != record.facts["hardware"]
+    assert len(elsewhere["rows"]) == 1
+    again = record.results
     expected = records.rounded(group_sizes.run(sizes=(2, 128), seeds=1, steps=2)[0])
     assert again == expected
 

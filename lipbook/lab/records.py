@@ -49,7 +49,8 @@ class Record:
         ``command`` that makes the record; ``seed`` that it started from; ``seconds`` of processor
         time it took (where a training went on from its checkpoint, since then); ``threads`` of
         torch; ``hardware``; ``date`` (UTC); ``versions`` of Python, lipbook, torch, NumPy and POT.
-        See :func:`facts`.
+        See :func:`facts`. If the run was interrupted and went on somewhere else, ``elsewhere`` has
+        hardware, date and versions of its first rows.
     results : mapping
         What JSON can hold, finite numbers only. The recipe says what is in it.
     tensors : mapping of str to torch.Tensor
@@ -139,7 +140,7 @@ def facts(command: str, seed: int, seconds: float) -> dict[str, Any]:
 
 
 def made(record: Record) -> str:
-    r"""Say in one line how a record was made: the command, the day and the machine.
+    r"""Say in one line how a record was made: the command, and each day and machine.
 
     Parameters
     ----------
@@ -155,7 +156,9 @@ def made(record: Record) -> str:
     >>> made(read("tightness")).startswith("lipbook reproduce tightness | 20")
     True
     """
-    return " | ".join(record.facts[key] for key in ("command", "date", "hardware"))
+    places = [*record.facts.get("elsewhere", []), record.facts]
+    days = (f"{place['date']} | {place['hardware']}" for place in places)
+    return " | ".join([record.facts["command"], *dict.fromkeys(days)])
 
 
 def names(folder: str | os.PathLike[str] | None = None) -> list[str]:
