@@ -52,6 +52,8 @@ from tqdm import tqdm
 _QUICK = "-k 'not (LSTM or GRU or heads or encoder)'"
 TESTS = {
     "composition": "tests/test_checks.py tests/test_composition.py tests/test_domains.py",
+    "convolutions": "tests/test_convolutions.py tests/test_rounding.py "
+    "-k 'test_convolutions or nonexpansive'",
     "errors": f"tests/test_rounding.py {_QUICK}",
     "freezing": "tests/test_export.py tests/test_life_cycle.py -k 'froz or freez or compiled'",
     "layers": "tests/test_domains.py tests/test_normalization_layers.py "
@@ -60,6 +62,8 @@ TESTS = {
     "-k 'test_norms or the_norm_of or the_bound_of or many_blocks'",
     "rounding": f"tests/test_rounding.py {_QUICK}",
     "rules": "tests/test_checks.py tests/test_composition.py tests/test_domains.py",
+    "units": "tests/test_activations.py tests/test_checks.py tests/test_tightness.py "
+    "-k 'units or test_checks or read or pieces or clipped'",
 }
 LIMIT = 300  # seconds of a CPU, several times what the tests of a room take
 RECORD = Path(__file__).with_suffix(".jsonl")
