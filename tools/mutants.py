@@ -26,6 +26,7 @@ import collections
 import copy
 import gc
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
@@ -182,23 +183,26 @@ def _places(node: ast.AST) -> Iterator[ast.AST]:
 def mutants_of(module: str, text: str) -> list[Mutant]:
     """All mutants of a module, in the order of its lines."""
     found = []
+    code, lines = text.encode(), text.splitlines()
+    starts = [0, *itertools.accumulate(map(len, code.splitlines(keepends=True)))]
     for place in _places(ast.parse(text)):
         for changed in _changes(place):
             old, new = place, changed
             if isinstance(place, (ast.If, ast.While)):  # only the condition changes
                 old, new = place.test, changed.test  # type: ignore[attr-defined]
-            right = ast.get_source_segment(text, old)
             wrong = ast.unparse(ast.fix_missing_locations(new))
-            assert right is not None
             assert isinstance(old, (ast.expr, ast.stmt))
-            source = text.splitlines()[old.lineno - 1].strip()
+            assert old.end_lineno is not None
+            assert old.end_col_offset is not None
+            start = starts[old.lineno - 1] + old.col_offset
+            end = starts[old.end_lineno - 1] + old.end_col_offset
             found.append(
                 Mutant(
                     module,
-                    source,
+                    lines[old.lineno - 1].strip(),
                     old.lineno,
                     old.col_offset,
-                    right,
+                    code[start:end].decode(),
                     f"({wrong})" if isinstance(old, ast.expr) else wrong,
                 )
             )
