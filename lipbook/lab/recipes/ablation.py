@@ -11,9 +11,9 @@ mixtures is trained (:data:`FACTORS`, what stands first is of 2019):
 - the digits as they are, or slightly distorted anew in each epoch.
 
 All else is equal: batches of 512, a rate that falls to 0, products in bfloat16, and a budget of
-about 11 processor seconds of one thread, which decides the epochs (:data:`EPOCHS`), whole ones. What
-a method costs thus counts against it. The machine was busy to a varying degree, so that the seconds
-of the record vary from 7 to 12 (the least are those of the dense network with StiefelMuon).
+about 11 processor seconds of one thread, which decides the epochs (:data:`EPOCHS`). What a method
+costs thus counts against it. The machine was busy more or less, so that the seconds of the record
+go from 7 to 12; the least are those of the dense network with StiefelMuon.
 
 **Chosen on validation digits.** Of the 60,000 training digits 5,000, drawn at random, are trained
 on by nobody. They choose the rate among three at the middle radius, then the radius of the loss
