@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import math
 import re
@@ -19,6 +21,7 @@ import ot
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from lipbook.attacks import attacked_accuracy
 from lipbook.composition import lipschitz_bound
@@ -27,6 +30,7 @@ from lipbook.lab.data import Cifar10, Mnist, mnist
 from lipbook.lab.evaluation import certificate
 from lipbook.lab.recipes import (
     Rows,
+    ablation,
     brackets,
     cifar10,
     counterexamples,
@@ -77,7 +81,8 @@ def test_every_recipe_has_its_record(name: str) -> None:
     parameters = inspect.signature(run).parameters
     assert record.facts["seed"] == parameters["seed"].default
     assert "rows" in parameters
-    assert 0 < record.facts["seconds"] <= {"cifar10": 900, "speedrun": 3600}.get(name, 600)
+    longest = {"ablation": 3600, "cifar10": 900, "speedrun": 3600}
+    assert 0 < record.facts["seconds"] <= longest.get(name, 600)
     assert record.facts["threads"] >= 1
     assert len(record.facts["hardware"]) > 10
     size = sum(t.numel() * t.element_size() for t in record.tensors.values())
@@ -698,6 +703,154 @@ def test_the_settings_of_the_speedrun_are_the_best_on_validation_digits() -> Non
         assert entry.setting == speedrun.Setting(**best["setting"])
         assert entry.within
         assert all(one["test"]["count"] == 10_000 for one in record.results["rows"])
+
+
+SHORT = dict.fromkeys(itertools.product(*[*ablation.FACTORS.values()][::2]), 3)
+
+
+def test_an_ablation_chooses_on_held_out_digits_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a training that tells what it is given, and scores that are known."""
+    few = few_digits()
+    asked = []
+
+    def measured(
+        cell: ablation.Cell, fitted: Any, judges: Any, sound: bool, *setting: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        asked.append((cell, fitted, judges, sound, setting))
+        lr, radius, epochs, _, seed = setting
+        score = 0.4 - abs(math.log10(lr / best[cell.optimiser])) / 10 - abs(radius - 1.2) / 10
+        sizes = {"lr": lr, "radius": radius, "epochs": epochs, "seed": seed, "seconds": 1.0}
+        return dataclasses.asdict(cell) | sizes | {"clean": score, "certified": score}, {}
+
+    best = {"Adam": 0.01, "StiefelMuon": 0.32}
+    monkeypatch.setattr(ablation, "mnist", lambda full=False: few)
+    monkeypatch.setattr(ablation, "_measured", measured)
+    sizes: dict[str, Any] = {"epochs": SHORT, "validation": 300, "rows": Rows(tmp_path)}
+    results, tensors = ablation.run(**sizes)
+    count = len(asked)
+    assert ablation.run(**sizes) == (results, tensors)
+    assert len(asked) == count == 8 * 5 + 16 * 3
+    for row in results["rows"]:
+        assert (row["lr"], row["radius"], row["epochs"]) == (best[row["optimiser"]], 1.2, 3)
+    whole = sorted(map(bytes, few.train_images.flatten(1).numpy()))
+    for cell, (fitted, _), (judging, _), sound, setting in asked:
+        assert len(fitted) == 1200
+        if sound:  # the test digits judge what was chosen
+            assert judging is few.test_images
+            assert setting[:2] == (best[cell.optimiser], 1.2)
+        else:
+            together = torch.cat([fitted, judging]).flatten(1)
+            assert sorted(map(bytes, together.numpy())) == whole
+            assert setting[2:] == (3, "bfloat16", 0)
+            assert cell.augmentation == "none"
+    made = records.facts("lipbook reproduce ablation", 0, 1.0)
+    entries = ablation.entries(records.Record("ablation", made, results))
+    assert {(entry.cell, entry.seconds) for entry in entries} == {(c, 1.0) for c, *_ in asked[40:]}
+
+
+@pytest.mark.parametrize("optimiser", ablation.FACTORS["optimiser"])
+@pytest.mark.parametrize("architecture", ablation.FACTORS["architecture"])
+def test_a_cell_of_the_ablation_learns_and_keeps_its_norms(
+    architecture: str, optimiser: str
+) -> None:
+    digits = few_digits()
+    given: dict[str, Any] = {
+        "lr": {"Adam": 0.03, "StiefelMuon": 0.16}[optimiser], "radius": 1.5,
+        "epochs": 5, "precision": "float32",
+    }  # fmt: skip
+    cell = ablation.Cell(architecture, "offset cross-entropy", optimiser, "small distortions")
+    results, _ = ablation.row(cell, digits[:2], digits[2:], **given)
+    assert results["clean"] > 0.75
+    assert 0 < results["certified"] < results["clean"]
+    model = ablation.fit(cell, *digits[:2], **given | {"epochs": 1})
+    assert not any(is_parametrized(layer) for layer in model)
+    assert math.isclose(lipschitz_bound(model.double(), (1, 28, 28)).value, 1, rel_tol=1e-5)
+
+
+def test_effects_of_the_ablation_are_those_of_least_squares() -> None:
+    """The coefficients of a regression on -1 and 1, by NumPy, for each seed."""
+    record = records.read("ablation")
+    rows = record.results["rows"]
+    for factors in (("loss",), ("optimiser", "augmentation"), (*ablation.FACTORS,)):
+        for measure, found in zip(
+            ("clean", "certified"), ablation.contrast(record, *factors), strict=True
+        ):
+            estimates = []
+            for seed in range(ablation.SEEDS):
+                mine = [row for row in rows if row["seed"] == seed]
+                levels = np.array([
+                    [2 * both.index(row[factor]) - 1 for factor, both in ablation.FACTORS.items()]
+                    for row in mine
+                ])  # fmt: skip
+                subsets = [
+                    s for k in range(5) for s in itertools.combinations(range(len(levels[0])), k)
+                ]
+                design = np.stack([levels[:, list(s)].prod(1) for s in subsets], 1)
+                fit = np.linalg.lstsq(design, [row[measure] for row in mine], rcond=None)[0]
+                which = tuple(sorted([*ablation.FACTORS].index(factor) for factor in factors))
+                estimates.append(2 ** len(factors) * fit[subsets.index(which)])
+            assert found == pytest.approx((np.mean(estimates), np.std(estimates, ddof=1)))
+
+
+def test_the_record_of_the_ablation_has_the_choices_of_its_validation_digits() -> None:
+    record = records.read("ablation")
+    assert {row["count"] for row in record.results["judged"]} == {5000}
+    assert {row["count"] for row in record.results["rows"]} == {10_000}
+    assert {row["seed"] for row in record.results["rows"]} == set(range(ablation.SEEDS))
+    for entry in ablation.entries(record):
+        cell = dataclasses.replace(entry.cell, augmentation="none")
+        mine = [
+            row
+            for row in record.results["judged"]
+            if dataclasses.asdict(cell).items() <= row.items()
+        ]
+        score = {(row["lr"], row["radius"]): row["clean"] + row["certified"] for row in mine}
+        assert {lr for lr, _ in score} == set(ablation.RATES[cell.optimiser])
+        assert {radius for _, radius in score} == set(ablation.RADII)
+        assert len(score) == 5
+        assert score[entry.lr, entry.radius] == max(
+            value for (lr, _), value in score.items() if lr == entry.lr
+        )
+        assert score[entry.lr, 1.8] == max(
+            value for (_, radius), value in score.items() if radius == 1.8
+        )
+        assert entry.epochs == ablation.EPOCHS[cell.architecture, cell.optimiser]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda rows: rows.pop(),
+            r"expected each of the seeds \[0, 1, 2\] once for Cell.*\[0, 1\]",
+        ),
+        (lambda rows: rows.append(rows[0]), r"each of the seeds .* once .* got \[0, 0, 1, 2\]"),
+        (lambda rows: rows[0].update(lr=9.0), "expected one setting for Cell"),
+        (lambda rows: rows[0].update(loss="hinge"), "loss: expected one of .* got 'hinge'"),
+    ],
+)
+def test_an_ablation_without_all_its_rows_is_refused(
+    change: Callable[[list[dict[str, Any]]], object], words: str
+) -> None:
+    record = copy.deepcopy(records.read("ablation"))
+    change(record.results["rows"])
+    with pytest.raises(ValueError, match=words):
+        ablation.entries(record)
+
+
+@pytest.mark.parametrize("factors", [(), ("rate",), ("loss", "loss")])
+def test_contrasts_of_no_factors_are_refused(factors: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"factors: expected some of .*each once, got"):
+        ablation.contrast(records.read("ablation"), *factors)
+
+
+def test_an_ablation_needs_validation_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "mnist", lambda full=False: few_digits())
+    for validation in (0, 1500):
+        with pytest.raises(ValueError, match="validation: expected a number of the 1500 training"):
+            ablation.run(validation=validation)
 
 
 def test_the_search_finds_counterexamples_of_real_arithmetic_only() -> None:

@@ -30,7 +30,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,8 +45,20 @@ from lipbook.lab.recipes.mnist_best import PUBLISHED
 from lipbook.lab.recipes.mnist_trade_off import LOSSES
 from lipbook.lab.records import Record
 
-__all__ = ["CANDIDATES", "EPSILON", "SEEDS", "Entry", "Setting", "entries", "judge", "row", "run"]
+__all__ = [
+    "CANDIDATES",
+    "EPSILON",
+    "SEEDS",
+    "Entry",
+    "Setting",
+    "entries",
+    "judge",
+    "row",
+    "run",
+    "timed",
+]
 
+Network = TypeVar("Network", bound=nn.Module)
 #: Radius at which accuracies are certified.
 EPSILON = 1.58
 #: Seeds behind each number.
@@ -175,7 +187,7 @@ def judge(
     order = torch.from_numpy(np.random.default_rng([seed, 0]).permutation(len(images)))
     held_out, fitted = order[:validation], order[validation:]
     train = functools.partial(setting.fit, images[fitted], labels[fitted], precision, seed)
-    model, seconds = _timed(train)
+    model, seconds = timed(train)
     found = certificate(model, images[held_out], labels[held_out], sound=False)
     accuracies = (found.certified_accuracy(epsilon).value for epsilon in (0, EPSILON))
     return {
@@ -216,7 +228,7 @@ def row(
     train = functools.partial(
         setting.fit, digits.train_images, digits.train_labels, precision, seed
     )
-    model, seconds = _timed(train)
+    model, seconds = timed(train)
     images = digits.test_images.double()
     test = summary(model.double(), images, digits.test_labels, [EPSILON], attack=attack)
     facts = {"setting": dataclasses.asdict(setting), "seed": seed, "seconds": seconds}
@@ -399,8 +411,21 @@ def _entry(name: str, budget: int, table: Sequence[Mapping[str, Any]]) -> Entry:
     )
 
 
-def _timed(train: Callable[[], nn.Sequential]) -> tuple[nn.Sequential, float]:
-    """Train on one thread; processor seconds beside."""
+def timed(train: Callable[[], Network]) -> tuple[Network, float]:
+    """Train on one thread of torch, and count.
+
+    Parameters
+    ----------
+    train : callable
+        Makes the network.
+
+    Returns
+    -------
+    model : torch.nn.Module
+        What ``train`` made.
+    seconds : float
+        Processor seconds that it took.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
