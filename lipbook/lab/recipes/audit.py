@@ -235,13 +235,13 @@ class _Steps(nn.Module):
     """Orthogonal matrices that move by truncated exponentials, M Rᵀ (shift of pixels) R.
 
     Adam's step is taken among skew-symmetric matrices A, and each matrix Q becomes Q T(A) with
-    T(A) = I + A + A²/2 + ... up to an order. With ``reset``, the end of the training takes it back
-    to the nearest orthogonal matrix.
+    T(A) = I + A + A²/2 + ... up to an order. Without an order it is 2, 3 or 4 as the step is
+    longer, and the end of an epoch takes matrices back to the nearest orthogonal ones, as in 2026.
     """
 
     matrices: Tensor
 
-    def __init__(self, channels: int, size: int, order: int, reset: bool = False) -> None:
+    def __init__(self, channels: int, size: int, order: int | None = None) -> None:
         super().__init__()
         start = torch.empty(2, channels, channels)
         for matrix in start:
@@ -249,28 +249,29 @@ class _Steps(nn.Module):
         self.register_buffer("matrices", start)
         self.free = nn.Parameter(torch.zeros(2, channels, channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.order, self.reset = order, reset
-
-    def moved(self) -> Tensor:
-        skew = self.free - self.free.mT
-        term = total = torch.eye(len(self.bias)).expand_as(skew)
-        for i in range(1, self.order + 1):
-            term = term @ skew / i
-            total = total + term
-        return self.matrices @ total
+        self.order = order
 
     @torch.no_grad()
     def stepped(self) -> None:
-        self.matrices.copy_(self.moved())
+        skew = (self.free - self.free.mT).double()
+        length = torch.linalg.matrix_norm(skew).max().item()
+        order = self.order or (2 if length < 0.05 else 3 if length < 0.25 else 4)
+        term = self.matrices.double()
+        moved = term
+        for i in range(1, order + 1):
+            term = term @ skew / i
+            moved = moved + term
+        self.matrices.copy_(moved)
         self.free.zero_()
 
     def settled(self) -> None:
         self.stepped()
-        if self.reset:
+        if self.order is None:
             self.matrices.copy_(polar(self.matrices))
 
     def forward(self, input: Tensor) -> Tensor:
-        around, mixing = self.moved()
+        skew = self.free - self.free.mT  # zero, but for its gradient
+        around, mixing = self.matrices + self.matrices @ skew
         x = functional.conv2d(input, around[..., None, None])
         groups = list(x.split(len(self.bias) // 4, 1))
         for i, (shift, axis) in enumerate(((1, 2), (-1, 2), (1, 3), (-1, 3))):
@@ -340,8 +341,8 @@ def _torchlip(channels: int, size: int) -> nn.Module:
     return torchlip.SpectralConv2d(channels, channels, 3, padding=1, padding_mode="circular")
 
 
-def _steps(order: int, reset: bool = False) -> Callable[[int, int], nn.Module]:
-    return functools.partial(_Steps, order=order, reset=reset)
+def _steps(order: int) -> Callable[[int, int], nn.Module]:
+    return functools.partial(_Steps, order=order)
 
 
 #: Each constraint under the name of its row.
@@ -370,18 +371,12 @@ CONSTRAINTS: dict[str, Constraint] = {
     "BRO of 2025": Constraint(_BRO, "rule", "lai2025bro", "all 1"),
     "Cholesky, shifted": Constraint(_Cholesky, "rule", "hu2024recipe", "all 1"),
     "exponential, order 2": Constraint(
-        _steps(2), "rule", "hu2026lipnext", "1, up to the rest of a series",
+        _steps(2), "rule", "", "1, up to the rest of a series",
         "back to the nearest orthogonal matrix before certifying",
     ),
-    "exponential, order 3": Constraint(
-        _steps(3), "rule", "hu2026lipnext", "1, up to the rest of a series"
-    ),
-    "exponential, order 4": Constraint(
-        _steps(4), "rule", "hu2026lipnext", "1, up to the rest of a series"
-    ),
-    "exponential, order 2, reset": Constraint(
-        _steps(2, reset=True), "rule", "hu2026lipnext", "1"
-    ),
+    "exponential, order 3": Constraint(_steps(3), "rule", "", "1, up to the rest of a series"),
+    "exponential, order 4": Constraint(_steps(4), "rule", "", "1, up to the rest of a series"),
+    "steps of LipNeXt, 2026": Constraint(_Steps, "rule", "hu2026lipnext", "all 1"),
     "spectral_norm": Constraint(
         lambda c, size: parametrizations.spectral_norm(_circular(c)), "torch", "",
         "of a convolution: nothing; norm 1 of the kernel as a matrix, by an estimate",
