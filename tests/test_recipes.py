@@ -1051,6 +1051,14 @@ def test_a_small_audit() -> None:
     assert results["packages"] == {}
 
 
+def test_a_peer_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(audit.PEERS, "torchlip", "no-such-package")
+    with pytest.raises(
+        ModuleNotFoundError, match=r"no-such-package: pip install 'lipbook\[bench\]'"
+    ):
+        audit.run(names=["torchlip SpectralConv2d"])
+
+
 @pytest.mark.parametrize(("order", "square"), [(2, 1), (3, -1), (4, -1)])
 def test_a_truncated_exponential_leaves_the_circle_as_its_series_says(
     order: int, square: int

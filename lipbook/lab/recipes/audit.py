@@ -48,6 +48,8 @@ __all__ = ["CONSTRAINTS", "Constraint", "layer_matrix", "network", "norms", "row
 
 CHANNELS, SIZE = 16, 6  # of the images between the layers
 LAYERS = 3
+#: Packages of the rows that are not ours and not torch's.
+PEERS = {"orthogonium": "orthogonium", "torchlip": "deel-torchlip"}
 
 
 # ------------------------------------------------------------------------ rules of published code
@@ -294,16 +296,14 @@ class Constraint(NamedTuple):
     source : str
         Key of the paper in ``book/references.bib``; none for the documentation of a package.
     claim : str
-        What the paper, its code or the documentation says about the norm, at the defaults.
-    remedy : str
-        What mends it, where anything is to be mended.
+        What the paper, its code or the documentation says about the norm of a convolution, at the
+        defaults.
     """
 
     make: Callable[[int, int], nn.Module]
     code: str
     source: str
     claim: str
-    remedy: str = ""
 
 
 def _circular(channels: int) -> nn.Conv2d:
@@ -348,61 +348,38 @@ def _steps(order: int) -> Callable[[int, int], nn.Module]:
 CONSTRAINTS: dict[str, Constraint] = {
     "OSSN": Constraint(
         lambda c, size: OSSNConv2d(c, c, size, kernel_size=3, stride=1),
-        "rule", "farnia2019", "at most 1, by an estimate",
-        "measure the norm after training, and divide by it",
+        "rule", "farnia2019", "at most 1, estimated",
     ),
-    "SVCM": Constraint(
-        _SVCM, "rule", "sedghi2019", "at most 1 in the limit of its projections",
-        "measure the norm after training, and divide by it",
-    ),
-    "BCOP of 2019": Constraint(_BCOP, "rule", "li2019preventing", "all 1"),
-    "SOC of 2021": Constraint(
-        _SOC, "rule", "singla2021soc", "1, up to the rest of a series",
-        "bounds from above; a number of terms for which the series cannot exceed 1",
-    ),
+    "SVCM": Constraint(_SVCM, "rule", "sedghi2019", "at most 1, in the limit"),
+    "BCOP of 2019": Constraint(_BCOP, "rule", "li2019preventing", "1"),
+    "SOC of 2021": Constraint(_SOC, "rule", "singla2021soc", "1, up to a rest"),
     "SOC of 2021, as it trains": Constraint(
-        functools.partial(_SOC, terms=(5, 5)), "rule", "singla2021soc",
-        "1, up to the rest of a series", "certify with the terms of evaluation",
+        functools.partial(_SOC, terms=(5, 5)), "rule", "singla2021soc", "1, up to a rest"
     ),
-    "CPL of 2022": Constraint(
-        _CPL, "rule", "meunier2022cpl", "at most 1, by an estimate", "a bound from above",
-    ),
-    "BRO of 2025": Constraint(_BRO, "rule", "lai2025bro", "all 1"),
-    "Cholesky, shifted": Constraint(_Cholesky, "rule", "hu2024recipe", "all 1"),
-    "exponential, order 2": Constraint(
-        _steps(2), "rule", "", "1, up to the rest of a series",
-        "back to the nearest orthogonal matrix before certifying",
-    ),
-    "exponential, order 3": Constraint(_steps(3), "rule", "", "1, up to the rest of a series"),
-    "exponential, order 4": Constraint(_steps(4), "rule", "", "1, up to the rest of a series"),
-    "steps of LipNeXt, 2026": Constraint(_Steps, "rule", "hu2026lipnext", "all 1"),
+    "CPL of 2022": Constraint(_CPL, "rule", "meunier2022cpl", "at most 1, estimated"),
+    "BRO of 2025": Constraint(_BRO, "rule", "lai2025bro", "1"),
+    "Cholesky, shifted": Constraint(_Cholesky, "rule", "hu2024recipe", "1"),
+    "exponential, order 2": Constraint(_steps(2), "rule", "", "1, up to a rest"),
+    "exponential, order 3": Constraint(_steps(3), "rule", "", "1, up to a rest"),
+    "exponential, order 4": Constraint(_steps(4), "rule", "", "1, up to a rest"),
+    "steps of LipNeXt, 2026": Constraint(_Steps, "rule", "hu2026lipnext", "1"),
     "spectral_norm": Constraint(
-        lambda c, size: parametrizations.spectral_norm(_circular(c)), "torch", "",
-        "of a convolution: nothing; norm 1 of the kernel as a matrix, by an estimate",
-        "a bound of the operator",
+        lambda c, size: parametrizations.spectral_norm(_circular(c)), "torch", "", "nothing"
     ),
     "orthogonal": Constraint(
-        lambda c, size: parametrizations.orthogonal(_circular(c)), "torch", "",
-        "of a convolution: nothing; a batch of 3 × 3 matrices is orthogonal",
-        "for matrices only",
+        lambda c, size: parametrizations.orthogonal(_circular(c)), "torch", "", "nothing"
     ),
-    "orthogonium AOC": Constraint(_orthogonium("AOC"), "orthogonium", "boissin2025aoc", "all 1"),
+    "orthogonium AOC": Constraint(_orthogonium("AOC"), "orthogonium", "boissin2025aoc", "1"),
     "orthogonium SOC": Constraint(
-        _orthogonium("SOC"), "orthogonium", "boissin2025aoc", "at most 1.08",
-        "divide by 1.08, as its documentation suggests",
+        _orthogonium("SOC"), "orthogonium", "boissin2025aoc", "at most 1.08"
     ),
     "orthogonium AOL": Constraint(_orthogonium("AOL"), "orthogonium", "prach2022aol", "at most 1"),
-    "orthogonium SLL": Constraint(
-        _orthogonium("SLL"), "orthogonium", "araujo2023sll", "at most 1"
-    ),
+    "orthogonium SLL": Constraint(_orthogonium("SLL"), "orthogonium", "araujo2023sll", "at most 1"),
     "torchlip SpectralConv2d": Constraint(_torchlip, "torchlip", "serrurier2021", "at most 1"),
-    "BCOP": Constraint(_ours(OrthogonalConv2d), "lipbook", "li2019preventing", "all 1"),
-    "SOC": Constraint(
-        lambda c, size: SkewOrthogonalConv2d(c, c, 3), "lipbook", "singla2021soc",
-        "from 1 - 3e-6 to 1",
-    ),
+    "BCOP": Constraint(_ours(OrthogonalConv2d), "lipbook", "li2019preventing", "1"),
+    "SOC": Constraint(_ours(SkewOrthogonalConv2d), "lipbook", "singla2021soc", "at most 1"),
     "Cayley": Constraint(
-        lambda c, size: CayleyConv2d(c, c, 3, image_size=size), "lipbook", "trockman2021", "all 1"
+        lambda c, size: CayleyConv2d(c, c, 3, image_size=size), "lipbook", "trockman2021", "1"
     ),
     "AOL": Constraint(_ours(NonexpansiveConv2d), "lipbook", "prach2022aol", "at most 1"),
     "RKO": Constraint(
@@ -656,13 +633,26 @@ def run(
     tuple of dict
         Results: ``rows``, those of :func:`row`; ``packages``, the versions of the peers. No
         tensors.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If rows of a peer are asked for that is not installed.
     """
+    asked = {CONSTRAINTS[name].code for name in names}
+    packages = {}
+    for code, package in PEERS.items():
+        if code in asked:
+            try:
+                packages[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                raise ModuleNotFoundError(
+                    f"rows of {code} need {package}: pip install 'lipbook[bench]', "
+                    "or give names without them"
+                ) from None
     rows = rows or Rows()
     table, grid = [], [(name, seed + i) for i in range(seeds) for name in names]
     for name, each in rows.bar(grid, "networks"):
         one = functools.partial(row, name, seed=each)
         table.append(rows.compute(f"{name} {each}", one)[0])
-    peers = {"orthogonium": "orthogonium", "torchlip": "deel-torchlip"}
-    asked = {CONSTRAINTS[name].code for name in names}
-    packages = {peers[code]: metadata.version(peers[code]) for code in peers if code in asked}
     return {"rows": table, "packages": packages}, {}
