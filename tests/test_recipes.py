@@ -1006,7 +1006,7 @@ def test_an_audited_row_is_consistent(name: str) -> None:
         assert len(row["start"]) == len(row["end"]) == 3
         assert all(0 <= low <= high for when in ("start", "end") for low, high in row[when])
         product = math.prod(max(1.0, high) for _, high in row["end"])
-        assert math.isclose(row["constant"], product, rel_tol=ROUNDED)
+        assert math.isclose(row["constant"], product, rel_tol=3 * ROUNDED)  # three factors
         assert row["proven"] <= row["claimed"] <= row["clean"]
         assert row["broken_within"] <= row["broken"] <= row["certificates"]
         sound = row["broken_sound"]
@@ -1024,10 +1024,10 @@ def test_what_the_audit_finds() -> None:
     end = norms["end"]
     loose = {"OSSN", "SOC of 2021, as it trains", "exponential, order 2", "exponential, order 4"}
     loose |= {"spectral_norm", "orthogonal", "orthogonium SOC"}
-    for name in audit.CONSTRAINTS:
-        if name not in loose:
-            assert max(end[name]) < 1 + 2e-6, name
-            assert all(row["broken_within"] == 0 for row in audited(name)), name
+    tight = [row for name in audit.CONSTRAINTS if name not in loose for row in audited(name)]
+    assert max(high for row in tight for _, high in row["end"]) < 1 + 2e-6
+    assert [row["name"] for row in tight if row["broken_within"]] == ["SOC"]  # a margin of 0.001
+    assert sum(row["broken_within"] for row in tight) == 1
     for name in ("spectral_norm", "orthogonal"):
         assert min(end[name]) > {"spectral_norm": 2, "orthogonal": 13}[name]
         assert all(row["broken_within"] == row["certificates"] for row in audited(name))
@@ -1035,7 +1035,7 @@ def test_what_the_audit_finds() -> None:
     assert all(1.06 < row["constant"] < 1.09 for row in audited("orthogonium SOC"))
     rows = audited("orthogonium SOC")
     broken, given = (sum(row[key] for row in rows) for key in ("broken", "certificates"))
-    assert 0.25 < broken / given < 0.45
+    assert round(broken / given, 2) == 0.26
     assert 0.05 < max(norms["start"]["OSSN"] + end["OSSN"]) - 1 < 0.085
     assert sorted(round(row["constant"] - 1, 2) for row in audited("OSSN")) == [0, 0.02, 0.14]
     assert all(row["broken"] == 0 for row in audited("OSSN"))

@@ -556,7 +556,7 @@ def row(
         and with ``constant``; ``certificates``, the number of digits with a positive margin;
         ``broken``, how many of them :func:`~lipbook.attacks.pgd` moves to another class within the
         radius of the constant 1; ``broken_within``, the same within 0.999 of it, where rounding
-        cannot be the reason; ``broken_sound``, the same within the radii of
+        is the reason for the smallest margins only; ``broken_sound``, the same within the radii of
         :func:`lipbook.robustness.certify`, for layers of the library whose rounding it bounds. No
         tensors.
     """
