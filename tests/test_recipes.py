@@ -31,11 +31,8 @@ from lipbook.lab.data import Cifar10, Mnist, mnist
 from lipbook.lab.evaluation import certificate
 from lipbook.lab.recipes import (
     Rows,
-<<<<<<< HEAD
     ablation,
-=======
     audit,
->>>>>>> audit
     brackets,
     cifar10,
     counterexamples,
