@@ -171,8 +171,8 @@ class LosslessRNN(nn.Module):
 
     Attributes
     ----------
-    cells : torch.nn.ModuleList
-        One :class:`~lipbook.orthogonal.OrthogonalLinear` for each layer, on (state, input).
+    cells : torch.nn.Module
+        List of one :class:`~lipbook.orthogonal.OrthogonalLinear` a layer, on (state, input).
 
     Raises
     ------

@@ -70,7 +70,7 @@ __all__ = [
     "run",
 ]
 
-#: What was changed: for each factor its level of 2019, and ours.
+#: For each factor its level of 2019, and ours.
 FACTORS: Mapping[str, tuple[str, str]] = {
     "architecture": ("convolutional", "dense"),
     "loss": ("multi-margin", "offset cross-entropy"),
