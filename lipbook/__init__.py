@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lipbook import robustness as robustness
     from lipbook import rounding as rounding
     from lipbook import rules as rules
+    from lipbook import sequences as sequences
     from lipbook import tightness as tightness
     from lipbook import units as units
     from lipbook import wasserstein as wasserstein

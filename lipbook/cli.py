@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import lipbook
 from lipbook import export
+from lipbook._extras import imported
 from lipbook.lab import networks, records
 from lipbook.lab.chapters import Names, names, readable
 from lipbook.lab.data import mnist
@@ -33,16 +34,6 @@ __all__ = ["main"]
 
 COMMAND = "lipbook"
 BATCH = 500  # inputs that are certified at a time
-EXTRAS = {  # the extra of each package that a command may need
-    "cvxpy": "bounds",
-    "matplotlib": "lab",
-    "onnx": "export",
-    "onnxruntime": "export",
-    "onnxscript": "export",
-    "pooch": "lab",
-    "safetensors": "lab",
-    "tqdm": "lab",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,19 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen)
-    except (_RefusedError, ConnectionError, FileNotFoundError, FileExistsError) as error:
+    except (
+        _RefusedError, ConnectionError, FileNotFoundError, FileExistsError, ImportError
+    ) as error:  # fmt: skip
         chosen.parser.error(str(error))
-    except ImportError as error:
-        chosen.parser.error(_missing(error))
     return 0
-
-
-def _missing(error: ImportError) -> str:
-    """Say in one line which extra to install."""
-    package = (error.name or "").partition(".")[0]
-    if package not in EXTRAS:
-        return str(error)  # of the library, which names the extra itself
-    return f"{package} is not installed: pip install 'lipbook[{EXTRAS[package]}]'"
 
 
 class _RefusedError(Exception):
@@ -156,6 +139,8 @@ def _reproduce(chosen: Any) -> None:
     seconds = time.process_time() - start + rows.earlier
     seed = sizes.get("seed", inspect.signature(module.run).parameters["seed"].default)
     facts = records.facts(command, seed, seconds)
+    if rows.elsewhere:
+        facts["elsewhere"] = rows.elsewhere
     record = records.Record(chosen.name, facts, records.rounded(results), tensors)
     path = records.write(record, chosen.to or _records_folder())
     shutil.rmtree(folder, ignore_errors=True)
@@ -352,9 +337,7 @@ def _batches(images: Tensor, labels: Tensor, *, quiet: bool) -> Iterator[tuple[T
     if quiet:
         yield from batches
         return
-    from tqdm import tqdm  # noqa: PLC0415 - not needed for --help
-
-    with tqdm(total=len(images), desc="inputs") as bar:
+    with imported("tqdm").tqdm(total=len(images), desc="inputs") as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch[0]))
@@ -370,9 +353,7 @@ def _table(certificate: Certificate, epsilons: Sequence[float] | None) -> str:
 
 
 def _plot(certificate: Certificate, path: Path) -> None:
-    import matplotlib as mpl  # noqa: PLC0415 - not needed for --help
-
-    mpl.use("agg")
+    imported("matplotlib").use("agg")
     figure = certificate.plot().figure
     part = path.with_name(f"part-{path.name}")
     try:

@@ -15,7 +15,6 @@ The functions that write files need the packages of ``pip install "lipbook[expor
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import lipbook
+from lipbook._extras import imported
 from lipbook.composition import _shape
 from lipbook.freezing import freeze, freeze_rule, located, plain_class
 from lipbook.residual import ConvolutionStep, DenseStep
@@ -83,7 +83,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     >>> torch.equal(twin.weight, model.weight)
     True
     """
-    safetensors = _require("safetensors.torch")
+    safetensors = imported("safetensors.torch")
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in _state(model).items()
@@ -133,7 +133,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ValueError: path must hold the weights of this model, got 1 difference:
       'parametrizations.weight.0': QR in the file, Polar in the model
     """
-    safetensors = _require("safetensors")
+    safetensors = imported("safetensors")
     expected = {name: _described(tensor) for name, tensor in _state(model).items()}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -245,7 +245,7 @@ def export_onnx(
     >>> bool((torch.from_numpy(outputs) - model(x)).abs().max() < 1e-5)
     True
     """
-    onnx, _, runtime = map(_require, ("onnx", "onnxscript", "onnxruntime"))
+    onnx, _, runtime = map(imported, ("onnx", "onnxscript", "onnxruntime"))
     frozen = freeze(model).cpu().float()
     for name, module in frozen.named_modules():
         if reason := getattr(module, "not_in_onnx", None):  # what a layer says of itself
@@ -348,17 +348,6 @@ def _onnx_graph(frozen: nn.Module, batch: Tensor, opset_version: int | None) -> 
 
 
 # --------------------------------------------------------------------------------------- files
-
-
-def _require(name: str) -> Any:
-    """Import a package of the extra ``export``."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise ImportError(
-            f"{package} must be installed for this: pip install 'lipbook[export]'"
-        ) from error
 
 
 @contextlib.contextmanager

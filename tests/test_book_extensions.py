@@ -307,6 +307,19 @@ def test_icons_that_no_page_shows_are_dropped(extension: Any) -> None:
     assert kept == f".fa-solid{{font-weight:900}}{used}"
 
 
+def test_only_what_has_a_colour_of_its_own_is_marked(extension: Any) -> None:
+    code = (
+        '<div class="highlight"><pre><span></span><span class="k">for</span>'
+        '<span class="w"> </span><a href="x"><span class="n">layer</span></a>'
+        '<span class="p">(</span><span class="s">p&lt;1</span></pre></div>'
+    )
+    prose = '<p><span class="n">layer</span></p>'
+    assert extension("offline").without_plain_marks(code + prose) == (
+        '<div class="highlight"><pre><span></span><span class="k">for</span>'
+        ' <a href="x">layer</a>(<span class="s">p&lt;1</span></pre></div>' + prose
+    )
+
+
 # ----------------------------------------------------------------------- what a screen reader needs
 
 

@@ -632,7 +632,8 @@ def test_gradients_of_the_kernels() -> None:
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
-    check, twice = torch.autograd.gradcheck, torch.autograd.gradgradcheck
+    check = functools.partial(torch.autograd.gradcheck, check_forward_ad=True)
+    twice = torch.autograd.gradgradcheck
     for rows, n, sizes, stride in ((3, 4, (3, 2), 1), (2, 4, (3,), 2), (9, 2, (2, 2), 2)):
         strides = (stride,) * len(sizes)
         seed = leaf(2, rows, n * math.prod(strides))

@@ -1031,26 +1031,6 @@ def test_sums_in_onnx_take_batches_of_any_size(name: str, tmp_path: Path) -> Non
         torch.testing.assert_close(torch.from_numpy(found), model(x), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime", "safetensors"])
-def test_a_missing_package_is_named(
-    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in list(sys.modules):
-        if name.partition(".")[0] == package:
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    message = rf"{package} must be installed for this: pip install 'lipbook\[export\]'"
-    model = nn.Linear(2, 2)
-    calls: list[Callable[[], None]] = [lambda: export_onnx(model, tmp_path / "a", (2,))]
-    if package == "safetensors":
-        calls = [lambda: save_weights(model, tmp_path / "a")]
-        calls += [lambda: load_weights(model, tmp_path / "a")]
-    for call in calls:
-        with pytest.raises(ImportError, match=message):
-            call()
-    assert not list(tmp_path.iterdir())
-
-
 def test_freeze_needs_torch_only() -> None:
     code = """if True:
         import sys

@@ -392,6 +392,15 @@ def test_training_mode_where_it_changes_nothing() -> None:
     assert lipschitz_bound(net, (6,)).value == lipschitz_bound(net.eval(), (6,)).value
 
 
+def test_a_graph_in_double_precision_does_not_round_where_the_network_casts() -> None:
+    class Casts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(torch.bfloat16).float() * 3
+
+    x = torch.rand(5, 4, dtype=torch.float64)
+    assert torch.equal(trace(Casts(), (4,)).double().run(x), 3 * x)
+
+
 def test_two_processes_of_one(tmp_path: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lipbook import activations, convolutions, orthogonal, pooling, residual
+from lipbook import activations, convolutions, orthogonal, pooling, residual, sequences
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
 from lipbook.composition import Residual, Sum, check_layer, lipschitz_bound
 from lipbook.convolutions import (
@@ -67,6 +67,7 @@ from lipbook.pooling import (
 )
 from lipbook.residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
 from lipbook.rounding import forward_error
+from lipbook.sequences import CausalOrthogonalConv1d, LosslessRNN
 
 Shape = tuple[int, ...]
 
@@ -87,6 +88,17 @@ def row(make: Callable[[], nn.Module], shape: Shape, guarantee: str, frozen: Any
 
 def linear(m: int, n: int, method: Any) -> Row:
     return row(lambda: OrthogonalLinear(n, m, method=method), (n,), "orthogonal", nn.Linear)
+
+
+class Outputs(nn.Module):
+    """The outputs of a recurrent layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
 
 
 IMAGE = (3, 6, 6)
@@ -205,6 +217,11 @@ TABLE = {
     "cpl convolution": row(
         lambda: CPLConv2d(3, 2, 5, "zeros", "softplus"), IMAGE, "nonexpansive", ConvolutionStep
     ),
+    # sequences
+    "lossless recurrence": row(
+        lambda: Outputs(LosslessRNN(3, 5, batch_first=True)), (4, 3), "nonexpansive"
+    ),
+    "causal convolution": row(lambda: CausalOrthogonalConv1d(3, 4, 3), (3, 6), "nonexpansive"),
     # pooling
     "downsampling": row(lambda: InvertibleDownsampling(2), IMAGE, "orthogonal"),
     "invertible upsampling": row(lambda: InvertibleUpsampling((1, 3)), IMAGE, "orthogonal"),
@@ -220,6 +237,9 @@ TABLE = {
     "absolute value": row(AbsoluteValue, (5,), "orthogonal"),
 }
 every_row = pytest.mark.parametrize("name", TABLE)
+# A recurrent layer gives two tensors: what is one layer to others is one of them, and is measured
+# in test_sequences.py.
+leaf_rows = pytest.mark.parametrize("name", [name for name in TABLE if "recurrence" not in name])
 trainable_rows = pytest.mark.parametrize(
     "name", [name for name, each in TABLE.items() if any(True for _ in each.make().parameters())]
 )
@@ -311,7 +331,7 @@ def test_the_table_has_every_layer_of_the_library() -> None:
         layer = each.make()
         in_table |= set(type(layer).__mro__[:2])
         in_table |= {type(part) for part in layer.modules()}
-    for module in (activations, convolutions, orthogonal, pooling, residual):
+    for module in (activations, convolutions, orthogonal, pooling, residual, sequences):
         public = {getattr(module, name) for name in module.__all__}
         layers = {each for each in public if isinstance(each, type) and issubclass(each, nn.Module)}
         assert layers <= in_table, {each.__name__ for each in layers - in_table}
@@ -327,7 +347,7 @@ def test_the_guarantee_holds_after_25_steps(name: str) -> None:
     assert_guarantee(name, layer.eval())
 
 
-@every_row
+@leaf_rows
 def test_every_answer_of_the_layer_holds(name: str) -> None:
     row = TABLE[name]
     report = check_layer(row.make().eval(), row.shape, samples=6)
@@ -691,7 +711,7 @@ def test_forward_mode_and_hessians_in_the_parameters(name: str) -> None:
     torch.testing.assert_close(found, torch.func.jvp(run, (start,), (tangents,))[1])
 
 
-@every_row
+@leaf_rows  # torch.fx keeps torch's own recurrent layers whole, and no other loop over time
 def test_fx_traces(name: str) -> None:
     layer, shape = trained(name)
     traced = torch.fx.symbolic_trace(nn.Sequential(layer))

@@ -249,14 +249,25 @@ def test_every_page(browser: Any, width: int) -> None:
 
 # ------------------------------------------------------------------------------- how it weighs
 
+
+def test_code_has_no_marks_without_a_colour() -> None:
+    """Else most of a page would say of each bracket that it looks like the rest."""
+    style = (HTML / "_static" / "pygments.css").read_text("utf-8")
+    for scheme in ("light", "dark"):
+        rule = rf'^html\[data-theme="{scheme}"\] \.highlight( \.\w+)? \{{.*?(?<!-)color: (#\w+)'
+        colours = {mark.strip(" ."): said for mark, said in re.findall(rule, style, re.MULTILINE)}
+        for mark in ("n", "nn", "p", "w"):
+            assert colours[mark] == colours[""], f"{mark} ({scheme})"
+    code = re.findall(
+        r'<div class="highlight"><pre>.*?</pre>',
+        source(HTML / "book/robustness.html").text,
+        re.DOTALL,
+    )
+    assert len(code) > 30
+    assert not re.findall(r'<span class="(?:n|nn|p|w)">', "".join(code))
+
+
 HEAVY = 1_500_000
-# The reference of what the chapters share is one long page, with a preview of each name. Chapters 7
-# and 8 show most pictures, among them stills of dragged points and of the digit to draw.
-LONG = {
-    "book/api/lab.html": 1_800_000,
-    "book/robustness.html": 1_800_000,
-    "book/wasserstein.html": 1_550_000,
-}
 
 
 def test_a_page_is_light(browser: Any) -> None:
@@ -274,7 +285,7 @@ def test_a_page_is_light(browser: Any) -> None:
         page.close()
         files = [file for file in asked if file.suffix != ".woff2" and "mathjax" not in file.parts]
         sizes[path] = sum(file.stat().st_size for file in files if file.is_file())
-        if sizes[path] > LONG.get(names(path), HEAVY):
+        if sizes[path] > HEAVY:
             heavy.append(f"{names(path)}: {sizes[path] / 1e6:.2f} MB")
     context.close()
     assert min(sizes.values()) > 100_000, "not everything was counted"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import shutil
 from collections.abc import Iterator
 from itertools import combinations
 from xml.etree import ElementTree
@@ -304,6 +305,81 @@ def test_image_row_refuses(shape: tuple[int, ...], titles: list[str] | None, mes
 
 
 # The slider
+
+
+def drawing() -> str:
+    """Lines, markers, curves, a hatch, an image and formulas, as matplotlib writes them."""
+    plots.style()
+    figure, (left, right) = plt.subplots(1, 2)
+    left.plot(np.arange(9.0), np.sqrt(np.arange(9.0)), "o-", label=r"$\sqrt{x_1^2 + \frac{1}{3}}$")
+    left.scatter(np.arange(5.0), np.ones(5), c=["C0", "C1", "C2", "C3", "C0"], alpha=0.5)
+    left.fill_between(np.arange(9.0), -1, -2, hatch="/")
+    left.set(ylabel="up and down")
+    left.legend()
+    right.imshow(np.eye(3))
+    plots.ball_image(right, np.eye(2), facecolor="white")
+    right.errorbar([0, 1, 2], [0, 1, 0], yerr=0.5, linestyle="--", capsize=3)
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return file.getvalue().decode()
+
+
+PIXELS = """async (svg) => {
+  const image = new Image();
+  image.src = URL.createObjectURL(new Blob([svg], {type: "image/svg+xml"}));
+  await image.decode();
+  const canvas = new OffscreenCanvas(2 * image.naturalWidth, 2 * image.naturalHeight);
+  const pen = canvas.getContext("2d");
+  pen.drawImage(image, 0, 0, canvas.width, canvas.height);
+  return [canvas.width, canvas.height,
+    [...pen.getImageData(0, 0, canvas.width, canvas.height).data].join(" ")];
+}"""
+
+
+def test_a_compact_drawing_looks_the_same() -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+    before = drawing()
+    after = plots.compact_svg(before)
+    assert len(after) < 0.65 * len(before)
+    with api.sync_playwright() as playwright:
+        flags = ["--headless", "--no-sandbox", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        page = browser.new_page()
+        one, other = page.evaluate(PIXELS, before), page.evaluate(PIXELS, after)
+        browser.close()
+    assert one[:2] == other[:2]
+    difference = np.abs(np.array(one[2].split(), int) - np.array(other[2].split(), int))
+    # An edge that moves a hundredth of a point may cross a row of samples, of which a pixel has 4,
+    # and two edges may do so in one pixel.
+    assert difference.max() < 0.5 * 255
+    assert (difference > 16).mean() < 0.002
+
+
+def test_a_compact_drawing_stays_as_it_is() -> None:
+    once = plots.compact_svg(drawing())
+    assert plots.compact_svg(once) == once
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    {
+        "a point after a closed part": ("M 1 1 L 2 1 L 2 3 z M 5 5 L 6 7", "M1 1h1v2zm4 4l1 2"),
+        "curves": ("M 0 0 Q 1 2 3 4 C 3 5 4 5 4 4", "M0 0q1 2 3 4c0 1 1 1 1 0"),
+        "rounding": ("M 0 0" + " L 0.004 1" * 3 + " L 0.006 2", "M0 0v1v0v0l.01 1"),
+        "commands of others": ("M 0 0 a 1 1 0 0 1 2 2", "M 0 0 a 1 1 0 0 1 2 2"),
+    }.values(),
+)
+def test_a_path_tells_each_point_from_the_one_before(path: str, told: str) -> None:
+    assert plots.compact_svg(f'<path d="{path}"/>') == f'<path d="{told}"/>'
+
+
+def test_what_is_no_drawing_is_refused() -> None:
+    with pytest.raises(ValueError, match="svg: expected one element of XML"):
+        plots.compact_svg("<svg>")
 
 
 def frames(number: int) -> list[Figure]:

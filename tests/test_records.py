@@ -51,6 +51,9 @@ def test_one_line_says_command_day_and_machine() -> None:
     found = {"command": "lipbook reproduce x", "date": "2026-01-02", "hardware": "a machine"}
     line = made(dataclasses.replace(record(), facts={**record().facts, **found}))
     assert line == "lipbook reproduce x | 2026-01-02 | a machine"
+    found["elsewhere"] = [{"date": "2026-01-01", "hardware": "another"}]
+    line = made(dataclasses.replace(record(), facts={**record().facts, **found}))
+    assert line == "lipbook reproduce x | 2026-01-01 | another | 2026-01-02 | a machine"
 
 
 def test_facts_are_those_of_this_run() -> None:

@@ -534,6 +534,14 @@ def test_a_bad_solver_cannot_make_a_bad_bound(monkeypatch: pytest.MonkeyPatch) -
     assert value(net, "lipsdp") >= exact
 
 
+def test_a_tangent_that_leads_too_far_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bolder steps along the path the barrier still ends at the optimum, in 300 steps."""
+    net = network(nn.ReLU, 3, 8, 8, 2)
+    expected = value(net, "lipsdp")
+    monkeypatch.setattr(solvers, "_PARTS", (1 - 1e-6, *solvers._PARTS))
+    assert value(net, "lipsdp") == pytest.approx(expected, rel=1e-6)
+
+
 # ------------------------------------------------------------------------ tightness: known numbers
 
 

@@ -26,6 +26,7 @@ import collections
 import copy
 import gc
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
@@ -52,6 +53,8 @@ from tqdm import tqdm
 _QUICK = "-k 'not (LSTM or GRU or heads or encoder)'"
 TESTS = {
     "composition": "tests/test_checks.py tests/test_composition.py tests/test_domains.py",
+    "convolutions": "tests/test_convolutions.py tests/test_rounding.py "
+    "-k 'test_convolutions or nonexpansive'",
     "errors": f"tests/test_rounding.py {_QUICK}",
     "freezing": "tests/test_export.py tests/test_life_cycle.py -k 'froz or freez or compiled'",
     "layers": "tests/test_domains.py tests/test_normalization_layers.py "
@@ -60,6 +63,8 @@ TESTS = {
     "-k 'test_norms or the_norm_of or the_bound_of or many_blocks'",
     "rounding": f"tests/test_rounding.py {_QUICK}",
     "rules": "tests/test_checks.py tests/test_composition.py tests/test_domains.py",
+    "units": "tests/test_activations.py tests/test_checks.py tests/test_tightness.py "
+    "-k 'units or test_checks or read or pieces or clipped'",
 }
 LIMIT = 300  # seconds of a CPU, several times what the tests of a room take
 RECORD = Path(__file__).with_suffix(".jsonl")
@@ -178,23 +183,26 @@ def _places(node: ast.AST) -> Iterator[ast.AST]:
 def mutants_of(module: str, text: str) -> list[Mutant]:
     """All mutants of a module, in the order of its lines."""
     found = []
+    code, lines = text.encode(), text.splitlines()
+    starts = [0, *itertools.accumulate(map(len, code.splitlines(keepends=True)))]
     for place in _places(ast.parse(text)):
         for changed in _changes(place):
             old, new = place, changed
             if isinstance(place, (ast.If, ast.While)):  # only the condition changes
                 old, new = place.test, changed.test  # type: ignore[attr-defined]
-            right = ast.get_source_segment(text, old)
             wrong = ast.unparse(ast.fix_missing_locations(new))
-            assert right is not None
             assert isinstance(old, (ast.expr, ast.stmt))
-            source = text.splitlines()[old.lineno - 1].strip()
+            assert old.end_lineno is not None
+            assert old.end_col_offset is not None
+            start = starts[old.lineno - 1] + old.col_offset
+            end = starts[old.end_lineno - 1] + old.end_col_offset
             found.append(
                 Mutant(
                     module,
-                    source,
+                    lines[old.lineno - 1].strip(),
                     old.lineno,
                     old.col_offset,
-                    right,
+                    code[start:end].decode(),
                     f"({wrong})" if isinstance(old, ast.expr) else wrong,
                 )
             )

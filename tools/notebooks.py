@@ -37,7 +37,7 @@ from nbformat.validator import better_validation_error, iter_validate
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_BYTES = 460_000
+MAX_BYTES = 420_000
 MAX_SECONDS = 90  # a chapter, on one core
 NOTEBOOK_METADATA = {
     "kernelspec": {

@@ -28,8 +28,9 @@ ASSETS = BOOK / "assets"
 FIGURES = ASSETS / "figures"
 CARD = {"width": 1200, "height": 630}
 
-# Nested drawings side by side, two in a row; computed styles become attributes.
-DRAW = """() => {
+# Nested drawings side by side, two in a row; computed styles become attributes. The cells of a map
+# do not overlap, so that all of one colour can be one path.
+DRAW = r"""() => {
   const GAP = 16;
   const properties = {
     "fill": "rgb(0, 0, 0)", "fill-opacity": "1", "stroke": "none", "stroke-width": "1px",
@@ -37,9 +38,26 @@ DRAW = """() => {
     "font-style": "normal", "text-anchor": "start", "paint-order": "normal",
     "shape-rendering": "auto",
   };
+  const hex = (all, ...parts) =>
+    "#" + parts.slice(0, 3).map((part) => Number(part).toString(16).padStart(2, "0")).join("");
+  const short = (value) =>
+    value.replace(/^rgb\((\d+), (\d+), (\d+)\)$/, hex)
+      .replace(/^0\.\d{3,}$/, (part) => String(Number(Number(part).toFixed(2))));
+  const outline = (cell) => {
+    const points = cell.getAttribute("points").split(" ").map(
+      (point) => point.split(",").map((number) => Math.round(100 * number)));
+    let [x, y] = points[0];
+    let told = `M${x / 100} ${y / 100}`;
+    for (const [a, b] of points.slice(1)) {
+      const [right, down] = [(a - x) / 100, (b - y) / 100];
+      told += down === 0 ? `h${right}` : right === 0 ? `v${down}` : `l${right} ${down}`;
+      [x, y] = [a, b];
+    }
+    return told + "z";
+  };
   const written = (node) => {
     const copy = node.cloneNode(false);
-    for (const name of ["class", "tabindex", "role", "aria-label", "aria-roledescription"])
+    for (const name of ["class", "style", "tabindex", "role", "aria-label", "aria-roledescription"])
       copy.removeAttribute(name);
     if (["circle", "line", "polygon", "polyline", "rect", "text", "tspan"].includes(node.localName)
         && !node.closest("clipPath")) {
@@ -47,14 +65,32 @@ DRAW = """() => {
       for (const [name, usual] of Object.entries(properties)) {
         const text = /^(text|tspan)$/.test(node.localName);
         if (/^(font|text)/.test(name) && !text) continue;
-        if (style[name] !== usual) copy.setAttribute(name, style[name]);
+        if (style[name] !== usual) copy.setAttribute(name, short(style[name]));
       }
       if (node.localName === "tspan") copy.setAttribute("font-family", "serif");
     }
+    const cells = new Map();
     for (const child of node.childNodes) {
-      if (child.nodeType === Node.TEXT_NODE) copy.append(child.textContent);
-      else if (!child.classList.contains("reach") && !child.classList.contains("ring"))
-        copy.append(written(child));
+      if (child.nodeType === Node.TEXT_NODE) {
+        if (child.textContent) copy.append(child.textContent);
+        continue;
+      }
+      if (child.classList.contains("reach") || child.classList.contains("ring")) continue;
+      const part = written(child);
+      if (!part.matches("polygon[shape-rendering]")) {
+        cells.clear();
+        copy.append(part);
+        continue;
+      }
+      const told = outline(part);
+      part.removeAttribute("points");
+      const kind = part.outerHTML;
+      if (!cells.has(kind)) {
+        cells.set(kind, document.createElementNS("http://www.w3.org/2000/svg", "path"));
+        copy.append(cells.get(kind));
+        for (const {name, value} of part.attributes) cells.get(kind).setAttribute(name, value);
+      }
+      cells.get(kind).setAttribute("d", (cells.get(kind).getAttribute("d") ?? "") + told);
     }
     return copy;
   };
@@ -74,7 +110,7 @@ DRAW = """() => {
   });
   for (const [name, value] of Object.entries({width, height, viewBox: `0 0 ${width} ${height}`,
       "font-family": "sans-serif"})) sheet.setAttribute(name, value);
-  return new XMLSerializer().serializeToString(sheet).replaceAll("><", ">\\n<") + "\\n";
+  return new XMLSerializer().serializeToString(sheet).replaceAll("><", ">\n<") + "\n";
 }"""
 
 

@@ -8,6 +8,8 @@
 - The theme draws its icons by a script of 1.5 MB, though its style sheet draws the same ones with
   a font, with a rule for each of 1,900 icons, of which the pages use a dozen; and it loads an
   index by page on every page, where `search.py` makes one by section.
+- Pygments marks each name, bracket and space in code, and colours none of them. These marks, a
+  quarter of a chapter, go once sphinx-codeautolink has found its names by them.
 """
 
 from __future__ import annotations
@@ -84,6 +86,25 @@ def drop_icons(app: Sphinx, exception: Exception | None) -> None:
     sheet.write_text(with_icons(sheet.read_text("utf-8"), used), "utf-8")
 
 
+# Names, modules, punctuation and spaces: in both styles they have the colour of all code.
+CODE = re.compile(r'(?<=<div class="highlight">)<pre>.*?</pre>', re.DOTALL)
+PLAIN = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
+
+
+def without_plain_marks(page: str) -> str:
+    """HTML of a page whose code marks only what has a colour of its own."""
+    return CODE.sub(lambda code: PLAIN.sub(r"\1", code[0]), page)
+
+
+def drop_plain_marks(app: Sphinx, exception: Exception | None) -> None:
+    if exception is not None or app.builder.format != "html":
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        text = page.read_text("utf-8")
+        if (lighter := without_plain_marks(text)) != text:
+            page.write_text(lighter, "utf-8")
+
+
 def without_unused(head: str) -> str:
     """HTML of a page's head without the scripts of the theme that no page needs."""
     names = "|".join(map(re.escape, UNUSED))
@@ -100,4 +121,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("html-page-context", offer_lighter)
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", drop_icons)
+    app.connect("build-finished", drop_plain_marks, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -148,7 +148,7 @@ def read(html: str, address: str) -> Iterator[Entry]:
 
 
 def worth(entry: Entry) -> float:
-    if "/api/lab.html" in entry.url:
+    if re.search("/api/(lab|recipes).html", entry.url):
         return WORTH["api"] / 2  # what the chapters use, and few import
     if "/api/" in entry.url:
         return WORTH["api"]

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipbook._extras import imported
+
 __all__ = ["Cifar10", "Mnist", "cifar10", "mnist"]
 
 SUBSET_SHA256 = "6f2ad18b0a9a0604b310771dae9ca62fc875f68b78b1ba9cebc5e5504fb39245"
@@ -218,7 +220,7 @@ def _decoded_binary(content: bytes) -> list[Pixels]:
 
 def _decoded_jpegs(content: bytes) -> list[Pixels]:
     """Files are named ``train|test/<class>/<number>.jpg``; matplotlib brings the decoder."""
-    from PIL import Image  # noqa: PLC0415 - only this copy needs it
+    image_module = imported("PIL.Image")
 
     found: dict[str, tuple[list[np.ndarray], list[int]]] = {"train": ([], []), "test": ([], [])}
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
@@ -226,7 +228,7 @@ def _decoded_jpegs(content: bytes) -> list[Pixels]:
             if not member.name.endswith(".jpg"):
                 continue
             part, kind, _ = Path(member.name).parts
-            with Image.open(io.BytesIO(archive.extractfile(member).read())) as image:  # type: ignore[union-attr]
+            with image_module.open(io.BytesIO(archive.extractfile(member).read())) as image:  # type: ignore[union-attr]
                 found[part][0].append(np.asarray(image).transpose(2, 0, 1))
             found[part][1].append(CIFAR10_CLASSES.index(kind))
     return [(np.stack(images), np.array(labels)) for images, labels in found.values()]
@@ -287,13 +289,7 @@ def _check_hash(what: str, content: bytes, expected: str, remedy: str) -> None:
 
 
 def _download(name: str, file_hash: str, place: str, urls: Sequence[str]) -> Path:
-    try:
-        import pooch  # noqa: PLC0415 - only a download needs it
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"{name} is downloaded with pooch: pip install 'lipbook[lab]', "
-            "or set LIPBOOK_DATA to a folder with the files"
-        ) from None
+    pooch = imported("pooch", f", or set LIPBOOK_DATA to a folder with {name}")
     folder = Path(pooch.os_cache("lipbook"), place)
     failures = []
     for url in urls:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import lipbook
+from lipbook._extras import imported
 
 __all__ = ["Record", "facts", "made", "names", "read", "write", "rounded"]
 
@@ -48,7 +49,8 @@ class Record:
         ``command`` that makes the record; ``seed`` that it started from; ``seconds`` of processor
         time it took (where a training went on from its checkpoint, since then); ``threads`` of
         torch; ``hardware``; ``date`` (UTC); ``versions`` of Python, lipbook, torch, NumPy and POT.
-        See :func:`facts`.
+        See :func:`facts`. If the run was interrupted and went on somewhere else, ``elsewhere`` has
+        hardware, date and versions of its first rows.
     results : mapping
         What JSON can hold, finite numbers only. The recipe says what is in it.
     tensors : mapping of str to torch.Tensor
@@ -138,7 +140,7 @@ def facts(command: str, seed: int, seconds: float) -> dict[str, Any]:
 
 
 def made(record: Record) -> str:
-    r"""Say in one line how a record was made: the command, the day and the machine.
+    r"""Say in one line how a record was made: the command, and each day and machine.
 
     Parameters
     ----------
@@ -154,7 +156,9 @@ def made(record: Record) -> str:
     >>> made(read("tightness")).startswith("lipbook reproduce tightness | 20")
     True
     """
-    return " | ".join(record.facts[key] for key in ("command", "date", "hardware"))
+    places = [*record.facts.get("elsewhere", []), record.facts]
+    days = (f"{place['date']} | {place['hardware']}" for place in places)
+    return " | ".join([record.facts["command"], *dict.fromkeys(days)])
 
 
 def names(folder: str | os.PathLike[str] | None = None) -> list[str]:
@@ -258,7 +262,9 @@ def write(record: Record, folder: str | os.PathLike[str] | None = None) -> Path:
     path = place / f"{record.name}.json"
     tensor_hash, tensor_path = None, path.with_suffix(".safetensors")
     if record.tensors:
-        data = _safetensors().save({k: t.detach().contiguous() for k, t in record.tensors.items()})
+        data = imported("safetensors.torch").save(
+            {k: t.detach().contiguous() for k, t in record.tensors.items()}
+        )
         if len(data) > LIMIT:
             raise ValueError(
                 f"tensors of record {record.name!r} must take at most {LIMIT} bytes, "
@@ -324,17 +330,7 @@ def _load(path: Path, tensor_hash: str | None) -> dict[str, Tensor]:
             f"{tensor_path} must have the SHA-256 {tensor_hash} that {path.name} was written "
             f"with, got {found}"
         )
-    return _safetensors().load(data)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch  # noqa: PLC0415 - only records with tensors need it
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "records with tensors need safetensors: pip install 'lipbook[lab]'"
-        ) from None
-    return safetensors.torch
+    return imported("safetensors.torch").load(data)
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from lipbook._extras import imported
+
 __all__ = ["History", "train", "accuracy"]
 
 Schedule = Literal["constant", "cosine", "linear"] | Callable[[float], float]
@@ -506,6 +508,4 @@ def _epochs(epochs: int, progress: bool) -> Iterable[int]:
     numbers = range(1, epochs + 1)
     if not progress:
         return numbers
-    from tqdm import tqdm  # noqa: PLC0415 - not needed without a bar
-
-    return tqdm(numbers, desc="epochs")
+    return imported("tqdm").tqdm(numbers, desc="epochs")

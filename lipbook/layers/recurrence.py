@@ -56,7 +56,7 @@ from lipbook.rules import (
     range_rule,
 )
 
-__all__ = ["Recurrence"]
+__all__ = ["Recurrence", "SequenceOutput", "initial_states"]
 
 _UP = 1 + 2.0**-40
 Interval = tuple[Tensor, Tensor]
@@ -66,30 +66,20 @@ FrozenGRU = keep_kernels(nn.GRU)
 FrozenLSTM = keep_kernels(nn.LSTM)
 
 
-class Recurrence(nn.Module):
-    r"""One output of a recurrent layer of torch on sequences (batch, time, features).
-
-    **Guaranteed** for sequences of the given length, in the p-norm of all entries: the norm of the
-    T × T matrix of Note [unrolled bounds]. On a domain gates and states are bounded step by step,
-    and a forget gate that stays below 1 shows.
+class SequenceOutput(nn.Module):
+    """One output of a recurrent layer on sequences (batch, time, features).
 
     Parameters
     ----------
-    module : torch.nn.RNN, torch.nn.LSTM or torch.nn.GRU
-        The layer, with the batch first.
+    module : torch.nn.Module
+        A layer with the interface of ``torch.nn.RNN``, with the batch first.
     part : str
         ``"outputs"``; ``"h"`` or ``"c"`` for the last states, (batch, layers · directions, hidden).
     initial : sequence of torch.Tensor
         Initial states, (layers · directions, 1, hidden), the same for each sample; none for zeros.
-
-    Examples
-    --------
-    >>> layer = Recurrence(nn.GRU(2, 3, batch_first=True), "outputs", ())
-    >>> layer(torch.zeros(1, 5, 2)).shape
-    torch.Size([1, 5, 3])
     """
 
-    def __init__(self, module: nn.RNNBase, part: str, initial: Sequence[Tensor]) -> None:
+    def __init__(self, module: nn.Module, part: str, initial: Sequence[Tensor]) -> None:
         super().__init__()
         self.module, self.part, self.count = module, part, len(initial)
         for k, state in enumerate(initial):
@@ -117,6 +107,28 @@ class Recurrence(nn.Module):
             return outputs
         chosen = last[self.part == "c"] if isinstance(last, tuple) else last
         return chosen.transpose(0, 1)
+
+
+class Recurrence(SequenceOutput):
+    r"""One output of a recurrent layer of torch on sequences.
+
+    **Guaranteed** for sequences of the given length, in the p-norm of all entries: the norm of the
+    T × T matrix of Note [unrolled bounds]. On a domain gates and states are bounded step by step,
+    and a forget gate that stays below 1 shows.
+
+    Parameters
+    ----------
+    module : torch.nn.RNN, torch.nn.LSTM or torch.nn.GRU
+        The layer, with the batch first.
+    part, initial
+        As in :class:`SequenceOutput`.
+
+    Examples
+    --------
+    >>> layer = Recurrence(nn.GRU(2, 3, batch_first=True), "outputs", ())
+    >>> layer(torch.zeros(1, 5, 2)).shape
+    torch.Size([1, 5, 3])
+    """
 
 
 # ----------------------------------------------------------------------------- the steps
@@ -556,6 +568,35 @@ def _(module: Recurrence, example: Tensor, p: float) -> RangeAnalysis:
 # -------------------------------------------------------------------------------- calls
 
 
+def initial_states(
+    x: Any, initial: Any, batch_first: bool, tracked: Callable[[Any], bool]
+) -> list[Tensor]:
+    """Check the arguments of a call and return its initial states, (layers, 1, hidden).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For packed sequences, a batch that is not dimension 0, and initial states that depend on
+        the input or the sample.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"takes a tensor whose length is known, got {type(x).__name__}")
+    if x.dim() != 3 or not batch_first:
+        raise ValueError(
+            "must have the batch in dimension 0, or samples follow each other in time: use "
+            f"batch_first=True and inputs (batch, time, features), got {x.dim()} dimensions and "
+            f"batch_first={batch_first}"
+        )
+    states: list[Tensor] = []
+    if initial is not None:
+        states = list(initial) if isinstance(initial, (tuple, list)) else [initial]
+    if any(tracked(state) for state in states) or not tracked(x):
+        raise TypeError("has an initial state that depends on the input of the network")
+    if not all(bool((state == state[:, :1]).all()) for state in states):
+        raise ValueError("the initial state must be the same for each sample of the batch")
+    return [state[:, :1].detach().clone() for state in states]
+
+
 def recurrent_call(
     module: Any,
     args: tuple[Any, ...],
@@ -572,15 +613,8 @@ def recurrent_call(
         mode, and initial states that depend on the input or the sample.
     """
     given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
-    x, initial = given["input"], given.get("hx")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"takes a tensor whose length is known, got {type(x).__name__}")
-    if x.dim() != 3 or not module.batch_first:
-        raise ValueError(
-            "must have the batch in dimension 0, or samples follow each other in time: use "
-            f"batch_first=True and inputs (batch, time, features), got {x.dim()} dimensions and "
-            f"batch_first={module.batch_first}"
-        )
+    x = given["input"]
+    states = initial_states(x, given.get("hx"), module.batch_first, tracked)
     if module.proj_size > 0:
         raise TypeError(f"projects its states (proj_size={module.proj_size}): no bound is known")
     if module.training and module.dropout > 0 and module.num_layers > 1:
@@ -588,14 +622,6 @@ def recurrent_call(
     used = zip(module._flat_weights, module._flat_weights_names, strict=True)
     if not all(torch.equal(weight, getattr(module, name)) for weight, name in used):
         raise ValueError("runs with other weights than it holds: call .flatten_parameters()")
-    states: list[Tensor] = []
-    if initial is not None:
-        states = list(initial) if isinstance(initial, (tuple, list)) else [initial]
-    if any(tracked(state) for state in states) or not tracked(x):
-        raise TypeError("has an initial state that depends on the input of the network")
-    if not all(bool((state == state[:, :1]).all()) for state in states):
-        raise ValueError("the initial state must be the same for each sample of the batch")
-    states = [state[:, :1].detach().clone() for state in states]
     sequence, last = outputs
     parts = {"outputs": sequence}
     parts |= {"h": last[0], "c": last[1]} if isinstance(last, tuple) else {"h": last}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lipbook import rules
+from lipbook._extras import imported
 from lipbook.norms import dual_exponent
 from lipbook.norms.arguments import _got, _integer, _real, _tensor
 
@@ -358,11 +359,14 @@ class Certificate:
         Returns
         -------
         matplotlib.axes.Axes
+
+        Raises
+        ------
+        ModuleNotFoundError
+            matplotlib is not installed; the message names the extra that brings it.
         """
         if axes is None:
-            from matplotlib import pyplot  # noqa: PLC0415 - the library needs no matplotlib
-
-            axes = pyplot.subplots()[1]
+            axes = imported("matplotlib.pyplot").subplots()[1]
         radii = self.radius[self.correct & self.radius.isfinite()].sort().values
         always = int((self.correct & ~self.radius.isfinite()).sum())
         left = np.array([len(radii), *range(len(radii), -1, -1)]) + always

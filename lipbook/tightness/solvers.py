@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipbook._extras import imported
+
 __all__: list[str] = []
 
 
@@ -125,12 +127,7 @@ def _barrier(program: _Program) -> Tensor:
 
 
 def _cvxpy(program: _Program, solver: str) -> Tensor:
-    try:
-        import cvxpy  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"solver={solver!r} needs cvxpy: pip install 'lipbook[bounds]', or use solver='barrier'"
-        ) from error
+    cvxpy = imported("cvxpy", ", or use solver='barrier'")
     if solver not in cvxpy.installed_solvers():
         raise ValueError(
             f"solver must be 'barrier' or one of {cvxpy.installed_solvers()}, got {solver!r}"

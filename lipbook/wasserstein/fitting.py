@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lipbook._extras import imported
 from lipbook.norms.arguments import _real
 from lipbook.wasserstein.clouds import (
     check_count,
@@ -401,9 +402,7 @@ def _judged(critic: nn.Module, judge: list[Tensor], step: int, confidence: float
 def _counted(steps: range, progress: bool) -> Iterable[int]:
     if not progress:
         return steps
-    from tqdm import tqdm  # noqa: PLC0415 - not needed without a bar
-
-    return tqdm(steps, desc="critic")
+    return imported("tqdm").tqdm(steps, desc="critic")
 
 
 @dataclasses.dataclass

@@ -19,10 +19,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from lipbook.lab import records
+
 __all__ = ["Rows", "recipes"]
 
 Item = TypeVar("Item")
 Outcome = tuple[dict[str, Any], dict[str, Tensor]]
+PLACE = ("hardware", "date", "versions")  # facts that may change while a run is interrupted
 
 
 def recipes() -> list[str]:
@@ -57,6 +60,9 @@ class Rows:
     ----------
     earlier : float
         Seconds of processor time that the rows found so far took when they were computed.
+    elsewhere : list of dict
+        Where rows were found that another machine, another day or other versions computed: their
+        ``hardware``, ``date`` and ``versions``, and the names of the ``rows``.
 
     Examples
     --------
@@ -71,6 +77,7 @@ class Rows:
     folder: str | os.PathLike[str] | None = None
     progress: bool = False
     earlier: float = dataclasses.field(default=0.0, init=False)
+    elsewhere: list[dict[str, Any]] = dataclasses.field(default_factory=list, init=False)
 
     def compute(self, name: str, function: Callable[[], Outcome]) -> Outcome:
         """Compute a row, or find the one of this name.
@@ -89,14 +96,24 @@ class Rows:
         """
         path = Path(self.folder, re.sub(r"\W+", "-", name) + ".row") if self.folder else None
         if path and path.exists():
-            results, tensors, seconds = _load(path)
-            self.earlier += seconds
-            return results, tensors
+            content, tensors = _load(path)
+            self.earlier += content["seconds"]
+            self._note(name, content["place"])
+            return content["results"], tensors
         start = time.process_time()
         results, tensors = function()
         if path:
             _save(path, results, tensors, time.process_time() - start)
         return results, tensors
+
+    def _note(self, name: str, place: dict[str, Any]) -> None:
+        if place == _place():
+            return
+        for known in self.elsewhere:
+            if known | place == known:
+                known["rows"].append(name)
+                return
+        self.elsewhere.append({**place, "rows": [name]})
 
     def bar(self, items: Sequence[Item], what: str) -> Iterable[Item]:
         """Go through the items, with a bar if one is to be shown.
@@ -131,13 +148,19 @@ class Rows:
         return Path(self.folder, "training.checkpoint")
 
 
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], float]:
+def _place() -> dict[str, Any]:
+    """Facts of this machine, today."""
+    facts = records.facts("", seed=0, seconds=0)
+    return {name: facts[name] for name in PLACE}
+
+
+def _load(path: Path) -> Outcome:
     from safetensors import safe_open  # noqa: PLC0415 - not needed to import a recipe
 
     with safe_open(path, framework="pt") as file:
         content = json.loads(file.metadata()["row"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    return content["results"], tensors, content["seconds"]
+    return content, tensors
 
 
 def _save(path: Path, results: Any, tensors: dict[str, Tensor], seconds: float) -> None:
@@ -145,7 +168,7 @@ def _save(path: Path, results: Any, tensors: dict[str, Tensor], seconds: float) 
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    row = json.dumps({"results": results, "seconds": seconds})
+    row = json.dumps({"results": results, "seconds": seconds, "place": _place()})
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, temporary, metadata={"row": row})
     os.replace(temporary, path)

@@ -72,9 +72,11 @@ class OSSNConv2d(nn.Conv2d):
     Parameters
     ----------
     in_channels, out_channels : int
-        c_in and c_out; the kernel has size 4 and the stride is 2.
+        c_in and c_out.
     size : int
-        Height and width of the image.
+        Height and width of the image, a multiple of the stride.
+    kernel_size, stride : int
+        4 and 2, or 3 and 1: a pixel is padded on each side.
 
     References
     ----------
@@ -84,29 +86,31 @@ class OSSNConv2d(nn.Conv2d):
     sigma: Tensor
     u: Tensor
 
-    def __init__(self, in_channels: int, out_channels: int, size: int) -> None:
-        super().__init__(in_channels, out_channels, 4, 2, 1, padding_mode="circular")
-        u = torch.randn(1, out_channels, size // 2, size // 2)
+    def __init__(
+        self, in_channels: int, out_channels: int, size: int, kernel_size: int = 4, stride: int = 2
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, 1, padding_mode="circular")
+        u = torch.randn(1, out_channels, size // stride, size // stride)
         self.register_buffer("u", u / u.norm())
         self.register_buffer("sigma", torch.ones(()))
 
     def _estimate(self) -> Tensor:
-        u, pads = self.u, [(1, 1), (1, 1)]
+        u, pads, stride = self.u, [(1, 1), (1, 1)], self.stride
         with torch.no_grad():
             for _ in range(10):
-                v = circular_fold(functional.conv_transpose2d(u, self.weight, stride=2), pads)
+                v = circular_fold(functional.conv_transpose2d(u, self.weight, stride=stride), pads)
                 v = v / v.norm()
-                u = functional.conv2d(circular_pad(v, pads), self.weight, stride=2)
+                u = functional.conv2d(circular_pad(v, pads), self.weight, stride=stride)
                 u = u / u.norm()
         self.u = u
-        return (u * functional.conv2d(circular_pad(v, pads), self.weight, stride=2)).sum()
+        return (u * functional.conv2d(circular_pad(v, pads), self.weight, stride=stride)).sum()
 
     def normalised(self) -> Tensor:
         """Divide the kernel by the estimate that is stored."""
         return self.weight / self.sigma.clamp(min=1)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve, (batch, c_in, h, w) to (batch, c_out, h / 2, w / 2)."""
+        """Convolve, (batch, c_in, h, w) to (batch, c_out, h / stride, w / stride)."""
         if not self.training:
             return self._conv_forward(input, self.normalised(), self.bias)
         sigma = self._estimate()
@@ -119,9 +123,11 @@ def _(module: OSSNConv2d, input_shape: tuple[int, ...], p: float) -> Bound:
     if module.training:
         raise ValueError("its kernel changes when it is called: call .eval()")
     kernel = module.normalised().detach().double()
-    geometry: dict[str, Any] = {"stride": 2, "padding": 1, "padding_mode": "circular", "p": p}
+    geometry: dict[str, Any] = {"stride": module.stride, "padding": 1, "p": p}
     return Bound(
-        convolution_norm_bound(kernel, input_shape[1:], **geometry).item(), "upper bound", p
+        convolution_norm_bound(kernel, input_shape[1:], padding_mode="circular", **geometry).item(),
+        "upper bound",
+        p,
     )
 
 

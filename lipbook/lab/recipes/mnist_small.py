@@ -45,21 +45,23 @@ PUBLISHED = {
 }
 
 
-def clipped_and_masked(kernel: Tensor, size: int, rounds: int = 50) -> Tensor:
+def clipped_and_masked(kernel: Tensor, size: int, rounds: int = 50, stride: int = 2) -> Tensor:
     r"""Alternate between convolutions of norm at most 1 and kernels of bounded size.
 
-    Singular values of the circular convolution with stride 2 are clipped at 1 in the Fourier
-    domain, then the kernel is cut to its size, which changes them again; and so on. **Not
-    guaranteed**: a norm of at most 1 after finitely many rounds.
+    Singular values of the circular convolution are clipped at 1 in the Fourier domain, then the
+    kernel is cut to its size, which changes them again; and so on. **Not guaranteed**: a norm of
+    at most 1 after finitely many rounds.
 
     Parameters
     ----------
     kernel : torch.Tensor
-        (c_out, c_in, k, k) with even k.
+        (c_out, c_in, k, k), where the stride divides k.
     size : int
-        Height and width of the image, even.
+        Height and width of the image, a multiple of the stride.
     rounds : int
         Of both projections.
+    stride : int
+        Of the convolution.
 
     Returns
     -------
@@ -70,14 +72,14 @@ def clipped_and_masked(kernel: Tensor, size: int, rounds: int = 50) -> Tensor:
     ----------
     :cite:t:`sedghi2019`; the baseline SVCM of :cite:t:`li2019preventing`.
     """
-    k, half = kernel.shape[-1] // 2, size // 2
-    taps = functional.pixel_unshuffle(kernel, 2)  # stride 1 on four times the channels
+    k, cells = kernel.shape[-1] // stride, size // stride
+    taps = functional.pixel_unshuffle(kernel, stride)  # stride 1 on stride² times the channels
     for _ in range(rounds):
-        spectrum = torch.fft.rfft2(taps, s=(half, half)).permute(2, 3, 0, 1)
+        spectrum = torch.fft.rfft2(taps, s=(cells, cells)).permute(2, 3, 0, 1)
         u, values, vh = torch.linalg.svd(spectrum, full_matrices=False)
         clipped = (u * values.clamp(max=1)[..., None, :]) @ vh
-        taps = torch.fft.irfft2(clipped.permute(2, 3, 0, 1), s=(half, half))[..., :k, :k]
-    return functional.pixel_shuffle(taps, 2)
+        taps = torch.fft.irfft2(clipped.permute(2, 3, 0, 1), s=(cells, cells))[..., :k, :k]
+    return functional.pixel_shuffle(taps, stride)
 
 
 class _ClippingAdam(torch.optim.Adam):

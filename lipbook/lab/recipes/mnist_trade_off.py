@@ -3,7 +3,8 @@ r"""The trade-off between accuracy and radius on MNIST, along margins, offsets a
 One architecture (784-256-256-10, orthonormal weights, MaxMin) and one training, but for the loss:
 the multi-class hinge of several margins, the offset cross-entropy of several offsets at one
 temperature, and the tempered cross-entropy without an offset. Each row is one network, certified
-soundly on all 10,000 test digits.
+soundly on all 10,000 test digits. The grid of each family goes on at one end until the accuracy
+certified at 1.58 falls again, and at the other until clean accuracy no longer rises.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def _tempered(temperature: float) -> Loss:
 #: For each family of losses, how a number makes a loss, and the numbers. The first two take the
 #: radius whose margin is asked for, the last one the temperature.
 LOSSES: dict[str, tuple[Callable[[float], Loss], tuple[float, ...]]] = {
-    "multi-margin": (_hinge, (0.3, 0.75, 1.5, 2.5)),
-    "offset cross-entropy": (_offset, (0.3, 0.75, 1.2, 1.6, 2.5)),
-    "tempered cross-entropy": (_tempered, (0.1, 0.25, 0.5, 1.0)),
+    "multi-margin": (_hinge, (0.1, 0.3, 0.75, 1.5, 2.5, 4.0, 6.0)),
+    "offset cross-entropy": (_offset, (0.1, 0.3, 0.75, 1.2, 1.6, 2.5, 4.0, 6.0)),
+    "tempered cross-entropy": (_tempered, (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)),
 }
 #: Radii at which accuracies are certified.
 EPSILONS = (*(round(0.1 * k, 1) for k in range(31)), 1.58)
