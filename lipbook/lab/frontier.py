@@ -14,7 +14,7 @@ __all__ = ["LOOKED_UP", "PUBLISHED", "RADII", "Published", "entries"]
 
 #: When the numbers were looked up.
 LOOKED_UP = "2026-11-28"
-#: Radii, in the order of ``Published.certified``.
+#: Radii, in the order of the certified accuracies of an entry.
 RADII = ("36/255", "72/255", "108/255", "1")
 
 

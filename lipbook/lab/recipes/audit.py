@@ -433,17 +433,15 @@ class _Adam(torch.optim.Adam):
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
-        for layer in self.model.modules():
-            if hasattr(layer, "stepped"):
-                layer.stepped()
+        _tell(self.model, "stepped")
         return loss
 
 
-def _settle(model: nn.Module) -> None:
-    """Let the layers do what their code does between the last step and the first use."""
+def _tell(model: nn.Module, event: str) -> None:
+    """Let layers do what their code does after a step, or before the first use."""
     for layer in model.modules():
-        if hasattr(layer, "settled"):
-            layer.settled()
+        if hasattr(layer, event):
+            getattr(layer, event)()
 
 
 def layer_matrix(layer: nn.Module, point: Tensor) -> Tensor:
@@ -493,8 +491,8 @@ def norms(model: nn.Sequential, images: Tensor) -> list[list[float]]:
     list
         Least and largest over the images, for each layer.
     """
-    found, hidden = [], images
-    for mixing, layer in zip(model[0:-3:2], model[1:-2:2], strict=True):
+    found, hidden, layers = [], images, list(model)
+    for mixing, layer in zip(layers[0:-3:2], layers[1:-2:2], strict=True):
         with torch.no_grad():
             hidden = mixing(hidden)
         spectra = [torch.linalg.svdvals(layer_matrix(layer, point[None])) for point in hidden]
@@ -566,7 +564,7 @@ def row(
     images, labels = _middle(digits.test_images[:certified]), digits.test_labels[:certified]
     with torch.no_grad():
         model(images)  # estimates start here
-    _settle(model.eval())
+    _tell(model.eval(), "settled")
     start = norms(model, images[:1])
     train(
         model.train(),
@@ -580,7 +578,7 @@ def row(
         schedule="linear",
         seed=seed,
     )
-    _settle(model)
+    _tell(model, "settled")
     end = norms(model, images[:1])
     constant = math.prod(max(1.0, largest) for _, largest in end)
     with torch.no_grad():
