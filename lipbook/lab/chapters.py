@@ -42,7 +42,8 @@ SOLUTION = re.compile(
 )
 SOLUTION_END = re.compile(r"^:{3,}\{solution-end\}[ \t]*\n:{3,}[ \t]*$\n*", re.MULTILINE)
 QUESTIONS = re.compile(
-    r"^(?P<fence>:{3,})\{(?P<name>predict|recap)\}(?P<title>[^\n]*)\n(?P<body>.*?)^(?P=fence)[ \t]*$",
+    r"^(?P<fence>:{3,})\{(?P<name>predict|recap)\}(?P<title>[^\n]*)\n"
+    r"(?P<body>.*?)^(?P=fence)[ \t]*$",
     re.MULTILINE | re.DOTALL,
 )
 CHOICE = re.compile(r"^- \[([ x])\] (.*)\n((?:[ \t]*\n|  .*\n)*)", re.MULTILINE)
