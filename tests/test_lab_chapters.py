@@ -136,6 +136,21 @@ def test_a_text_is_written_without_the_book(written: str, read: str, known: Name
     assert "".join(copied["source"]) == read
 
 
+def test_answers_to_questions_are_folded(known: Names) -> None:
+    asked = (
+        ":::{recap}\nOne?\n\n- [ ] a\n\n  No, $a$.\n- [x] b\n\n  By {eq}`eq-b`.\n\nTwo?\n\n"
+        "- [x] c\n\n  Yes.\n:::\n\n:::{predict} Which?\nThree?\n\n- [x] d\n\n  So.\n:::"
+    )
+    (copied,) = readable(notebook(cell(asked)), known)["cells"]
+    fold = ":::{admonition} Answers\n:class: dropdown\n\n"
+    assert "".join(copied["source"]) == (
+        f"::::{{admonition}} Recap\nOne?\n\n- a\n- b\n\n{fold}- a\n\n  **Not so.** No, $a$.\n"
+        f"- b\n\n  **Right.** By (2.1).\n:::\n\nTwo?\n\n- c\n\n{fold}- c\n\n  **Right.** Yes.\n:::"
+        f"\n::::\n\n::::{{admonition}} Predict: Which?\nThree?\n\n- d\n\n{fold}- d\n\n"
+        "  **Right.** So.\n:::\n::::"
+    )
+
+
 def test_solutions_with_code_are_folded(known: Names) -> None:
     start = ":::{solution-start} ex-b\n:class: dropdown\n:::\n\nBecause."
     end = ":::{solution-end}\n:::"

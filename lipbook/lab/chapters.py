@@ -41,6 +41,13 @@ SOLUTION = re.compile(
     r"^:{3,}\{solution-start\}[ \t]*(\S+)\n(?::.*\n)*:{3,}[ \t]*$\n*", re.MULTILINE
 )
 SOLUTION_END = re.compile(r"^:{3,}\{solution-end\}[ \t]*\n:{3,}[ \t]*$\n*", re.MULTILINE)
+QUESTIONS = re.compile(
+    r"^(?P<fence>:{3,})\{(?P<name>predict|recap)\}(?P<title>[^\n]*)\n"
+    r"(?P<body>.*?)^(?P=fence)[ \t]*$",
+    re.MULTILINE | re.DOTALL,
+)
+CHOICE = re.compile(r"^- \[([ x])\] (.*)\n((?:[ \t]*\n|  .*\n)*)", re.MULTILINE)
+CHOICES = re.compile(r"(?:^- \[[ x]\] .*\n(?:[ \t]*\n|  .*\n)*)+", re.MULTILINE)
 LINK = re.compile(r"^:link: (\S+)\n:link-type: ref\n", re.MULTILINE)
 ENVIRONMENT = re.compile(r"\s*\\begin\{(align|gather|equation|multline)\*?\}")
 ACCENTS = {'"': "\u0308", "'": "\u0301", "`": "\u0300", "^": "\u0302", "~": "\u0303"}
@@ -221,8 +228,7 @@ def _prose(text: str, known: Names) -> str:
     """Text of a cell with every name written out."""
     text = SITE_ONLY.sub("", text)
     text = TOUCH.sub(lambda match: _touch(match, known), text)
-    text = re.sub(r"^(:{3,})\{predict\}", r"\1{admonition} Predict:", text, flags=re.MULTILINE)
-    text = re.sub(r"^(:{3,})\{recap\}.*$", r"\1{admonition} Recap", text, flags=re.MULTILINE)
+    text = QUESTIONS.sub(_questions, text)
     text = DISPLAY.sub(lambda match: _display(match, known), text)
     text = DIRECTIVE.sub(lambda match: _box(match, match.string, known), text)
     text = LABEL.sub("", text)
@@ -234,6 +240,23 @@ def _prose(text: str, known: Names) -> str:
 def _touch(match: re.Match[str], known: Names) -> str:
     number = known.numbers.get(f"fig-touch-{match[1]}", "Figure")
     return re.sub(r"\{touch\}.*", lambda _: f"{{admonition}} {number}", match[0])
+
+
+def _questions(match: re.Match[str]) -> str:
+    """Fold the answers to the choices of a box below them."""
+
+    def folded(run: re.Match[str]) -> str:
+        choices = CHOICE.findall(run[0])
+        asked = "\n".join(f"- {words}" for _, words, _ in choices)
+        told = "\n".join(
+            f"- {words}\n\n  **{'Right' if tick == 'x' else 'Not so'}.** {answer.strip()}"
+            for tick, words, answer in choices
+        )
+        return f"{asked}\n\n:::{{admonition}} Answers\n:class: dropdown\n\n{told}\n:::\n\n"
+
+    title = f"Predict: {match['title'].strip()}" if match["name"] == "predict" else "Recap"
+    body = CHOICES.sub(folded, match["body"]).rstrip()
+    return f":{match['fence']}{{admonition}} {title}\n{body}\n:{match['fence']}"
 
 
 def _solution(text: str, known: Names) -> str:
