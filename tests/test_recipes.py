@@ -35,6 +35,7 @@ from lipbook.lab.recipes import (
     audit,
     brackets,
     cifar10,
+    convolution_gallery,
     counterexamples,
     digit_generator,
     gradients,
@@ -443,11 +444,27 @@ def test_the_best_network_is_better_than_the_published_one_at_both_ends() -> Non
 
 
 def test_the_order_of_the_small_networks() -> None:
-    rows = {row["method"]: row["test"] for row in records.read("mnist_small").results["rows"]}
-    assert list(rows) == list(mnist_small.METHODS)
-    far = {name: test["certified"][-1] for name, test in rows.items()}
-    assert far["BCOP, StiefelMuon"] > far["BCOP"] > max(far["OSSN"], far["SVCM"])
-    assert far["SVCM"] == min(far.values())
+    record = records.read("mnist_small")
+    found = mnist_small.entries(record)
+    assert list(found) == list(mnist_small.METHODS)
+    far = {name: entry.certified for name, entry in found.items()}
+    for better, worse in (
+        ("BCOP, StiefelMuon", "BCOP"), ("BCOP", "OSSN"), ("RKO", "OSSN"), ("OSSN", "SVCM"),
+    ):  # fmt: skip
+        (mean, deviation), (other, others) = far[better], far[worse]
+        assert mean - other > 2 * (deviation + others), (better, worse)
+    clean = [row["test"]["clean"] for row in record.results["rows"] if row["method"] == "BCOP"]
+    assert found["BCOP"].clean == pytest.approx((np.mean(clean), np.std(clean, ddof=1)))
+
+
+def test_a_number_of_a_small_network_has_three_seeds() -> None:
+    record = records.read("mnist_small")
+    rows = record.results["rows"]
+    assert all(len(entry.seeds) >= 3 for entry in mnist_small.entries(record).values())
+    for wrong in (rows[:-1], [*rows, rows[-1]]):
+        fewer = dataclasses.replace(record, results={**record.results, "rows": wrong})
+        with pytest.raises(ValueError, match="expected 3 seeds or more for 'BCOP, StiefelMuon'"):
+            mnist_small.entries(fewer)
 
 
 def test_a_few_steps_train_each_small_network() -> None:
@@ -508,6 +525,19 @@ def test_a_short_training_shows_the_trade_off() -> None:
     )
     assert small[0] > large[0]
     assert small[-1] < large[-1]
+
+
+def test_the_gallery_has_both_budgets_from_three_seeds() -> None:
+    results = records.read("convolution_gallery").results
+    rows = {(r["layer"], r["steps"], r["seed"]): r["certified"] for r in results["rows"]}
+    assert len(rows) == len(results["rows"])
+    digits = mnist()
+    for layer, (_, cost) in convolution_gallery.LAYERS.items():
+        for steps in {results["budget"], int(results["budget"] / cost)}:
+            assert {(layer, steps, seed) for seed in range(3)} <= set(rows)
+    again = convolution_gallery.row(digits, "SOC", 12, seed=1)[0]
+    assert again["certified"] == pytest.approx(rows["SOC", 12, 1], abs=2e-3)
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_larger_groups_help_in_the_infinity_norm() -> None:

@@ -296,30 +296,41 @@ def replaced(mutant: Mutant, tree: Path) -> bool:
 
 
 class Planter:
-    """Plugin of pytest: collects once, and then runs the tests in a fork for each mutant."""
+    """Plugin of pytest: collects once, and then runs the tests in a fork for each mutant.
+
+    A last fork has no mutant, and runs the tests that have failed (all, if some are not known).
+    """
 
     def __init__(self, mutants: list[Mutant], tree: Path, limit: int) -> None:
         self.mutants, self.tree, self.limit = mutants, tree, limit
         self.codes = multiprocessing.get_context("fork").SimpleQueue()
+        self.failed = tree / "failed.txt"
+        self.failed.write_text("")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note which test failed."""
+        if report.failed:
+            with self.failed.open("a") as file:
+                file.write(f"{report.nodeid}\n")
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtestloop(self) -> bool | None:
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         """Fork: the child goes on to the tests, the parent to the next mutant."""
         codes: list[int] = []
-        while len(codes) < len(self.mutants) or 0 not in codes:  # one run that passes, at least
+        for mutant in [*self.mutants, None]:
             child = os.fork()
             if not child:
                 resource.setrlimit(resource.RLIMIT_CPU, (self.limit, self.limit + 9))
-                if len(codes) < len(self.mutants) and not replaced(
-                    self.mutants[len(codes)], self.tree
-                ):
+                if mutant is None:
+                    failed = self.failed.read_text().splitlines()
+                    if not {ANEW, -signal.SIGXCPU} & {*codes}:
+                        session.items[:] = [t for t in session.items if t.nodeid in failed]
+                elif not replaced(mutant, self.tree):
                     os._exit(ANEW)
                 return None
             _, status, usage = os.wait4(child, 0)
             codes.append(os.waitstatus_to_exitcode(status))
             self.codes.put((codes[-1], round(usage.ru_utime + usage.ru_stime, 1)))
-            if len(codes) > len(self.mutants):
-                break
         return True
 
 
@@ -328,7 +339,6 @@ def verdicts(mutants: list[Mutant], tree: Path) -> Iterator[tuple[Mutant, str, f
     tests = tests_of(mutants[0].room)
     planter = Planter(mutants, tree, LIMIT)
     run_tests(tree, tests, plugins=[planter])
-    passed = False
     for mutant in mutants:
         code, seconds = planter.codes.get()
         if code == ANEW:
@@ -336,14 +346,12 @@ def verdicts(mutants: list[Mutant], tree: Path) -> Iterator[tuple[Mutant, str, f
             with rewritten(path, planted(mutant, path.read_text())):
                 code = run_tests(tree, tests, LIMIT)
             seconds = round(spent() - start, 1)
-        else:
-            passed |= code == 0
         if code > 2:  # neither passed nor failed nor broken at the import
             raise RuntimeError(
                 f"pytest gave no verdict on {mutant}:\n{(tree / OUTPUT).read_text()}"
             )
         yield mutant, VERDICTS.get(code, "killed"), seconds
-    if not passed and planter.codes.get()[0] != 0:  # were they killed, or do these always fail?
+    if planter.codes.get()[0] != 0:  # were they killed, or do these always fail?
         output = (tree / OUTPUT).read_text()
         raise RuntimeError(f"tests fail without a mutant:\n{output}")
 

@@ -38,6 +38,8 @@ class Published(NamedTuple):
         Certified accuracies at the first of ``RADII``, in per cent; None where there is none.
     seen : str
         ``"paper"``, ``"repository"`` or ``"secondary"``.
+    settings : str
+        Size and budget, where the configuration in the authors' repository says them.
     """
 
     dataset: str
@@ -47,6 +49,7 @@ class Published(NamedTuple):
     clean: float
     certified: tuple[float | None, ...]
     seen: str
+    settings: str = ""
 
     @property
     def cells(self) -> list[str]:
@@ -103,23 +106,61 @@ PUBLISHED = [
     _cifar10("AOL, Large", "prach2022aol", "no", 71.6, (64.0, 56.4, 49.0, 23.7), "paper"),
     _cifar10("SLL-XL", "araujo2023sll", "no", 73.3, (65.8, 58.4, 51.3, 27.3), "paper"),
     _cifar10("LiResNet", "hu2023liresnet", "no", 81.0, (69.8, 56.3, 42.9), "secondary"),
-    _cifar10("LiResNet++", "hu2024recipe", "4 million", 87.0, (78.1, 66.6, 53.5), "repository"),
-    _cifar10("BRONet-L", "lai2025bro", "no", 81.6, (70.6, 57.2, 42.5), "paper"),
     _cifar10(
-        "LiResNet, BRO, annealing", "lai2025bro", "4 million", 87.2, (78.3, 67.4, 54.5), "paper"
+        "LiResNet++",
+        "hu2024recipe",
+        "4 million",
+        87.0,
+        (78.1, 66.6, 53.5),
+        "repository",
+        "12 blocks of 512 channels, 800 epochs",
+    ),
+    _cifar10(
+        "BRONet-L",
+        "lai2025bro",
+        "no",
+        81.6,
+        (70.6, 57.2, 42.5),
+        "paper",
+        "12 blocks of 512 channels, 800 epochs, 1 GPU",
+    ),
+    _cifar10(
+        "LiResNet, BRO, annealing",
+        "lai2025bro",
+        "4 million",
+        87.2,
+        (78.3, 67.4, 54.5),
+        "paper",
+        "12 blocks of 512 channels, 800 epochs, 2 GPUs",
     ),
     _cifar10("LipNeXt, 64 million", "hu2026lipnext", "?", 81.5, (71.2, 59.2, 45.9), "secondary"),
     _cifar10("LipNeXt, 256 million", "hu2026lipnext", "?", 85.0, (73.2, 58.8, 43.3), "secondary"),
     _cifar100("LiResNet", "hu2023liresnet", "no", 53.0, (40.2, 28.3, 19.2), "secondary"),
     _cifar100("LiResNet++", "hu2024recipe", "yes", 62.1, (50.1, 38.5, 29.0), "repository"),
-    _cifar100("BRONet", "lai2025bro", "no", 54.3, (40.2, 29.1, 20.3), "secondary"),
+    _cifar100("BRONet", "lai2025bro", "no", 54.3, (40.2, 29.1, 20.3), "secondary", "1 GPU"),
     _cifar100("LipNeXt, 256 million", "hu2026lipnext", "?", 57.4, (44.1, 31.9, 22.2), "secondary"),
     _tiny("LiResNet++", "hu2024recipe", "yes", 48.4, (37.0, 26.8, 18.6), "repository"),
-    _tiny("BRONet", "lai2025bro", "no", 41.2, (29.0, 19.0, 12.1), "secondary"),
+    _tiny("BRONet", "lai2025bro", "no", 41.2, (29.0, 19.0, 12.1), "secondary", "2 GPUs"),
     _tiny("LipNeXt, 256 million", "hu2026lipnext", "?", 45.5, (35.0, 25.9, 18.0), "secondary"),
     _imagenet("LiResNet", "hu2023liresnet", "no", 45.6, (35.0, None, None, 14.2), "secondary"),
-    _imagenet("LiResNet++", "hu2024recipe", "yes", 49.0, (38.3,), "repository"),
-    _imagenet("BRONet", "lai2025bro", "no", 49.3, (37.6,), "secondary"),
+    _imagenet(
+        "LiResNet++",
+        "hu2024recipe",
+        "yes",
+        49.0,
+        (38.3,),
+        "repository",
+        "12 blocks of 588 channels, 400 epochs",
+    ),
+    _imagenet(
+        "BRONet",
+        "lai2025bro",
+        "no",
+        49.3,
+        (37.6,),
+        "secondary",
+        "14 blocks of 588 channels, 400 epochs, 8 GPUs",
+    ),
     _imagenet(
         "LipNeXt, 1 billion", "hu2026lipnext", "?", 55.9, (40.3, None, None, 21.1), "secondary"
     ),
