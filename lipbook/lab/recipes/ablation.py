@@ -25,8 +25,8 @@ Networks are certified in float64, soundly, with the norms that they have.
 
 What else was seen. A first grid of rates, a third and a half as large, had its best at the upper
 end for the Small network on validation digits; it was moved up before anything was tested.
-Two choices are at an end of their grids: the rate 0.01 of the dense network with Adam and the offset
-cross-entropy, and the radius 2.5, wherever it was chosen.
+Two choices are at an end of their grids: the rate 0.01 of the dense network with Adam and the
+offset cross-entropy, and the radius 2.5, wherever it was chosen.
 """
 
 from __future__ import annotations
