@@ -704,7 +704,11 @@ def test_lower_bound_halves(side: int) -> None:
     net[0].weight.data.fill_(3 * side)
     net[0].bias.data.fill_(-3)
     start = torch.full((1, 1), 0.8 * side)  # the kink is at 1, the chord reaches to 1.3
-    assert lipschitz_lower_bound(net, start, steps=0).value == pytest.approx(3, rel=1e-6)
+    bound = lipschitz_lower_bound(net, start, steps=0)
+    assert bound.value == pytest.approx(3, rel=1e-6)
+    assert bound.witness is not None
+    x, y = bound.witness
+    assert (x - y).norm().item() == pytest.approx(2.0**-10)  # a chord of length 1, ten times
     assert lipschitz_lower_bound(net, start, radius=0.1).value == 0  # too short to see it
 
 
