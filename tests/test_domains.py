@@ -20,7 +20,7 @@ from lipbook.composition.local import (
     stretches,
 )
 from lipbook.graphs import trace
-from lipbook.layers.joins import Multiply
+from lipbook.layers.joins import MatMul, Multiply
 from lipbook.norms import dual_exponent
 from lipbook.rules import (
     Range,
@@ -196,6 +196,21 @@ def test_a_product_is_as_steep_in_one_factor_as_the_other_is_large() -> None:
     for p in NORMS:
         in_first, in_second = Multiply().factors([first, second], p)
         assert (in_first.item(), in_second.item()) == (0.5, 3.0)
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_a_matrix_product_is_as_steep_as_the_largest_block_of_the_other_factor(p: float) -> None:
+    """Blocks along the diagonal of one matrix, whose norm is that of the largest, a sample each."""
+    a, b = torch.rand(2, 3, 4, 5, dtype=torch.float64), torch.rand(2, 3, 5, 2, dtype=torch.float64)
+    in_a, in_b = MatMul().factors([Range(a, a), Range(b, b)], p)
+    assert in_a.shape == in_b.shape == (2,)
+    for k in range(2):
+        for found, maps in ((in_a[k], b[k].mT), (in_b[k], a[k])):
+            true = torch.linalg.matrix_norm(torch.block_diag(*maps), p).item()
+            if p == 2:  # the Frobenius norm of a block is above its norm
+                assert true <= found.item() <= true * math.sqrt(min(maps.shape[-2:]))
+            else:
+                assert just_above(found, true)
 
 
 # ------------------------------------------------- margins: never too small, and hardly too large
