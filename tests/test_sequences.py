@@ -250,6 +250,19 @@ def test_errors_of_the_program_are_below_their_bounds(time: int, p: float) -> No
     assert p != 2 or (found.error < 1e-5 * (1 + time)).all()
 
 
+def test_errors_of_the_program_see_the_first_state() -> None:
+    """Inputs are small and the state is large, so that what is lost is the state's."""
+    layer = _Lossless(
+        LosslessRNN(3, 5, 2, batch_first=True), "outputs", [1e4 * torch.randn(2, 1, 5)]
+    )
+    x = 1e-3 * torch.randn(4, 6, 3)
+    with torch.no_grad():
+        found, twin = forward_error(layer.eval(), x), freeze(layer).double()
+        wrong = (layer(x).double() - twin(x.double())).flatten(1).norm(dim=1)
+    assert (wrong <= found.error).all()
+    assert (wrong > 1e-4).all()  # far above what is lost of the inputs
+
+
 def test_a_classifier_of_sequences_is_certified() -> None:
     class Classifier(nn.Module):
         def __init__(self) -> None:

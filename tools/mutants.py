@@ -230,7 +230,7 @@ def rooms() -> dict[str, list[str]]:
     for path in sorted((ROOT / "lipbook").rglob("*.py")):
         module = path.relative_to(ROOT / "lipbook").with_suffix("").as_posix()
         room = module.split("/", maxsplit=1)[0]
-        if room != "lab" and not path.name.startswith("__"):
+        if room != "lab" and not path.name.startswith("_"):
             found[room].append(module)
     return dict(found)
 
