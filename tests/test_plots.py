@@ -367,9 +367,9 @@ def test_a_compact_drawing_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("path", "told"),
     {
-        "a point after a closed part": ("M 1 1 L 2 1 L 2 3 z M 5 5 L 6 7", "M1 1h1v2zm4 4l1 2"),
+        "a point after a closed part": ("M 1 1 L 2 1 L 2 3 z M 5 5 L 6 7", "M1 1h1v2zm4 4 1 2"),
         "curves": ("M 0 0 Q 1 2 3 4 C 3 5 4 5 4 4", "M0 0q1 2 3 4c0 1 1 1 1 0"),
-        "rounding": ("M 0 0" + " L 0.004 1" * 3 + " L 0.006 2", "M0 0v1v0v0l.01 1"),
+        "rounding": ("M 0 0" + " L 0.004 1" * 3 + " L 0.006 2", "M0 0v1h0 0l.01 1"),
         "commands of others": ("M 0 0 a 1 1 0 0 1 2 2", "M 0 0 a 1 1 0 0 1 2 2"),
     }.values(),
 )

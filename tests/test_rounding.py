@@ -78,6 +78,7 @@ from lipbook.rounding import (
     rigorous_convolution_norm,
     rigorous_matrix_norm,
 )
+from lipbook.sequences import _Lossless
 
 INF = math.inf
 EXPONENTS = (1.0, 2.0, INF)
@@ -1235,7 +1236,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU, Sine, UnitNormalize}
     by_float64 |= {nn.Softmax2d, nn.LocalResponseNorm}
     by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}
-    by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU}
+    by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU, _Lossless}
     by_decimals = {nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.RMSNorm}
     by_decimals |= {nn.Softmax, nn.Softmin, nn.LogSoftmax}
     by_functions = {Clamp, Constant, Diagonal, Shift, MatrixProduct, LinearMap, Cast}
