@@ -49,6 +49,8 @@ def imported(module: str, instead: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise  # installed, but broken: what it misses is the truth
         raise ModuleNotFoundError(f"{missing(package)}{instead}", name=error.name) from error
 
 

@@ -14,8 +14,8 @@ r"""Layers for sequences that keep norms over any length: lossless recurrence, c
 # In the p-norm of all entries, with c = ||Q||_p and an activation that is nonexpansive, a step
 # multiplies ||h||^p + ||x||^p by at most c^p. Let m = max(1, c). Induction over t shows
 #     ||h_T||^p + sum_t ||y_t||^p <= c^p m^(p (T-1)) (||h_0||^p + sum_t ||x_t||^p),
-# which is how the bound is found from the weights as they are: 1 + 1e-7 a step in float32. Outputs
-# of one layer are the inputs of the next, and the inequality is used again.
+# which is how the bound is found from the weights as they are: at most 1 + 1e-6 a step in float32.
+# Outputs of one layer are the inputs of the next, and the inequality is used again.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ class LosslessRNN(nn.Module):
 
     **Guaranteed**, in training and evaluation: from the whole sequence, and the first state, to
     all outputs and the last state the layer is 1-Lipschitz, at every length, up to rounding of
-    the weights (1e-7 a step in float32). If no layer has fewer outputs than inputs, its Jacobian
-    has orthonormal columns, so that norms are kept; if none has more, orthonormal rows, so that
-    those of gradients are, and gradients neither explode nor vanish. Read the last state, or
+    the weights (at most 1e-6 a step in float32). If no layer has fewer outputs than inputs, its
+    Jacobian has orthonormal columns, so that norms are kept; if none has more, orthonormal rows, so
+    that those of gradients are, and gradients neither explode nor vanish. Read the last state, or
     any output, and the network is 1-Lipschitz in the sequence.
 
     Parameters

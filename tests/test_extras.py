@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from lipbook._extras import EXTRAS
+from lipbook._extras import EXTRAS, imported
 from lipbook.export import export_onnx, load_weights, save_weights
 from lipbook.lab import records
 from lipbook.lab.training import train
@@ -60,6 +60,16 @@ def test_who_lacks_a_package_is_told_its_extra(
     with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
         CALLS[package][k](tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_is_broken_is_not_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxscript.py").write_text("import no_such_dependency")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxscript", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_dependency'"):
+        imported("onnxscript")
 
 
 def test_the_figures_of_the_chapters_name_the_extra() -> None:

@@ -204,6 +204,8 @@ def test_the_bound_is_above_jacobians_and_one_at_any_length(
             assert bound == pytest.approx(top, abs=1e-9)
             long = lipschitz_bound(net, (500, 3)).value
             assert long == pytest.approx(1, abs=1e-9)
+            single = lipschitz_bound(net.float(), (500, 3)).value
+            assert single < (1 + 1e-6) ** (500 * 2)  # steps of two layers
     else:  # both outputs beside one another, as the graph reads them: two paths from one input
         bound = lipschitz_bound(net, (6, 3), p).value
         assert lipschitz_lower_bound(net, torch.randn(4, 6, 3).double(), p=p).value <= bound
