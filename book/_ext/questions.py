@@ -21,11 +21,13 @@ keyboard without a script. In plain Jupyter a question reads as a task list with
 from __future__ import annotations
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.writers.html5 import HTML5Translator
 
 VERDICTS = {True: "Right.", False: "Not so."}
+LINKS = (addnodes.pending_xref, nodes.reference)
 
 
 class choice(nodes.General, nodes.Element):  # noqa: N801 - docutils names nodes like this
@@ -69,6 +71,8 @@ class Questions(SphinxDirective):
                     f"{self.name}: each choice needs a reason, in a paragraph below it"
                 )
             reason[0].insert(0, [nodes.strong("", VERDICTS[bool(is_right)]), nodes.Text(" ")])
+            if any(text.findall(lambda node: isinstance(node, LINKS))):
+                raise self.error(f"{self.name}: a choice is a button and can hold no link")
             if isinstance(text[1], nodes.Text):
                 text[1] = nodes.Text(text[1].lstrip())
             seen = choice_text("", "", *text.children[1:])
