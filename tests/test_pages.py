@@ -274,14 +274,14 @@ def test_a_page_is_light(browser: Any) -> None:
     heavy, sizes = [], {}
     context = browser.new_context(viewport={"width": 1400, "height": 900}, offline=True)
     context.route("**/mathjax/**", lambda route: route.abort())
+    asked: set[Path] = set()
+    page = context.new_page()
+    page.on("request", lambda request: asked.add(Path(unquote(urlsplit(request.url).path))))
     for path in pages():
         if path.name == "404.html":
             continue
-        asked: set[Path] = set()
-        page = context.new_page()
-        page.on("request", lambda r, a=asked: a.add(Path(unquote(urlsplit(r.url).path))))
+        asked.clear()
         page.goto(path.as_uri(), wait_until="load")
-        page.close()
         files = [file for file in asked if file.suffix != ".woff2" and "mathjax" not in file.parts]
         sizes[path] = sum(file.stat().st_size for file in files if file.is_file())
         if sizes[path] > HEAVY:
