@@ -19,11 +19,35 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lipbook.activations import (
+    AbsoluteValue,
+    FullSort,
+    GroupSort,
+    Householder,
+    MaxMin,
+    absolute_value,
+    full_sort,
+    group_sort,
+    householder,
+    max_min,
+)
 from lipbook.composition import Ball, Box, lipschitz_bound, lipschitz_lower_bound
 from lipbook.composition.local import ranges_of
 from lipbook.graphs import trace
 from lipbook.lab.ordinary import NETWORKS, Coupling, Wrapper, made
 from lipbook.lab.recipes.soak import RandomGraph
+from lipbook.pooling import (
+    AveragePooling,
+    InvertibleDownsampling,
+    InvertibleUpsampling,
+    NormPooling,
+    Upsampling,
+    average_pooling,
+    invertible_downsampling,
+    invertible_upsampling,
+    norm_pooling,
+    upsampling,
+)
 from lipbook.robustness import certify
 from lipbook.rounding import forward_error
 
@@ -190,6 +214,46 @@ def test_joins_on_paper(name: str, p: float) -> None:
     function_, truth = PAPER[name]
     bound = lipschitz_bound(Forward(function_), (4,), p)
     assert bound.value == pytest.approx(truth(p), rel=1e-12)
+
+
+OURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], nn.Module]]] = {
+    "group_sort": (lambda x: group_sort(x, 4), lambda: GroupSort(4)),
+    "max_min": (lambda x: max_min(x, dim=1, pairing="halves"), lambda: MaxMin(pairing="halves")),
+    "full_sort": (full_sort, FullSort),
+    "householder": (lambda x: householder(x, torch.full((2,), 0.5)), lambda: reflecting(0.5)),
+    "absolute_value": (absolute_value, AbsoluteValue),
+    "invertible_downsampling": (
+        lambda x: invertible_downsampling(x, 2),
+        lambda: InvertibleDownsampling(2),
+    ),
+    "invertible_upsampling": (
+        lambda x: invertible_upsampling(x, window=2),
+        lambda: InvertibleUpsampling(2),
+    ),
+    "norm_pooling": (lambda x: norm_pooling(x, (2, 1)), lambda: NormPooling((2, 1))),
+    "average_pooling": (lambda x: average_pooling(x, 2), lambda: AveragePooling(2)),
+    "upsampling": (lambda x: upsampling(x, 2), lambda: Upsampling(2)),
+}
+
+
+def reflecting(angle: float) -> Householder:
+    layer = Householder(4)
+    nn.init.constant_(layer.angle, angle)
+    return layer
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("name", OURS)
+def test_a_function_of_the_library_is_its_layer(name: str, p: float) -> None:
+    function_, layer = OURS[name]
+    found = lipschitz_bound(Forward(lambda x, f: function_(x)), (4, 4, 4), p)
+    assert found.value == lipschitz_bound(layer(), (4, 4, 4), p).value
+
+
+def test_an_angle_that_depends_on_the_input_is_refused() -> None:
+    net = Forward(lambda x, f: householder(x, x[0, :2]))
+    with pytest.raises(TypeError, match=r"householder .*weights that depend on the input"):
+        lipschitz_bound(net, (4,))
 
 
 def test_products_are_bounded_by_both_factors() -> None:
