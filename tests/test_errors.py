@@ -647,6 +647,13 @@ TABLE: dict[str, Row] = {
         )
         for name in ("SLLConv2d", "CPLConv2d")
     },
+    "residual.AverageResidual": row(
+        residual.AverageResidual,
+        others={"branch": nn.Identity()},
+        shortcut=("module", nn.Identity()),
+        weight=("positive", 0.5),
+        fine="shortcut: none",
+    ),
     "residual.cpl_scale": row(residual.cpl_scale, weight=RAW),
     "residual.sll_scale": row(residual.sll_scale, weight=RAW, log_q=("raw", tensor(3))),
     # sequences

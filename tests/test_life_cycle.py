@@ -79,7 +79,7 @@ from lipbook.pooling import (
     NormPooling,
     Upsampling,
 )
-from lipbook.residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from lipbook.residual import AverageResidual, CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
 from lipbook.rounding import forward_error
 from lipbook.sequences import CausalOrthogonalConv1d, LosslessRNN
 
@@ -245,6 +245,14 @@ TABLE = {
     "sll convolution": row(lambda: SLLConv2d(3, 4), IMAGE, "nonexpansive", ConvolutionStep),
     "cpl convolution": row(
         lambda: CPLConv2d(3, 2, 5, "zeros", "softplus"), IMAGE, "nonexpansive", ConvolutionStep
+    ),
+    "average residual": row(
+        lambda: AverageResidual(OrthogonalLinear(5, 5), weight=0.3), (5,), "nonexpansive"
+    ),
+    "average residual, stride": row(
+        lambda: AverageResidual(NonexpansiveConv2d(3, 12, 2, stride=2), InvertibleDownsampling(2)),
+        IMAGE,
+        "nonexpansive",
     ),
     # sequences
     "lossless recurrence": row(

@@ -243,13 +243,14 @@ def test_any_two_points_attain_the_constant(make: Callable[[], nn.Module], p: fl
 def test_a_bound_in_training_is_refused(name: str) -> None:
     """And with reason: there one sample changes the outputs of another."""
     net = nn.Sequential(OrthogonalLinear(4, 4), BATCH_LAYERS[name](4), OrthogonalLinear(4, 3))
+    loader = [(torch.randn(3, 4), torch.tensor([0, 1, 2]))]
     why = r"the mean of the batch in training mode.*\.eval\(\)"
     mode = r"evaluation mode: call \.eval\(\)"
     refused: list[tuple[str, Callable[[], object]]] = [
         (why, lambda: lipschitz_bound(net, (4,))),
         (why, lambda: lipschitz_bound(net, (4,), domain=Box(0, 1))),
         (why, lambda: forward_error(net, torch.randn(2, 4))),
-        (mode, lambda: certify(net, torch.randn(2, 4), torch.tensor([0, 1]), sound=False)),
+        (mode, lambda: certify(net, loader, (4,), sound=False)),
     ]
     for message, call in refused:
         with pytest.raises(ValueError, match=message):
@@ -262,7 +263,7 @@ def test_a_bound_in_training_is_refused(name: str) -> None:
     y = net(x)
     x[0] += 1
     assert torch.equal(net(x)[1:], y[1:])
-    assert certify(net, x, torch.tensor([0, 1, 2]), sound=False).radius.isfinite().all()
+    assert certify(net, loader, (4,), sound=False).radius.isfinite().all()
 
 
 @batch_layers
