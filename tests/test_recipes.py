@@ -37,6 +37,7 @@ from lipbook.lab.recipes import (
     cifar10,
     convolution_gallery,
     counterexamples,
+    deep_networks,
     digit_generator,
     gradients,
     group_sizes,
@@ -55,6 +56,7 @@ from lipbook.lab.recipes import (
     transport_scaling,
     wgan,
 )
+from lipbook.lab.training import accuracy
 from lipbook.robustness import certify
 
 # A critic sums up to 1,568 products a unit in float32, in another order on another machine; its
@@ -554,6 +556,102 @@ def test_larger_groups_help_in_the_infinity_norm() -> None:
     results, tensors = mnist_infinity.row(few, 0.1, 2, **short)
     assert results["test"]["clean"] > 0.3
     assert tensors["1.weight"].float().abs().sum(1).max() <= 1 + 1e-3
+
+
+# ----------------------------------------------------------------------------- deep_networks
+
+
+@pytest.mark.parametrize("activation", deep_networks.ACTIVATIONS)
+@pytest.mark.parametrize("way", deep_networks.WAYS)
+def test_deep_networks_are_1_lipschitz_and_learn(way: str, activation: str) -> None:
+    digits = mnist()
+    few = tuple(t[:640] for t in digits[:2])
+    model = deep_networks.fit(way, activation, 3, *few, lr=0.01, epochs=4)
+    assert 0.9 < lipschitz_bound(model, (1, 28, 28)).value <= 1 + 1e-5
+    assert accuracy(model, *(t[::10] for t in digits[2:])) > 0.5
+
+
+def test_deep_networks_begin_as_they_say() -> None:
+    """The norm of a hidden state: kept by a chain, and by averages that begin at 1 / depth."""
+    x = torch.randn(64, 1, 28, 28)
+    loss = {}
+    for way in deep_networks.WAYS:
+        torch.manual_seed(0)
+        model = deep_networks.network(way, "MaxMin", 50).eval()
+        with torch.no_grad():
+            first = model[1](model[0](x))
+            loss[way] = (model[2:-1](first).norm() / first.norm()).item()
+    assert loss["chain"] == pytest.approx(1, abs=0.5)  # biases add to it
+    assert loss["chain from I"] == pytest.approx(1, abs=0.5)
+    assert 0.2 < loss["average"] < 0.8
+    with pytest.raises(ValueError, match="way: expected one of"):
+        deep_networks.network("ladder", "ReLU", 3)
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        deep_networks.network("chain", "GELU", 3)
+
+
+def test_deep_networks_choose_on_held_out_digits_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measured(
+        way: str, activation: str, depth: int, fitted: Any, judges: Any, **given: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        asked.append((fitted, judges))
+        score = 1 - abs(math.log(given["lr"] / (0.01 if way == "average" else 0.1)))
+        marks = {"clean": score, "certified": score, "slope": given["seed"]}
+        cell = {"way": way, "activation": activation, "depth": depth}
+        return cell | given | {"validation": marks, "test": marks}, {}
+
+    few = few_digits()
+    monkeypatch.setattr(deep_networks, "mnist", lambda: few)
+    monkeypatch.setattr(deep_networks, "row", measured)
+    sizes: dict[str, Any] = {
+        "depths": (2,), "rates": (0.01, 0.1), "train_count": 1000, "validation": 300,
+        "rows": Rows(tmp_path),
+    }  # fmt: skip
+    results, _ = deep_networks.run(**sizes)
+    assert deep_networks.run(**sizes)[0] == results
+    assert len(asked) == 8 * 4
+    for (images, _), ((held_out, _), (test, _)) in asked:
+        assert (len(images), len(held_out)) == (1000, 300)
+        both = torch.cat([images, held_out]).flatten(1)
+        assert len(both.unique(dim=0)) == 1300  # of 1,500 different digits
+        assert test is few.test_images
+    assert {(r["way"] == "average", r["lr"]) for r in results["rows"]} == {(1, 0.01), (0, 0.1)}
+    made = records.facts("lipbook reproduce deep_networks", 0, 1.0)
+    found = deep_networks.summary(records.Record("deep_networks", made, results))
+    assert found["average", "ReLU", 2]["slope"] == (1, 1)
+    assert len(found) == 8
+
+
+def test_the_record_of_the_deep_networks_follows_from_its_trials() -> None:
+    record = records.read("deep_networks")
+    best: dict[Any, Any] = {}
+    for one in record.results["tried"]:
+        score = one["validation"]["clean"] + one["validation"]["certified"]
+        cell = one["way"], one["activation"], one["depth"]
+        best[cell] = max(best.get(cell, (-1.0, 0.0)), (score, -one["lr"]))
+    found = deep_networks.summary(record)
+    assert set(found) == set(best)
+    assert len(found) == len(deep_networks.WAYS) * 2 * len(deep_networks.DEPTHS)
+    assert all(found[cell]["lr"] == -best[cell][1] for cell in found)
+    seeds = [(r["way"], r["activation"], r["depth"], r["seed"]) for r in record.results["rows"]]
+    assert len(set(seeds)) == len(seeds) == 3 * len(found)
+    # The chain keeps norms of gradients at any depth; ReLU does not, and averages do in part.
+    assert found["chain", "MaxMin", 50]["slope"][0] > 1 - 1e-4
+    assert found["chain", "ReLU", 50]["slope"][0] < 1e-3
+
+
+def test_a_row_of_the_deep_networks_comes_again() -> None:
+    record = records.read("deep_networks")
+    one = next(r for r in record.results["rows"] if (r["way"], r["depth"]) == ("average", 10))
+    digits = mnist()
+    order = torch.from_numpy(np.random.default_rng([0, 0]).permutation(12_000))[:2560]
+    fitted = digits.train_images[order], digits.train_labels[order]
+    model = deep_networks.fit("average", one["activation"], 10, *fitted, lr=one["lr"], seed=0)
+    assert abs(accuracy(model, *digits[2:]) - one["test"]["clean"]) < 0.02
 
 
 def colours(n: int) -> Cifar10:
