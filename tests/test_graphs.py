@@ -456,6 +456,62 @@ def test_training_mode_where_it_changes_nothing() -> None:
     assert lipschitz_bound(net, (6,)).value == lipschitz_bound(net.eval(), (6,)).value
 
 
+# Arguments in the order in which torch's functions take them; its layers have another.
+POOLINGS: dict[str, dict[str, Any]] = {
+    "avg_pool": {
+        "kernel_size": 2,
+        "stride": 1,
+        "padding": 1,
+        "ceil_mode": True,
+        "count_include_pad": False,
+    },
+    "max_pool": {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": True},
+    "adaptive_avg_pool": {"output_size": 3},
+    "adaptive_max_pool": {"output_size": 3},
+}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("name", POOLINGS)
+def test_a_function_that_pools_is_the_layer_that_pools(name: str, dims: int) -> None:
+    call = getattr(functional, f"{name}{dims}d")
+    words = "".join(word.capitalize() for word in name.split("_"))
+    layer = getattr(nn, f"{words}{dims}d")(**POOLINGS[name])
+    shape = (2, *[7] * dims)
+    x = torch.randn(3, *shape)
+    net = Called(lambda v: call(v, *POOLINGS[name].values()))
+    assert torch.equal(trace(net, shape).run(x), layer(x))
+    for p in NORMS:
+        bound = lipschitz_bound(net, shape, p)
+        assert bound.value == lipschitz_bound(layer, shape, p).value
+        assert lipschitz_lower_bound(net, x, p, steps=5).value <= bound.value
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_function_that_convolves_is_the_layer_that_convolves(transposed: bool, dims: int) -> None:
+    name, cls = ("conv_transpose", "ConvTranspose") if transposed else ("conv", "Conv")
+    call, shape = getattr(functional, f"{name}{dims}d"), (4, *[6] * dims)
+    layer = getattr(nn, f"{cls}{dims}d")(4, 6, 2, stride=2, padding=1, groups=2)
+    places = (2, 1, 0, 2) if transposed else (2, 1, 1, 2)  # one has padding of the output
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    net, x = Called(lambda v: call(v, weight, bias, *places)), torch.randn(3, *shape)
+    assert torch.equal(trace(net, shape).run(x), layer(x))
+    for p in NORMS:
+        assert lipschitz_bound(net, shape, p).value == lipschitz_bound(layer, shape, p).value
+
+
+class Called(nn.Module):
+    """A module whose forward is one call."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def test_a_graph_in_double_precision_does_not_round_where_the_network_casts() -> None:
     class Casts(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -1157,8 +1157,25 @@ def test_a_join_of_one_is_joined_with_nothing() -> None:
 def test_values_that_a_dtype_may_not_hold_are_lost_for_good() -> None:
     """Clipping brings them back, and yet nothing is known of what was clipped."""
     for width, lost in ((4e37, False), (5e37, True)):
-        result = forward_error(nn.Hardtanh(), torch.zeros(1, 3), 2, Box(-width, width))
-        assert result.error.isinf().all() == lost
+        for module in (nn.Hardtanh(), WidenedAndClipped()):  # inputs are held in their own dtype
+            result = forward_error(module, torch.zeros(1, 3), 2, Box(-width, width))
+            assert result.error.isinf().all() == lost
+
+
+class WidenedAndClipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double().clamp(-1, 1)
+
+
+def test_the_constant_on_a_set_is_above_the_true_one() -> None:
+    """Nine times, exactly, where rounding to float64 must not lose the last bits."""
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, 3.0)
+    for p in EXPONENTS:
+        result = forward_error(
+            nn.Sequential(layer, nn.ReLU(), layer), torch.ones(1, 1), p, Box(-9, 9)
+        )
+        assert 9 < result.lipschitz <= 9 * (1 + 1e-8)
 
 
 @pytest.mark.parametrize("p", EXPONENTS)

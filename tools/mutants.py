@@ -52,7 +52,6 @@ from tqdm import tqdm
 # left out: those that take long, and see little that the others do not.
 _QUICK = "-k 'not (LSTM or GRU or heads or encoder)'"
 TESTS = {
-    "cli": "tests/test_cli.py -k 'not notebooks'",  # which are not copied
     "composition": "tests/test_checks.py tests/test_composition.py tests/test_domains.py",
     "convolutions": "tests/test_convolutions.py tests/test_rounding.py "
     "-k 'test_convolutions or nonexpansive'",
