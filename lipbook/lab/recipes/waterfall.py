@@ -51,8 +51,10 @@ __all__ = [
     "VariedNet",
     "difference",
     "entries",
+    "halves",
     "row",
     "run",
+    "spread",
 ]
 
 #: Seeds behind each number.
