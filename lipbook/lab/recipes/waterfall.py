@@ -4,18 +4,26 @@ r"""What the speedrun owes to each of its parts: one of them taken away at a tim
 runs for half as many epochs, and then again with one thing changed (:data:`CHANGES`): back to what
 was usual in 2019, or to another size. Everything else stays, the seeds, too.
 
-Two clocks. All changes but one train for as many processor seconds of one thread as the finished
-recipe, as far as whole epochs allow: what costs time costs epochs (:data:`CHANGES` has their
-numbers, measured before on one machine). The exception is Adam, which is also shown for as many
-epochs, whatever they cost. The record has epochs and seconds of each training.
+All changes train for as many processor seconds of one thread as the finished recipe, as far as
+whole epochs allow: what costs time costs epochs. :data:`CHANGES` has their numbers, measured
+before on one machine; the record has epochs and seconds of each training.
 
-Two changes bring a number that the finished recipe does not have. Each is chosen on 5,000 training
-digits, drawn at random, after a training on the other 55,000: the rate of Adam for the mean of
-clean and certified accuracy, and the margin of the hinge so that the *clean* accuracy is nearest
-to that of the finished recipe. (A loss can buy one with the other; at equal clean accuracy the
-certified ones can be compared.) No other number is tuned to a change. Networks are then trained on
-all 60,000 digits, from five seeds each, and certified on the 10,000 test digits, soundly in
-float64.
+Some changes bring a number that the finished recipe does not have. Each is chosen on 5,000 training
+digits, drawn at random, after a training on the other 55,000:
+
+- the rate of Adam, for the mean of clean and certified accuracy;
+- the margin of the hinge, so that the *clean* accuracy is nearest to that of the finished recipe (a
+  loss can buy one accuracy with the other; where one is equal, the other can be compared);
+- the margin where all is changed at once, for the mean again, since no margin gives it the clean
+  accuracy of the finished recipe. The rate is that of Adam.
+
+No other number is tuned to a change. Networks are then trained on all 60,000 digits, from five
+seeds each, and certified on the 10,000 test digits, soundly in float64.
+
+What else was seen. A first run was stopped after three seeds of some rows, when the margin 0.7
+that it had chosen for the hinge gave another clean accuracy than the finished recipe, and the rate
+of Adam was the largest of its grid. The grids are finer and longer since; the margin of "all of
+these" is now its own; the rest was kept.
 """
 
 from __future__ import annotations
@@ -278,13 +286,14 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "8 hidden layers": {"depth": 8, "epochs": 2},
     "batches of 256": {"batch_size": 256, "epochs": 2},
     "batches of 4096": {"batch_size": 4096, "epochs": 5},
-    "rate × 3": {"lr": 0.3},
-    "rate ÷ 3": {"lr": 0.1 / 3},
+    "three times the rate": {"lr": 0.3},
+    "a third of the rate": {"lr": 0.1 / 3},
 }
 #: For a change that brings a number: its name, and the values to choose from.
 CHOICES: Mapping[str, tuple[str, tuple[float, ...]]] = {
-    "Adam": ("lr", (0.003, 0.01, 0.03)),
-    "hinge": ("radius", (0.7, 1.0, 1.4, 1.9)),
+    "Adam": ("lr", (0.01, 0.03, 0.1)),
+    "hinge": ("radius", (0.7, 0.85, 1.0, 1.4)),
+    "all of these": ("radius", (1.0, 1.4, 1.9, 2.5)),
 }
 
 
@@ -386,13 +395,13 @@ def run(
     finished = choose("nothing")["clean"]
     chosen: dict[str, dict[str, Any]] = {}
     for change, (name, values) in CHOICES.items():
-        found = {value: choose(change, **{name: value}) for value in values}
+        also = chosen["Adam"] if change == "all of these" else {}
+        found = {value: choose(change, **also, **{name: value}) for value in values}
         if change == "hinge":
             best = min(values, key=lambda value: abs(found[value]["clean"] - finished))
         else:
             best = max(values, key=lambda value: found[value]["clean"] + found[value]["certified"])
-        chosen[change] = {name: best}
-    chosen["all of these"] = chosen["Adam"] | chosen["hinge"]
+        chosen[change] = {**also, name: best}
     table = []
     jobs = [(each, change) for each in range(seed, seed + seeds) for change in CHANGES]
     for each, change in rows.bar(jobs, "networks"):
