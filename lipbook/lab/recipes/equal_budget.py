@@ -191,13 +191,13 @@ def row(
     else:
         model = convolution_gallery.network(layer)
     middle = (..., slice(2, 26), slice(2, 26))
-    images, labels = fitted
+    images, labels = fitted[0][middle].contiguous(), fitted[1]
     epochs = 0.0
 
     def train() -> nn.Module:
         nonlocal epochs
         epochs = train_for(
-            model, images[middle].contiguous(), labels,
+            model, images, labels,
             seconds=budget, lr=lr, loss=LOSSES["offset cross-entropy"][0](RADIUS), seed=seed,
             clock=clock,
         )  # fmt: skip
