@@ -1101,11 +1101,11 @@ def test_a_training_ends_with_its_time_at_the_rate_zero(monkeypatch: pytest.Monk
     model.register_forward_pre_hook(lambda _, given: seen.extend(map(bytes, given[0].numpy())))
     monkeypatch.setattr(torch.optim, "Adam", Told)
     loss = torch.nn.CrossEntropyLoss()
-    epochs = equal_budget.train_for(
+    epochs, seconds = equal_budget.train_for(
         model, images, labels, seconds=5, lr=0.1, loss=loss, clock=ticking()
     )
     assert rates == pytest.approx([0.08, 0.06, 0.04, 0.02])
-    assert epochs == 2  # of two batches each
+    assert (epochs, seconds) == (2, 5)  # of two batches each
     assert not model.training
     first, second = seen[:256], seen[256:]
     assert len(set(first)) == len(set(second)) == 256  # no digit twice in a pass

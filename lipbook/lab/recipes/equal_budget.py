@@ -80,7 +80,7 @@ def train_for(
     loss: Callable[[Tensor, Tensor], Tensor],
     seed: int = 0,
     clock: Callable[[], float] = time.process_time,
-) -> float:
+) -> tuple[float, float]:
     r"""Train until the time is up, with Adam at a rate that falls to 0 when it is.
 
     After :math:`t` of :math:`T` seconds the rate is :math:`\eta (1 - t / T)`. The step that is
@@ -105,8 +105,10 @@ def train_for(
 
     Returns
     -------
-    float
+    epochs : float
         Passes over the images.
+    seconds : float
+        That they took.
 
     Raises
     ------
@@ -123,7 +125,7 @@ def train_for(
     >>> train_for(
     ...     model, images, labels, seconds=8, lr=0.01, loss=loss, clock=lambda: next(ticks)
     ... )
-    1.75
+    (1.75, 8)
     """
     batches = len(images) // BATCH
     if not batches:
@@ -135,18 +137,18 @@ def train_for(
     model.train()
     start = clock()
     for step in itertools.count():
-        left = 1 - (clock() - start) / seconds
-        if left <= 0:
+        spent = clock() - start
+        if spent >= seconds:
             break
         if step % batches == 0:
             order = torch.from_numpy(rng.permutation(len(images)))
         batch = order[step % batches * BATCH :][:BATCH]
-        descent.param_groups[0]["lr"] = lr * left
+        descent.param_groups[0]["lr"] = lr * (1 - spent / seconds)
         descent.zero_grad()
         loss(model(images[batch]), labels[batch]).backward()
         descent.step()
     model.eval()
-    return step / batches
+    return step / batches, spent
 
 
 def row(
@@ -192,18 +194,12 @@ def row(
         model = convolution_gallery.network(layer)
     middle = (..., slice(2, 26), slice(2, 26))
     images, labels = fitted[0][middle].contiguous(), fitted[1]
-    epochs = 0.0
-
-    def train() -> nn.Module:
-        nonlocal epochs
-        epochs = train_for(
-            model, images, labels,
-            seconds=budget, lr=lr, loss=LOSSES["offset cross-entropy"][0](RADIUS), seed=seed,
-            clock=clock,
-        )  # fmt: skip
-        return model
-
-    _, seconds = timed(train)
+    train = functools.partial(
+        train_for, model, images, labels,
+        seconds=budget, lr=lr, loss=LOSSES["offset cross-entropy"][0](RADIUS), seed=seed,
+        clock=clock,
+    )  # fmt: skip
+    (epochs, seconds), _ = timed(train)
     images, labels = judges
     found = certificate(freeze(model.double()), images[middle].double(), labels, sound=False)
     return {
