@@ -53,6 +53,7 @@ from lipbook.errors import (
     _closed_form,
     _error_rule_of,
 )
+from lipbook.graphs.operations import traced_as
 from lipbook.norms.arguments import _floating, _integer, _real
 from lipbook.norms.rigorous import _UP
 from lipbook.rules import Affine, Shape, _rule_of, affine_rule
@@ -73,6 +74,7 @@ Dims = int | Sequence[int]
 # ------------------------------------------------------------------------------- functions
 
 
+@traced_as(lambda dim=1: LayerCentering(dim))
 def layer_centering(x: Tensor, dim: Dims = 1) -> Tensor:
     r"""Subtract the mean of each sample over dimensions: an orthogonal projection.
 

@@ -36,6 +36,7 @@ from lipbook.composition.local import ranges_of
 from lipbook.graphs import trace
 from lipbook.lab.ordinary import NETWORKS, Coupling, Wrapper, made
 from lipbook.lab.recipes.soak import RandomGraph
+from lipbook.normalization import LayerCentering, layer_centering
 from lipbook.pooling import (
     AveragePooling,
     InvertibleDownsampling,
@@ -233,6 +234,7 @@ OURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], nn.Module]]] = {
     "norm_pooling": (lambda x: norm_pooling(x, (2, 1)), lambda: NormPooling((2, 1))),
     "average_pooling": (lambda x: average_pooling(x, 2), lambda: AveragePooling(2)),
     "upsampling": (lambda x: upsampling(x, 2), lambda: Upsampling(2)),
+    "layer_centering": (lambda x: layer_centering(x, (2, 3)), lambda: LayerCentering((2, 3))),
 }
 
 
