@@ -34,6 +34,7 @@ from lipbook.normalization import (
 from lipbook.orthogonal import OrthogonalLinear, qr
 from lipbook.robustness import certify
 from lipbook.rounding import forward_error
+from lipbook.rules import affine_rule
 
 BATCH_LAYERS: dict[str, Callable[..., Any]] = {
     "centering": BatchCentering,
@@ -434,6 +435,27 @@ def test_errors_of_programs_are_bounded(make: Callable[[], Any], p: float) -> No
     off = torch.linalg.vector_norm((layer(x).double() - exact).flatten(1), p, dim=1)
     assert (off <= result.error).all()
     assert off.max() > result.error.max() / 60  # and not by far more than it is
+
+
+ANSWERED: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "layer": (LayerCentering, (4, 2)),
+    "pixels": (lambda: LayerCentering((2, 3)), (2, 3, 2)),
+    "batch": (lambda: scattered(BatchCentering(3)).float().eval(), (3, 2)),
+    "scalar": (lambda: scattered(ScalarBatchNorm(3)).float().eval(), (3, 2)),
+    "scale": (lambda: scattered(ScaleAndBias(3)).float(), (3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_every_answer_holds_and_the_matrix_is_the_smallest(name: str) -> None:
+    make, shape = ANSWERED[name]
+    layer = make()
+    check_layer(layer, shape, samples=6)
+    affine = affine_rule(layer.double(), shape)
+    matrix = affine.matrix(shape).numpy()
+    ones = torch.ones(1, *shape, dtype=torch.float64)
+    for function, expected in ((affine.absolute, np.abs(matrix)), (affine.squares, matrix**2)):
+        np.testing.assert_allclose(function(ones).flatten(), expected.sum(1), rtol=1e-12)
 
 
 def test_every_answer_of_a_constant_group() -> None:
