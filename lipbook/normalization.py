@@ -247,7 +247,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total: Tensor = _SumOverProcesses.apply(gradient)  # type: ignore[no-untyped-call]
+        total: Tensor = _SumOverProcesses.apply(gradient)
         return total
 
 
@@ -261,7 +261,7 @@ def _mean_over_processes(sums: Tensor, count: int) -> Tensor:
     if not _several_processes():
         return sums / count
     both = torch.cat((sums, sums.new_tensor([count])))
-    total: Tensor = _SumOverProcesses.apply(both)  # type: ignore[no-untyped-call]
+    total: Tensor = _SumOverProcesses.apply(both)
     return total[:-1] / total[-1]
 
 
@@ -558,6 +558,8 @@ class ScaleAndBias(nn.Module):
     >>> lipschitz_bound(ScaleAndBias(4, -0.5), (4, 3, 3)).value
     0.5
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
