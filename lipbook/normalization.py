@@ -664,7 +664,8 @@ def _(module: LayerCentering, example: Tensor, p: float) -> Analysis:
     """Each entry is a sum of n products, rounded n + 2 times on a path."""
     _check_single(example)
     _, n = _group(module, tuple(example.shape[1:]))
-    affine = _Affine(module, _closed_form(module, example, p), 2.0, 0.0, 1.0, n + 2)
+    norm, absolute = _closed_form(module, example, p), (2 - 2 / n) * _UP  # |C| for each p
+    affine = _Affine(module, norm, absolute, 0.0, 1.0, n + 2)
     return lambda x: affine(x, p)
 
 

@@ -437,6 +437,21 @@ def test_errors_of_programs_are_bounded(make: Callable[[], Any], p: float) -> No
     assert off.max() > result.error.max() / 60  # and not by far more than it is
 
 
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_errors_count_their_roundings(p: float) -> None:
+    """In units of 2^-24: n numbers, a quotient and a difference; or the seven of a scale; to spare."""
+    x = torch.randn(1, 6) + 100
+    size = np.linalg.norm(x.numpy().ravel().astype(float), {math.inf: np.inf}.get(p, p))
+    centered = forward_error(LayerCentering(), x, p).error.item()
+    assert centered == pytest.approx((6 + 2 + 2) * 2.0**-24 * (2 - 2 / 6) * size, rel=1e-4)
+    layer = scattered(ScalarBatchNorm(6, eps=0.01)).float().eval()
+    a = 1 / math.sqrt(layer.running_var.item() + 0.01)
+    shift = a * layer.running_mean.double().abs() + layer.bias.detach().double().abs()
+    moved = np.linalg.norm(shift.numpy(), {math.inf: np.inf}.get(p, p))
+    found = forward_error(layer, x, p).error.item()
+    assert found == pytest.approx((7 + 3) * 2.0**-24 * (a * size + moved), rel=1e-4)
+
+
 ANSWERED: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "layer": (LayerCentering, (4, 2)),
     "pixels": (lambda: LayerCentering((2, 3)), (2, 3, 2)),
