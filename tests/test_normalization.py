@@ -439,7 +439,7 @@ def test_errors_of_programs_are_bounded(make: Callable[[], Any], p: float) -> No
 
 @pytest.mark.parametrize("p", [1, 2, math.inf])
 def test_errors_count_their_roundings(p: float) -> None:
-    """In units of 2^-24: n numbers, a quotient and a difference; or the seven of a scale; to spare."""
+    """Of n numbers, a quotient and a difference; or the seven of a scale; with some to spare."""
     x = torch.randn(1, 6) + 100
     size = np.linalg.norm(x.numpy().ravel().astype(float), {math.inf: np.inf}.get(p, p))
     centered = forward_error(LayerCentering(), x, p).error.item()
