@@ -249,7 +249,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total: Tensor = _SumOverProcesses.apply(gradient)  # type: ignore[no-untyped-call]
+        total: Tensor = _SumOverProcesses.apply(gradient)
         return total
 
 
@@ -263,7 +263,7 @@ def _mean_over_processes(sums: Tensor, count: int) -> Tensor:
     if not _several_processes():
         return sums / count
     both = torch.cat((sums, sums.new_tensor([count])))
-    total: Tensor = _SumOverProcesses.apply(both)  # type: ignore[no-untyped-call]
+    total: Tensor = _SumOverProcesses.apply(both)
     return total[:-1] / total[-1]
 
 
@@ -561,6 +561,8 @@ class ScaleAndBias(nn.Module):
     0.5
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         num_features: int,
@@ -664,7 +666,8 @@ def _(module: LayerCentering, example: Tensor, p: float) -> Analysis:
     """Each entry is a sum of n products, rounded n + 2 times on a path."""
     _check_single(example)
     _, n = _group(module, tuple(example.shape[1:]))
-    affine = _Affine(module, _closed_form(module, example, p), 2.0, 0.0, 1.0, n + 2)
+    norm, absolute = _closed_form(module, example, p), (2 - 2 / n) * _UP  # |C| for each p
+    affine = _Affine(module, norm, absolute, 0.0, 1.0, n + 2)
     return lambda x: affine(x, p)
 
 

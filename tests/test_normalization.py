@@ -34,6 +34,7 @@ from lipbook.normalization import (
 from lipbook.orthogonal import OrthogonalLinear, qr
 from lipbook.robustness import certify
 from lipbook.rounding import forward_error
+from lipbook.rules import affine_rule
 
 BATCH_LAYERS: dict[str, Callable[..., Any]] = {
     "centering": BatchCentering,
@@ -434,6 +435,42 @@ def test_errors_of_programs_are_bounded(make: Callable[[], Any], p: float) -> No
     off = torch.linalg.vector_norm((layer(x).double() - exact).flatten(1), p, dim=1)
     assert (off <= result.error).all()
     assert off.max() > result.error.max() / 60  # and not by far more than it is
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_errors_count_their_roundings(p: float) -> None:
+    """Of n numbers, a quotient and a difference; or the seven of a scale; with some to spare."""
+    x = torch.randn(1, 6) + 100
+    size = np.linalg.norm(x.numpy().ravel().astype(float), {math.inf: np.inf}.get(p, p))
+    centered = forward_error(LayerCentering(), x, p).error.item()
+    assert centered == pytest.approx((6 + 2 + 2) * 2.0**-24 * (2 - 2 / 6) * size, rel=1e-4)
+    layer = scattered(ScalarBatchNorm(6, eps=0.01)).float().eval()
+    a = 1 / math.sqrt(layer.running_var.item() + 0.01)
+    shift = a * layer.running_mean.double().abs() + layer.bias.detach().double().abs()
+    moved = np.linalg.norm(shift.numpy(), {math.inf: np.inf}.get(p, p))
+    found = forward_error(layer, x, p).error.item()
+    assert found == pytest.approx((7 + 3) * 2.0**-24 * (a * size + moved), rel=1e-4)
+
+
+ANSWERED: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "layer": (LayerCentering, (4, 2)),
+    "pixels": (lambda: LayerCentering((2, 3)), (2, 3, 2)),
+    "batch": (lambda: scattered(BatchCentering(3)).float().eval(), (3, 2)),
+    "scalar": (lambda: scattered(ScalarBatchNorm(3)).float().eval(), (3, 2)),
+    "scale": (lambda: scattered(ScaleAndBias(3)).float(), (3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_every_answer_holds_and_the_matrix_is_the_smallest(name: str) -> None:
+    make, shape = ANSWERED[name]
+    layer = make()
+    check_layer(layer, shape, samples=6)
+    affine = affine_rule(layer.double(), shape)
+    matrix = affine.matrix(shape).numpy()
+    ones = torch.ones(1, *shape, dtype=torch.float64)
+    for function, expected in ((affine.absolute, np.abs(matrix)), (affine.squares, matrix**2)):
+        np.testing.assert_allclose(function(ones).flatten(), expected.sum(1), rtol=1e-12)
 
 
 def test_every_answer_of_a_constant_group() -> None:

@@ -364,6 +364,16 @@ def test_errors_of_a_program_are_bounded_frozen_or_not(name: str, p: float) -> N
         assert 1 <= live.lipschitz < 1 + 1e-5
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_a_frozen_step_computes_no_scale(name: str) -> None:
+    make, shape = STEPS[name]
+    layer = make().eval()
+    step, x = freeze(layer), torch.randn(4, *shape)
+    assert type(step).__name__ in ("DenseStep", "ConvolutionStep")
+    assert torch.equal(step.diagonal, layer.scale())
+    assert torch.equal(step(x), layer(x))
+
+
 # ---------------------------------------------------------------------------------- averages
 
 

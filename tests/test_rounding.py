@@ -54,6 +54,12 @@ from lipbook.layers.rearrangements import (
     MatrixProduct,
     Shift,
 )
+from lipbook.normalization import (
+    BatchCentering,
+    LayerCentering,
+    ScalarBatchNorm,
+    ScaleAndBias,
+)
 from lipbook.norms import convolution_norm_bound, operator_norm
 from lipbook.norms.rigorous import _largest_spectral_bound
 from lipbook.orthogonal import OrthogonalLinear, Scale
@@ -1254,6 +1260,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     by_float64 |= {nn.Softmax2d, nn.LocalResponseNorm}
     by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}
     by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU, _Lossless}
+    by_float64 |= {BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias}
     by_decimals = {nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.RMSNorm}
     by_decimals |= {nn.Softmax, nn.Softmin, nn.LogSoftmax}
     by_functions = {Clamp, Constant, Diagonal, Shift, MatrixProduct, LinearMap, Cast}

@@ -250,11 +250,13 @@ def run(
     chosen: list[dict[str, Any]] = []
     cells = list(itertools.product(depths, ACTIVATIONS, WAYS))
     for depth, activation, way in rows.bar(cells, "networks"):
-        cell = (way, activation, depth)
+        one = functools.partial(row, way, activation, depth, fitted, judges, epochs=epochs)
 
-        def compute(lr: float, each: int, cell: Any = cell) -> dict[str, Any]:
-            one = functools.partial(row, *cell, fitted, judges, lr=lr, epochs=epochs, seed=each)
-            return rows.compute(f"{cell} rate {lr} seed {each}", one)[0]
+        def compute(
+            lr: float, each: int, one: Any = one, name: str = f"{way} {activation} {depth}"
+        ) -> dict[str, Any]:
+            made = functools.partial(one, lr=lr, seed=each)
+            return rows.compute(f"{name} rate {lr} seed {each}", made)[0]
 
         found = [compute(lr, seed) for lr in rates]
         best = max(found, key=_score)
