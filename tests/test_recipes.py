@@ -1084,7 +1084,7 @@ def test_the_waterfall_chooses_on_held_out_digits_and_resumes(
     results, tensors = waterfall.run(**sizes)
     count = len(asked)
     assert waterfall.run(**sizes) == (results, tensors)
-    assert len(asked) == count == 1 + 3 + 4 + 4 + 5 * len(waterfall.CHANGES)
+    assert len(asked) == count == 1 + 3 + 4 + 4 + waterfall.SEEDS * len(waterfall.CHANGES)
     whole = sorted(map(bytes, few.train_images.flatten(1).numpy()))
     best = {"Adam": {"lr": 0.03}, "hinge": {"radius": 0.85}}
     best["all of these"] = {"lr": 0.03, "radius": 1.9}
@@ -1152,7 +1152,7 @@ def test_the_record_of_the_waterfall_has_the_choices_of_its_validation_digits() 
     [
         (
             lambda rows: rows.pop(),
-            r"each of the seeds \[0, 1, 2, 3, 4\] once .* got \[0, 1, 2, 3\]",
+            r"each of the seeds \[0, 1, 2\] once .* got \[0, 1\]",
         ),
         (lambda rows: rows.append(rows[0]), r"once for 'nothing', two at least, got \[0, 0, 1"),
         (lambda rows: rows[0].update(epochs=99), "expected one setting for 'nothing'"),
