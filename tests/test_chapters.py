@@ -104,6 +104,14 @@ def test_a_fold_of_guards_says_so(chapter: str) -> None:
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
+def test_proofs_are_folded(chapter: str) -> None:
+    text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
+    assert text.count("{prf:proof}") == len(
+        re.findall(r"^:::+\{prf:proof\}.*\n:class: dropdown\n", text, re.MULTILINE)
+    )
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_prediction_is_asked_for_in_its_own_box(chapter: str) -> None:
     text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
     boxes = re.findall(r"^:::\{admonition\} Predict.*\n:class: (\S+)$", text, re.MULTILINE)
