@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -28,23 +29,86 @@ FOLDED = {"hide-input", "hide-cell", "remove-cell"}
 COLUMN = 80
 
 
+def height(cell: nbformat.NotebookNode) -> int:
+    return len(cell.source.split("\n"))
+
+
 def cells(chapter: str, kind: str) -> list[nbformat.NotebookNode]:
     notebook = nbformat.read(BOOK / f"{chapter}.ipynb", as_version=4)
     return [cell for cell in notebook.cells if cell.cell_type == kind]
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
+def shown(chapter: str) -> list[tuple[str, nbformat.NotebookNode]]:
+    """Cells of code that are not folded, each with the title of its section."""
+    title, found = "", []
+    for cell in nbformat.read(BOOK / f"{chapter}.ipynb", as_version=4).cells:
+        if cell.cell_type == "markdown":
+            title = [title, *re.findall(r"^## (.+)$", cell.source, re.MULTILINE)][-1]
+        elif not FOLDED & set(cell.metadata.get("tags", [])):
+            found.append((title, cell))
+    return found
+
+
+@pytest.mark.parametrize("chapter", [*CHAPTERS, "scoreboard"])
 def test_code_that_is_shown_fits_the_column(chapter: str) -> None:
-    shown = [
-        cell for cell in cells(chapter, "code") if not FOLDED & set(cell.metadata.get("tags", []))
-    ]
     wide = [
         f"{cell.id}: {line}"
-        for cell in shown
+        for _, cell in shown(chapter)
         for line in cell.source.split("\n")
         if len(line) > COLUMN
     ]
     assert not wide, "\n  ".join(["", *wide])
+
+
+@pytest.mark.parametrize("chapter", [*CHAPTERS, "scoreboard"])
+def test_code_that_is_shown_is_short(chapter: str) -> None:
+    long = [f"{cell.id}: {lines}" for _, cell in shown(chapter) if (lines := height(cell)) > 40]
+    assert not long, "\n  ".join(["", *long])
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_what_is_built_from_scratch_is_short(chapter: str) -> None:
+    """Definitions of a cell together, without empty lines; what tries them is not counted."""
+    for title, cell in shown(chapter):
+        if title == "From scratch":
+            lines = cell.source.split("\n")
+            definitions = [
+                line
+                for node in ast.parse(cell.source).body
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                for line in lines[node.lineno - 1 : node.end_lineno]
+                if line.strip()
+            ]
+            assert len(definitions) <= 20, f"{cell.id}: {len(definitions)} lines"
+
+
+def test_guards_are_rarely_in_the_way() -> None:
+    """What must hold is printed, folded or tested; an assert that is shown is a statement."""
+    counts = {
+        chapter: sum(
+            len(re.findall(r"^ *assert\b", cell.source, re.MULTILINE))
+            for title, cell in shown(chapter)
+            if title not in ("From scratch", "Exercises")
+        )
+        for chapter in [*CHAPTERS, "scoreboard"]
+    }
+    assert sum(counts.values()) <= 50, counts
+
+
+@pytest.mark.parametrize("chapter", [*CHAPTERS, "scoreboard"])
+def test_a_fold_of_guards_says_so(chapter: str) -> None:
+    notebook = nbformat.read(BOOK / f"{chapter}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if "hide-cell" in cell.metadata.get("tags", []) and "assert" in cell.source:
+            assert cell.metadata.mystnb.code_prompt_show == "Show the checks", cell.id
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_proofs_are_folded(chapter: str) -> None:
+    text = "\n".join(cell.source for cell in cells(chapter, "markdown"))
+    assert text.count("{prf:proof}") == len(
+        re.findall(r"^:::+\{prf:proof\}.*\n:class: dropdown\n", text, re.MULTILINE)
+    )
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
