@@ -289,7 +289,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "three times the rate": {"lr": 0.3},
     "a third of the rate": {"lr": 0.1 / 3},
 }
-#: For a change that brings a number: its name, and the values to choose from.
+#: Changes that bring a number: its name, and the values to choose from.
 CHOICES: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "Adam": ("lr", (0.01, 0.03, 0.1)),
     "hinge": ("radius", (0.7, 0.85, 1.0, 1.4)),
@@ -331,7 +331,8 @@ def row(
         that judged; ``clean`` and ``certified`` accuracy. No tensors.
     """
     recipe = dataclasses.replace(FINISHED, **{**CHANGES[change], **numbers})
-    model, seconds = timed(functools.partial(recipe.fit, *fitted, precision, seed))
+    digits, classes = fitted
+    model, seconds = timed(functools.partial(recipe.fit, digits, classes, precision, seed))
     images, labels = judges
     if sound:
         model, images = model.double(), images.double()
@@ -454,7 +455,7 @@ class Entry:
     ----------
     change : str
         Key of :data:`CHANGES`.
-    numbers : mapping
+    numbers : dict
         What was chosen for it, if anything.
     epochs : int
     seconds : float
