@@ -157,9 +157,15 @@ FAULTS = (
     ),
     Fault(
         "activations",
-        "return torch.cat((larger, smaller), dim)",
-        "return torch.cat((smaller, larger), dim)",
+        "x.unflatten(dim, (2, -1)), dim, descending=True)",
+        "x.unflatten(dim, (2, -1)), dim)",
         "the halves of MaxMin change places",
+    ),
+    Fault(
+        "activations",
+        "return _Exchange.apply(gradient, *ctx.saved_tensors, ctx.dim), None, None",
+        "return gradient, None, None",
+        "gradients do not follow the pairs that change places",
     ),
     Fault(
         "activations",
