@@ -116,7 +116,7 @@ def batch_mean(x: Tensor) -> Tensor:
 
     .. math:: m_c = \frac1N \sum_{i, \text{pixels}} x_{i, c}
 
-    If :mod:`torch.distributed` is initialised, the sums and their counts are added up over the
+    If ``torch.distributed`` is initialised, the sums and their counts are added up over the
     processes, whose batches may differ in size, and so are gradients. All of them have to call it.
 
     Parameters
@@ -399,7 +399,7 @@ class BatchCentering(_BatchLayer):
     norm, and nothing is lost. In training mode an output depends on the whole batch, of which the
     map is an orthogonal projection, plus b; a bound from a sample to its output is refused.
 
-    Under :mod:`torch.distributed` the mean is that of the batches of all processes, and the
+    Under ``torch.distributed`` the mean is that of the batches of all processes, and the
     buffers agree. In evaluation mode no buffer is touched.
 
     Parameters
