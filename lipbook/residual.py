@@ -439,7 +439,7 @@ class AverageResidual(nn.Module):
         + 2 w (1 - w) \langle x, g(x)\rangle ,
 
     and a random one is about perpendicular to x. Fifty blocks then leave :math:`2^{-25}` of the
-    norm if they begin at :math:`w = \tfrac12`, and a third of it at :math:`w = \tfrac1{50}`: in a
+    norm if they begin at :math:`w = \tfrac12`, and 0.37 of it at :math:`w = \tfrac1{50}`: in a
     deep network begin at one over the depth.
 
     The weights are positive and add up to 1. Signs would add nothing, since a branch may end in its
