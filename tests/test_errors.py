@@ -654,6 +654,12 @@ TABLE: dict[str, Row] = {
         weight=("positive", 0.5),
         fine="shortcut: none",
     ),
+    "residual.OrthogonalResidual": row(
+        residual.OrthogonalResidual,
+        branch=("module", nn.Identity()),
+        angle=("positive", 0.5),
+        fine="angle: negative",
+    ),
     "residual.cpl_scale": row(residual.cpl_scale, weight=RAW),
     "residual.sll_scale": row(residual.sll_scale, weight=RAW, log_q=("raw", tensor(3))),
     # sequences

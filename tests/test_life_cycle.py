@@ -79,7 +79,14 @@ from lipbook.pooling import (
     NormPooling,
     Upsampling,
 )
-from lipbook.residual import AverageResidual, CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from lipbook.residual import (
+    AverageResidual,
+    CPLConv2d,
+    CPLLinear,
+    OrthogonalResidual,
+    SLLConv2d,
+    SLLLinear,
+)
 from lipbook.rounding import forward_error
 from lipbook.sequences import CausalOrthogonalConv1d, LosslessRNN
 
@@ -253,6 +260,9 @@ TABLE = {
         lambda: AverageResidual(NonexpansiveConv2d(3, 12, 2, stride=2), InvertibleDownsampling(2)),
         IMAGE,
         "nonexpansive",
+    ),
+    "orthogonal residual": row(
+        lambda: OrthogonalResidual(OrthogonalLinear(3, 3), angle=0.4), (6,), "orthogonal"
     ),
     # sequences
     "lossless recurrence": row(

@@ -23,6 +23,7 @@ from lipbook.residual import (
     AverageResidual,
     CPLConv2d,
     CPLLinear,
+    OrthogonalResidual,
     SLLConv2d,
     SLLLinear,
     cpl_scale,
@@ -468,5 +469,61 @@ def test_the_weight_is_trained() -> None:
     ],
 )
 def test_averages_refuse(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ------------------------------------------------------------------------- rotations of halves
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.7, -2.0, math.pi / 2])
+def test_a_rotation_of_halves_by_its_formula(angle: float) -> None:
+    branch = OrthogonalConv2d(2, 2, 3, dtype=torch.float64)
+    block = OrthogonalResidual(branch, angle=angle, dtype=torch.float64)
+    x = torch.randn(3, 4, 3, 5, dtype=torch.float64)
+    u, g = x[:, :2].numpy(), branch(x[:, 2:]).detach().numpy()
+    c, s = math.cos(angle), math.sin(angle)
+    expected = np.concatenate([c * u - s * g, s * u + c * g], 1)
+    np.testing.assert_allclose(block(x).detach().numpy(), expected, rtol=0, atol=1e-14)
+
+
+@given(st.integers(1, 4), st.floats(-4, 4), st.floats(0, 3), st.integers(0, 99))
+def test_singular_values_of_a_rotation_of_halves(
+    n: int, angle: float, number: float, seed: int
+) -> None:
+    """Those of the branch, an orthogonal one times a number, and 1."""
+    torch.manual_seed(seed)
+    branch = nn.Sequential(OrthogonalLinear(2 * n, 2 * n), MaxMin(), Scale(number))
+    block = OrthogonalResidual(branch, angle=angle).double()
+    jacobian = torch.func.jacrev(lambda z: block(z[None])[0])(torch.randn(4 * n).double())
+    values = np.linalg.svd(jacobian.detach().numpy(), compute_uv=False)
+    expected = sorted([1.0] * 2 * n + [number] * 2 * n, reverse=True)
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-6)
+    for net in (block, nn.Sequential(block)):  # by its rule, and by its graph
+        assert lipschitz_bound(net, (4 * n,)).value == pytest.approx(max(1, number), abs=1e-6)
+
+
+@pytest.mark.parametrize("p", [1, math.inf])
+def test_what_a_rotation_costs_in_other_norms_is_attained(p: float) -> None:
+    block = OrthogonalResidual(nn.Identity(), angle=0.5).double()
+    matrix = block(torch.eye(4, dtype=torch.float64)).detach().numpy().T
+    bound = lipschitz_bound(block, (4,), p).value
+    assert bound == pytest.approx(math.cos(0.5) + math.sin(0.5), rel=1e-6)
+    assert bound == pytest.approx(np.linalg.norm(matrix, {math.inf: np.inf}.get(p, p)), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: OrthogonalResidual(nn.Tanh())(torch.zeros(2, 3)), "even number of channels"),
+        (
+            lambda: OrthogonalResidual(nn.Linear(2, 1))(torch.zeros(2, 4)),
+            r"keep the shape \(2, 2\) of half of the channels, got \(2, 1\)",
+        ),
+        (lambda: lipschitz_bound(OrthogonalResidual(nn.Linear(2, 1)), (4,)), "keep the shape"),
+        (lambda: OrthogonalResidual(nn.Tanh(), angle=math.inf), "angle must be finite"),
+    ],
+)
+def test_rotations_of_halves_refuse(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
