@@ -187,6 +187,19 @@ EXAMINE = """async (scheme) => {
 }"""
 
 
+# On a desk nothing has to be moved sideways, in opened proofs and solutions, too; folded code may.
+WIDER = """() => {
+  document.querySelectorAll(".toggle-hidden").forEach((e) => e.classList.remove("toggle-hidden"));
+  document.querySelectorAll("details.choice").forEach((e) => { e.open = true; });
+  const boxes = ["mjx-container[display=true]", ".cell_output > .output", "pre",
+    ".pst-scrollable-table-container"].map((box) => "article " + box).join(", ");
+  return [...document.querySelectorAll(boxes)]
+    .filter((e) => e.clientWidth > 0 && !e.closest("details.hide"))
+    .filter((e) => e.scrollWidth > e.clientWidth + 1)
+    .map((e) => `${e.scrollWidth} px in ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`);
+}"""
+
+
 class Visit:
     """A page in the browser, with what it asked for and what it complained about."""
 
@@ -242,6 +255,8 @@ def test_every_page(browser: Any, width: int) -> None:
             if scheme == "dark":
                 page.goto(path.as_uri())  # the page itself follows when the scheme changes
             found += [f"{names(path)} ({scheme}): {fault}" for fault in visit.faults(scheme)]
+        if width >= 1400 and "api" not in path.parts:
+            found += [f"{names(path)}: {box}" for box in page.evaluate(WIDER)]
         page.close()
     context.close()
     assert not found, listed(found)
