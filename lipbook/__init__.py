@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lipbook import lab as lab
     from lipbook import layers as layers
     from lipbook import losses as losses
+    from lipbook import normalization as normalization
     from lipbook import norms as norms
     from lipbook import orthogonal as orthogonal
     from lipbook import pooling as pooling

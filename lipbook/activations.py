@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from lipbook.errors import (
     _quantum,
     moved_error,
 )
+from lipbook.graphs.operations import traced_as
 from lipbook.layers.elementwise import Absolute, register_like
 from lipbook.norms.arguments import _floating, _integer, _tensor
 from lipbook.norms.rigorous import _UP
@@ -68,6 +69,7 @@ torch.fx.wrap("absolute_value")
 # regions, and a layer of zeros meets every tie at once.
 
 
+@traced_as(lambda group_size, dim=1: GroupSort(group_size, dim))
 def group_sort(x: Tensor, group_size: int, dim: int = 1) -> Tensor:
     r"""GroupSort: sorts each group of neighbouring channels in ascending order.
 
@@ -116,12 +118,12 @@ def group_sort(x: Tensor, group_size: int, dim: int = 1) -> Tensor:
     group_size = _group_size(group_size)
     _check_divides("group_size", group_size, x, dim)
     groups = x.unflatten(dim, (-1, group_size))
-    if group_size == 2:  # two selections, without the cost of a sort
-        first, second = groups.unbind(dim + 1)
-        return torch.stack(_sorted_pair(first, second), dim + 1).flatten(dim, dim + 1)
+    if group_size == 2:
+        return _sorted_pairs(groups, dim + 1).flatten(dim, dim + 1)
     return groups.sort(dim + 1).values.flatten(dim, dim + 1)
 
 
+@traced_as(lambda dim=1, pairing="neighbours": MaxMin(dim, pairing))
 def max_min(x: Tensor, dim: int = 1, pairing: Pairing = "neighbours") -> Tensor:
     r"""MaxMin on neighbouring channels (2i, 2i+1), minimum first: equal to ``group_sort(x, 2)``.
 
@@ -181,10 +183,10 @@ def max_min(x: Tensor, dim: int = 1, pairing: Pairing = "neighbours") -> Tensor:
         return group_sort(x, 2, dim)
     dim = _channel_dim(x, dim)
     _check_divides("pairs of channels, that is 2,", 2, x, dim)
-    smaller, larger = _sorted_pair(*x.chunk(2, dim))
-    return torch.cat((larger, smaller), dim)
+    return _sorted_pairs(x.unflatten(dim, (2, -1)), dim, descending=True).flatten(dim, dim + 1)
 
 
+@traced_as(lambda dim=1: FullSort(dim))
 def full_sort(x: Tensor, dim: int = 1) -> Tensor:
     r"""FullSort: sorts all channels in ascending order, GroupSort with a single group.
 
@@ -223,6 +225,7 @@ def full_sort(x: Tensor, dim: int = 1) -> Tensor:
     return x.sort(dim).values
 
 
+@traced_as(lambda angle, dim=1: _reflecting(angle, dim))
 def householder(x: Tensor, angle: Tensor, dim: int = 1) -> Tensor:
     r"""Householder activation of order 1: reflects a pair of channels if it is on the wrong side.
 
@@ -287,6 +290,7 @@ def householder(x: Tensor, angle: Tensor, dim: int = 1) -> Tensor:
     return torch.stack(pair, dim + 1).flatten(dim, dim + 1)
 
 
+@traced_as(lambda: AbsoluteValue())  # noqa: PLW0108 - the class stands below
 def absolute_value(x: Tensor) -> Tensor:
     r"""Absolute value :math:`\lvert x\rvert`, entry by entry, with derivative 1 at zero.
 
@@ -519,9 +523,60 @@ def _(module: Householder, input_shape: tuple[int, ...], p: float) -> Bound:
 # -------------------------------------------------------------------------------------- checks
 
 
-def _sorted_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    swap = first > second  # not at ties, see Note [ties]
-    return torch.where(swap, second, first), torch.where(swap, first, second)
+def _reflecting(angle: Tensor, dim: int = 1) -> Householder:
+    layer = Householder(2 * len(angle), dim, device="meta")
+    layer.angle = nn.Parameter(angle.detach(), False)
+    return layer
+
+
+def _sorted_pairs(pairs: Tensor, dim: int, *, descending: bool = False) -> Tensor:
+    first, second = pairs.detach().unbind(dim)
+    swap = first < second if descending else first > second  # not at ties, see Note [ties]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which fuse or export the steps
+        return _selected(pairs, swap, dim)
+    return _Exchange.apply(pairs, swap, dim)
+
+
+def _selected(pairs: Tensor, swap: Tensor, dim: int) -> Tensor:
+    first, second = pairs.unbind(dim)
+    return torch.stack((torch.where(swap, second, first), torch.where(swap, first, second)), dim)
+
+
+# Note [exchange]
+# Where a pair is exchanged, its gradient is, and its tangent: one linear map that is its own
+# transpose. For the bits of two numbers a and b, a ^ (a ^ b) = b. So one pass of xor exchanges
+# the pairs whose mask is all ones and leaves those whose mask is zero, whatever the numbers are;
+# two selections by torch.where and a stack of their results take five times as long. They are
+# kept for what torch has no rule for: a batch of gradients (is_grads_batched) seen as integers.
+_BITS = {size: getattr(torch, f"int{8 * size}") for size in (1, 2, 4, 8)}
+
+
+class _Exchange(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(pairs: Tensor, swap: Tensor, dim: int) -> Tensor:
+        try:
+            bits = pairs.view(_BITS[pairs.element_size()])
+        except RuntimeError:
+            return _selected(pairs, swap, dim)
+        first, second = bits.unbind(dim)
+        change = (first ^ second) & -swap.to(bits.dtype)
+        return (bits ^ change.unsqueeze(dim)).view(pairs.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        _, swap, ctx.dim = inputs
+        ctx.save_for_backward(swap)
+        ctx.save_for_forward(swap)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Exchange.apply(gradient, *ctx.saved_tensors, ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Exchange.apply(tangent, *ctx.saved_tensors, ctx.dim)
 
 
 def _channel_dim(x: Tensor, dim: int) -> int:

@@ -41,6 +41,7 @@ from lipbook.errors import (
     _relative,
     moved_error,
 )
+from lipbook.graphs.operations import traced_as
 from lipbook.norms.arguments import _floating, _tensor
 
 __all__ = [
@@ -66,6 +67,7 @@ torch.fx.wrap("average_pooling")
 torch.fx.wrap("upsampling")
 
 
+@traced_as(lambda window: InvertibleDownsampling(window))  # noqa: PLW0108 - the class stands below
 def invertible_downsampling(x: Tensor, window: Size) -> Tensor:
     r"""Invertible downsampling: each pixel of a window becomes a channel.
 
@@ -105,6 +107,7 @@ def invertible_downsampling(x: Tensor, window: Size) -> Tensor:
     return windows.flatten(1, counts + 1)
 
 
+@traced_as(lambda window: InvertibleUpsampling(window))  # noqa: PLW0108 - the class stands below
 def invertible_upsampling(x: Tensor, window: Size) -> Tensor:
     r"""Invertible upsampling, the inverse of :func:`invertible_downsampling`.
 
@@ -143,6 +146,7 @@ def invertible_upsampling(x: Tensor, window: Size) -> Tensor:
     return x
 
 
+@traced_as(lambda window: NormPooling(window))  # noqa: PLW0108 - the class stands below
 def norm_pooling(x: Tensor, window: Size) -> Tensor:
     r"""Norm pooling: the Euclidean norm of each window.
 
@@ -179,6 +183,7 @@ def norm_pooling(x: Tensor, window: Size) -> Tensor:
     return torch.linalg.vector_norm(windows, dim=tuple(range(2, 2 + counts)))
 
 
+@traced_as(lambda window: AveragePooling(window))  # noqa: PLW0108 - the class stands below
 def average_pooling(x: Tensor, window: Size) -> Tensor:
     r"""Average pooling, rescaled to norm 1.
 
@@ -215,6 +220,7 @@ def average_pooling(x: Tensor, window: Size) -> Tensor:
     return windows.sum(dims) / math.sqrt(math.prod(windows.shape[2 : 2 + counts]))
 
 
+@traced_as(lambda window: Upsampling(window))  # noqa: PLW0108 - the class stands below
 def upsampling(x: Tensor, window: Size) -> Tensor:
     r"""Nearest-neighbour upsampling, rescaled to keep the 2-norm: the adjoint of average pooling.
 

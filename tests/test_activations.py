@@ -18,6 +18,7 @@ from lipbook.activations import (
     GroupSort,
     Householder,
     MaxMin,
+    Pairing,
     absolute_value,
     full_sort,
     group_sort,
@@ -321,7 +322,42 @@ def test_repr_shows_the_arguments() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_gradcheck(name: str) -> None:
     x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(MODULES[name](), (x,))
+    module = MODULES[name]().requires_grad_(False)
+    assert torch.autograd.gradcheck(
+        module, (x,), check_forward_ad=True, check_batched_grad=True
+    )  # fmt: skip
+    assert torch.autograd.gradgradcheck(lambda x: module(x) ** 3, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pairing", ["neighbours", "halves"])
+def test_a_pair_and_its_gradient_are_exchanged_to_the_bit(
+    pairing: Pairing, dtype: torch.dtype
+) -> None:
+    """Zeros keep their signs, and what is no number stays where it is."""
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0], dtype=dtype)
+    first, second = (grid.reshape(-1) for grid in torch.meshgrid(special, special, indexing="ij"))
+    x = torch.stack([first, second], 1).requires_grad_()
+    gradient = torch.stack([second, first], 1)
+    out = max_min(x, pairing=pairing)
+    out.backward(gradient)
+    assert x.grad is not None
+    flipped = first > second if pairing == "neighbours" else first < second
+    bits = getattr(torch, f"int{8 * dtype.itemsize}")
+    for found, given_ in ((out.detach(), x.detach()), (x.grad, gradient)):
+        for row, pair, flip in zip(found, given_, flipped, strict=True):
+            assert torch.equal(row.view(bits), (pair.flip(0) if flip else pair).view(bits))
+
+
+def test_strides_do_not_matter_to_an_exchange() -> None:
+    x = torch.randn(3, 8, 5, 4)
+    expected = max_min(x)
+    assert torch.equal(max_min(x.contiguous(memory_format=torch.channels_last)), expected)
+    assert torch.equal(max_min(x.transpose(0, 2)).transpose(0, 2), expected)
+    x.requires_grad_()
+    max_min(x).sum().backward()  # a gradient of one entry, seen as many
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_gradcheck_of_the_angle() -> None:

@@ -140,6 +140,18 @@ def test_the_confidence_of_an_attacked_accuracy_is_95_percent() -> None:
     assert found != attacked_accuracy(net, loader, 0.3, attack=fgsm, confidence=0.9)
 
 
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_a_ball_is_that_of_the_2_norm_unless_told_otherwise(attack: Callable[..., Tensor]) -> None:
+    net, x = nn.Linear(9, 2), torch.randn(200, 9)
+    y = net(x).argmax(1)
+    assert torch.equal(attack(net, x, y, 0.5), attack(net, x, y, 0.5, 2))
+    found, *others = (
+        attacked_accuracy(net, [(x, y)], 0.5, *p, attack=attack)
+        for p in ((), (1,), (2,), (math.inf,))
+    )
+    assert others[2].value < found.value == others[1].value < others[0].value
+
+
 # --------------------------------------------------------------------------- the box of images
 
 BOXES: dict[str, tuple[float | Tensor, float | Tensor]] = {

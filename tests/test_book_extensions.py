@@ -407,6 +407,7 @@ def test_a_prediction_answers_without_a_script(tmp_path: Path, extension: Any) -
         ("[ ]", "[x]", "one choice has to be ticked"),
         ("- [ ] At", "- At", "one choice has to be ticked"),
         ("\n  The slope is 4.\n", "", "each choice needs a reason"),
+        ("- [x] At", "- [x] At <https://example.org>", "can hold no link"),
         (":::\n", "\nWhere?\n:::\n", "has to come last"),
     ],
 )  # fmt: skip

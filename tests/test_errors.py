@@ -34,6 +34,7 @@ from lipbook import (
     interpretability,
     jacobians,
     losses,
+    normalization,
     norms,
     orthogonal,
     pooling,
@@ -576,6 +577,39 @@ TABLE: dict[str, Row] = {
     "orthogonal.Scale": row(
         orthogonal.Scale, fine="constant: negative", constant=("positive", 2.0)
     ),
+    # normalization
+    "normalization.layer_centering": row(
+        normalization.layer_centering,
+        x=("raw", tensor(2, 4)),
+        dim=("count", 1),
+        fine="dim: negative",
+    ),
+    "normalization.batch_mean": row(normalization.batch_mean, x=("raw", tensor(3, 4))),
+    "normalization.pooled_variance": row(
+        normalization.pooled_variance, x=("raw", tensor(3, 4)), mean=("raw", tensor(4))
+    ),
+    "normalization.LayerCentering": row(
+        normalization.LayerCentering, dim=("count", 1), fine="dim: negative"
+    ),
+    "normalization.BatchCentering": row(
+        normalization.BatchCentering,
+        num_features=("count", 3),
+        momentum=("share", 0.1),
+        fine="momentum: none",
+    ),
+    "normalization.ScalarBatchNorm": row(
+        normalization.ScalarBatchNorm,
+        num_features=("count", 3),
+        eps=("positive", 1e-5),
+        momentum=("share", 0.1),
+        fine="momentum: none",
+    ),
+    "normalization.ScaleAndBias": row(
+        normalization.ScaleAndBias,
+        num_features=("count", 3),
+        scale=("positive", 2.0),
+        fine="scale: negative",
+    ),
     # pooling
     **{
         f"pooling.{name}": row(
@@ -613,6 +647,13 @@ TABLE: dict[str, Row] = {
         )
         for name in ("SLLConv2d", "CPLConv2d")
     },
+    "residual.AverageResidual": row(
+        residual.AverageResidual,
+        others={"branch": nn.Identity()},
+        shortcut=("module", nn.Identity()),
+        weight=("positive", 0.5),
+        fine="shortcut: none",
+    ),
     "residual.cpl_scale": row(residual.cpl_scale, weight=RAW),
     "residual.sll_scale": row(residual.sll_scale, weight=RAW, log_q=("raw", tensor(3))),
     # sequences

@@ -241,6 +241,20 @@ def test_a_seed_determines_the_bits() -> None:
     assert not torch.equal(first[1].weight, other[1].weight)
 
 
+def test_other_nets_and_views_are_trained() -> None:
+    """Zeros instead of digits leave the weights of the first layer where they started."""
+    made = []
+
+    def make(*given: Any) -> fast.AbsoluteNet:
+        made.append(fast.AbsoluteNet(*given))
+        made.append(made[0].network()[1].weight.clone())
+        return made[0]
+
+    model = fitted(make=make, view=lambda images, rng: torch.zeros(len(images), 576), epochs=1)
+    assert made[0].sizes == (576, 32, 32, 32, 10)
+    assert torch.allclose(model[1].weight.view(32, 28, 28)[:, 2:-2, 2:-2].flatten(1), made[1])
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -56,16 +56,25 @@ def browser() -> Iterator[Any]:
         yield browser
 
 
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A page on which an error, a complaint or a request of a script is a failure."""
+@pytest.fixture(scope="module")
+def tab(browser: Any) -> tuple[Any, list[str]]:
+    """One tab for all, which takes longer to open than a figure, and what goes wrong in it."""
     page = browser.new_page(viewport={"width": 390, "height": 900}, has_touch=True)
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: faults.append(message.text))
     page.on("request", lambda request: faults.append(request.url))
+    return page, faults
+
+
+@pytest.fixture
+def page(tab: tuple[Any, list[str]]) -> Iterator[Any]:
+    """A page on which an error, a complaint or a request of a script is a failure."""
+    page, faults = tab
+    page.goto("about:blank")
+    faults.clear()
     yield page
-    page.close()
+    page.emulate_media(media="screen")
     assert not faults
 
 

@@ -19,11 +19,36 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lipbook.activations import (
+    AbsoluteValue,
+    FullSort,
+    GroupSort,
+    Householder,
+    MaxMin,
+    absolute_value,
+    full_sort,
+    group_sort,
+    householder,
+    max_min,
+)
 from lipbook.composition import Ball, Box, lipschitz_bound, lipschitz_lower_bound
 from lipbook.composition.local import ranges_of
 from lipbook.graphs import trace
 from lipbook.lab.ordinary import NETWORKS, Coupling, Wrapper, made
 from lipbook.lab.recipes.soak import RandomGraph
+from lipbook.normalization import LayerCentering, layer_centering
+from lipbook.pooling import (
+    AveragePooling,
+    InvertibleDownsampling,
+    InvertibleUpsampling,
+    NormPooling,
+    Upsampling,
+    average_pooling,
+    invertible_downsampling,
+    invertible_upsampling,
+    norm_pooling,
+    upsampling,
+)
 from lipbook.robustness import certify
 from lipbook.rounding import forward_error
 
@@ -190,6 +215,47 @@ def test_joins_on_paper(name: str, p: float) -> None:
     function_, truth = PAPER[name]
     bound = lipschitz_bound(Forward(function_), (4,), p)
     assert bound.value == pytest.approx(truth(p), rel=1e-12)
+
+
+OURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], nn.Module]]] = {
+    "group_sort": (lambda x: group_sort(x, 4), lambda: GroupSort(4)),
+    "max_min": (lambda x: max_min(x, dim=1, pairing="halves"), lambda: MaxMin(pairing="halves")),
+    "full_sort": (full_sort, FullSort),
+    "householder": (lambda x: householder(x, torch.full((2,), 0.5)), lambda: reflecting(0.5)),
+    "absolute_value": (absolute_value, AbsoluteValue),
+    "invertible_downsampling": (
+        lambda x: invertible_downsampling(x, 2),
+        lambda: InvertibleDownsampling(2),
+    ),
+    "invertible_upsampling": (
+        lambda x: invertible_upsampling(x, window=2),
+        lambda: InvertibleUpsampling(2),
+    ),
+    "norm_pooling": (lambda x: norm_pooling(x, (2, 1)), lambda: NormPooling((2, 1))),
+    "average_pooling": (lambda x: average_pooling(x, 2), lambda: AveragePooling(2)),
+    "upsampling": (lambda x: upsampling(x, 2), lambda: Upsampling(2)),
+    "layer_centering": (lambda x: layer_centering(x, (2, 3)), lambda: LayerCentering((2, 3))),
+}
+
+
+def reflecting(angle: float) -> Householder:
+    layer = Householder(4)
+    nn.init.constant_(layer.angle, angle)
+    return layer
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("name", OURS)
+def test_a_function_of_the_library_is_its_layer(name: str, p: float) -> None:
+    function_, layer = OURS[name]
+    found = lipschitz_bound(Forward(lambda x, f: function_(x)), (4, 4, 4), p)
+    assert found.value == lipschitz_bound(layer(), (4, 4, 4), p).value
+
+
+def test_an_angle_that_depends_on_the_input_is_refused() -> None:
+    net = Forward(lambda x, f: householder(x, x[0, :2]))
+    with pytest.raises(TypeError, match=r"householder .*weights that depend on the input"):
+        lipschitz_bound(net, (4,))
 
 
 def test_products_are_bounded_by_both_factors() -> None:
@@ -390,6 +456,62 @@ def test_training_mode_where_it_changes_nothing() -> None:
     net = Coupling()
     assert net.training
     assert lipschitz_bound(net, (6,)).value == lipschitz_bound(net.eval(), (6,)).value
+
+
+# Arguments in the order in which torch's functions take them; its layers have another.
+POOLINGS: dict[str, dict[str, Any]] = {
+    "avg_pool": {
+        "kernel_size": 2,
+        "stride": 1,
+        "padding": 1,
+        "ceil_mode": True,
+        "count_include_pad": False,
+    },
+    "max_pool": {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": True},
+    "adaptive_avg_pool": {"output_size": 3},
+    "adaptive_max_pool": {"output_size": 3},
+}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("name", POOLINGS)
+def test_a_function_that_pools_is_the_layer_that_pools(name: str, dims: int) -> None:
+    call = getattr(functional, f"{name}{dims}d")
+    words = "".join(word.capitalize() for word in name.split("_"))
+    layer = getattr(nn, f"{words}{dims}d")(**POOLINGS[name])
+    shape = (2, *[7] * dims)
+    x = torch.randn(3, *shape)
+    net = Called(lambda v: call(v, *POOLINGS[name].values()))
+    assert torch.equal(trace(net, shape).run(x), layer(x))
+    for p in NORMS:
+        bound = lipschitz_bound(net, shape, p)
+        assert bound.value == lipschitz_bound(layer, shape, p).value
+        assert lipschitz_lower_bound(net, x, p, steps=5).value <= bound.value
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_function_that_convolves_is_the_layer_that_convolves(transposed: bool, dims: int) -> None:
+    name, cls = ("conv_transpose", "ConvTranspose") if transposed else ("conv", "Conv")
+    call, shape = getattr(functional, f"{name}{dims}d"), (4, *[6] * dims)
+    layer = getattr(nn, f"{cls}{dims}d")(4, 6, 2, stride=2, padding=1, groups=2)
+    places = (2, 1, 0, 2) if transposed else (2, 1, 1, 2)  # one has padding of the output
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    net, x = Called(lambda v: call(v, weight, bias, *places)), torch.randn(3, *shape)
+    assert torch.equal(trace(net, shape).run(x), layer(x))
+    for p in NORMS:
+        assert lipschitz_bound(net, shape, p).value == lipschitz_bound(layer, shape, p).value
+
+
+class Called(nn.Module):
+    """A module whose forward is one call."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 def test_a_graph_in_double_precision_does_not_round_where_the_network_casts() -> None:

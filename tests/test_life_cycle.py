@@ -27,7 +27,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lipbook import activations, convolutions, orthogonal, pooling, residual, sequences
+from lipbook import (
+    activations,
+    convolutions,
+    normalization,
+    orthogonal,
+    pooling,
+    residual,
+    sequences,
+)
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
 from lipbook.composition import Residual, Sum, check_layer, lipschitz_bound
 from lipbook.convolutions import (
@@ -51,6 +59,12 @@ from lipbook.export import (
     load_weights,
     save_weights,
 )
+from lipbook.normalization import (
+    BatchCentering,
+    LayerCentering,
+    ScalarBatchNorm,
+    ScaleAndBias,
+)
 from lipbook.orthogonal import (
     InfinityNormLinear,
     OrthogonalLinear,
@@ -65,7 +79,7 @@ from lipbook.pooling import (
     NormPooling,
     Upsampling,
 )
-from lipbook.residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
+from lipbook.residual import AverageResidual, CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
 from lipbook.rounding import forward_error
 from lipbook.sequences import CausalOrthogonalConv1d, LosslessRNN
 
@@ -99,6 +113,21 @@ class Outputs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)[0]
+
+
+class _AtRest(nn.Module):
+    """A layer that follows its batches, kept from it: test_normalization.py trains them."""
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+class CenteringAtRest(_AtRest, BatchCentering):
+    pass
+
+
+class ScalarAtRest(_AtRest, ScalarBatchNorm):
+    pass
 
 
 IMAGE = (3, 6, 6)
@@ -217,11 +246,25 @@ TABLE = {
     "cpl convolution": row(
         lambda: CPLConv2d(3, 2, 5, "zeros", "softplus"), IMAGE, "nonexpansive", ConvolutionStep
     ),
+    "average residual": row(
+        lambda: AverageResidual(OrthogonalLinear(5, 5), weight=0.3), (5,), "nonexpansive"
+    ),
+    "average residual, stride": row(
+        lambda: AverageResidual(NonexpansiveConv2d(3, 12, 2, stride=2), InvertibleDownsampling(2)),
+        IMAGE,
+        "nonexpansive",
+    ),
     # sequences
     "lossless recurrence": row(
         lambda: Outputs(LosslessRNN(3, 5, batch_first=True)), (4, 3), "nonexpansive"
     ),
     "causal convolution": row(lambda: CausalOrthogonalConv1d(3, 4, 3), (3, 6), "nonexpansive"),
+    # normalisation
+    "layer centering": row(LayerCentering, IMAGE, "nonexpansive"),
+    "layer centering, pixels": row(lambda: LayerCentering((2, 3)), IMAGE, "nonexpansive"),
+    "batch centering": row(lambda: CenteringAtRest(3).eval(), IMAGE, "one number"),
+    "scalar batch norm": row(lambda: ScalarAtRest(5, eps=1e-2).eval(), (5,), "one number"),
+    "scale and bias": row(lambda: ScaleAndBias(3, -0.7), IMAGE, "one number"),
     # pooling
     "downsampling": row(lambda: InvertibleDownsampling(2), IMAGE, "orthogonal"),
     "invertible upsampling": row(lambda: InvertibleUpsampling((1, 3)), IMAGE, "orthogonal"),
@@ -265,6 +308,8 @@ def assert_guarantee(name: str, layer: nn.Module, dtype: torch.dtype = torch.flo
         assert np.abs(matrix).sum(1).max() <= 1 + tolerance
     elif guarantee == "rows of norm 1":
         assert np.abs(np.linalg.norm(matrix, axis=1) - 1).max() <= tolerance
+    elif guarantee == "one number":
+        assert np.abs(matrix - matrix[0, 0] * np.eye(len(matrix))).max() <= tolerance
     elif guarantee == "norm 2.5":
         assert np.abs(np.linalg.svd(matrix, compute_uv=False) - 2.5).max() <= tolerance
     else:
@@ -329,9 +374,11 @@ def test_the_table_has_every_layer_of_the_library() -> None:
     in_table: set[type[nn.Module]] = set()
     for each in TABLE.values():
         layer = each.make()
-        in_table |= set(type(layer).__mro__[:2])
+        in_table |= set(type(layer).__mro__[:3])
         in_table |= {type(part) for part in layer.modules()}
-    for module in (activations, convolutions, orthogonal, pooling, residual, sequences):
+    for module in (
+        *(activations, convolutions, normalization, orthogonal, pooling, residual, sequences),
+    ):
         public = {getattr(module, name) for name in module.__all__}
         layers = {each for each in public if isinstance(each, type) and issubclass(each, nn.Module)}
         assert layers <= in_table, {each.__name__ for each in layers - in_table}
@@ -501,7 +548,7 @@ def test_a_frozen_layer_has_the_same_bound(name: str, p: float) -> None:
 
 def test_frozen_layers_load_in_a_fresh_process(tmp_path: Path) -> None:
     frozen, inputs, outputs = {}, {}, {}
-    names = [name for name in TABLE if "recurrence" not in name]  # its reader is a class of ours
+    names = [name for name in TABLE if TABLE[name].make().__module__ != __name__]
     for name in names:
         layer, shape = trained(name)
         frozen[name], inputs[name] = freeze(layer), torch.randn(2, *shape)
@@ -653,7 +700,7 @@ def test_layers_can_be_made_without_memory(name: str, context: bool) -> None:
     layer.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in layer.state_dict().values():  # what memory may hold
-            tensor.fill_(math.nan)
+            tensor.fill_(math.nan if tensor.is_floating_point() else -1)
     for module in layer.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()

@@ -66,6 +66,14 @@ def jacobian(layer: nn.Module, x: Tensor) -> Tensor:
     return full.reshape(-1, x.numel())
 
 
+def jacobians(layer: nn.Module, points: Tensor) -> Tensor:
+    """One for each point, a row for all points at a time: samples do not mix."""
+    points = points.clone().requires_grad_()
+    outputs = layer(points).flatten(1)
+    rows = [torch.autograd.grad(out, points, torch.ones_like(out), True) for out in outputs.T]
+    return torch.stack([row.flatten(1) for (row,) in rows], 1)
+
+
 def draws(shape: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     scales = (1e-6, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e3)
@@ -136,9 +144,9 @@ def test_rms_norm_attains_its_row_and_column_sums(name: str) -> None:
             u[top] = 0
             u = u / u.norm() * (1 - b).sqrt()
             u[top] = b.sqrt()
-            for size in torch.logspace(-2.5, 1, 60).double():
-                J = jacobian(layer, (size * u).expand(shape).clone())
-                best = max(best, torch.linalg.matrix_norm(J, p).item())
+            sizes = torch.logspace(-2.5, 1, 60).double().view(-1, *[1] * len(shape))
+            J = jacobians(layer, (sizes * u).expand(-1, *shape))
+            best = max(best, torch.linalg.matrix_norm(J, p).max().item())
             if best > bound.value * (1 - 1e-2):
                 break
         assert bound.value * (1 - 1e-2) < best <= bound.value * (1 + 1e-9)
@@ -247,12 +255,13 @@ def test_domains(name: str) -> None:
         assert found.holds(outputs)
         if found.center is not None and found.radius is not None:
             assert ((outputs - found.center).flatten(1).norm(dim=1) <= found.radius).all()
+        all_of_them = jacobians(layer, points)
         for p in NORMS:
             everywhere = lipschitz_bound(layer, shape, p).value
             local = local_lipschitz_rule(layer, values, p).max().item()
             assert local <= everywhere * (1 + 1e-9)
             bound = lipschitz_bound(layer, shape, p, domain=domain)
-            steepest = max(torch.linalg.matrix_norm(jacobian(layer, x), p).item() for x in points)
+            steepest = torch.linalg.matrix_norm(all_of_them, p).max().item()
             assert steepest <= min(bound.value, local)
 
 

@@ -245,11 +245,11 @@ class Visit:
 def test_every_page(browser: Any, width: int) -> None:
     found = []
     context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+    page = context.new_page()  # one for all: a tab of its own takes longer than most pages
+    visit = Visit(page, HTML.as_uri())
     for path in pages():
         if path.name == "404.html":
             continue
-        page = context.new_page()
-        visit = Visit(page, HTML.as_uri())
         for scheme in ("dark", "light"):
             page.emulate_media(color_scheme=scheme)
             if scheme == "dark":
@@ -257,7 +257,6 @@ def test_every_page(browser: Any, width: int) -> None:
             found += [f"{names(path)} ({scheme}): {fault}" for fault in visit.faults(scheme)]
         if width >= 1400 and path.parent == HTML / "book":
             found += [f"{names(path)}: {box}" for box in page.evaluate(WIDER)]
-        page.close()
     context.close()
     assert not found, listed(found)
 
@@ -290,14 +289,14 @@ def test_a_page_is_light(browser: Any) -> None:
     heavy, sizes = [], {}
     context = browser.new_context(viewport={"width": 1400, "height": 900}, offline=True)
     context.route("**/mathjax/**", lambda route: route.abort())
+    asked: set[Path] = set()
+    page = context.new_page()
+    page.on("request", lambda request: asked.add(Path(unquote(urlsplit(request.url).path))))
     for path in pages():
         if path.name == "404.html":
             continue
-        asked: set[Path] = set()
-        page = context.new_page()
-        page.on("request", lambda r, a=asked: a.add(Path(unquote(urlsplit(r.url).path))))
+        asked.clear()
         page.goto(path.as_uri(), wait_until="load")
-        page.close()
         files = [file for file in asked if file.suffix != ".woff2" and "mathjax" not in file.parts]
         sizes[path] = sum(file.stat().st_size for file in files if file.is_file())
         if sizes[path] > HEAVY:
@@ -311,9 +310,47 @@ def test_a_page_is_light(browser: Any) -> None:
 
 
 # MathJax speaks for itself, and its formulas are most of a page: they are left as text here.
-FORMULAS = {"exclude": [[".math"]]}
+FORMULAS = [[".math"]]
 COLOURS = ["color-contrast", "link-in-text-block"]  # all that depends on the scheme
-CALLED = {"label-content-name-mismatch": {"enabled": True}}  # off in axe, as it is on trial there
+RULES = {
+    "label-content-name-mismatch": {"enabled": True},  # off in axe, as it is on trial there
+    **{name: {"enabled": False} for name in COLOURS},
+}
+# A contrast is a matter of two colours and the size and weight of the letters. Of all texts (and
+# links in texts) that agree in these the first is kept, in an element of its own: axe looks at
+# what is kept in seconds, and at all the thousands in minutes.
+PROBE = """() => {
+  const style = (e) => {
+    const s = getComputedStyle(e);
+    let ground = e;
+    while (ground && /^rgba\\(.*, 0\\)$/.test(getComputedStyle(ground).backgroundColor))
+      ground = ground.parentElement;
+    const under = ground ? getComputedStyle(ground) : null;
+    return [s.color, s.fontSize, s.fontWeight, s.opacity, s.textDecorationLine,
+      under?.backgroundColor, under?.backgroundImage, under?.opacity].join("|");
+  };
+  document.querySelectorAll("[data-probe]").forEach((e) => e.removeAttribute("data-probe"));
+  const seen = new Set();
+  const isNew = (key) => !seen.has(key) && seen.add(key);
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const kept = [];
+  while (texts.nextNode()) {
+    const text = texts.currentNode, e = text.parentElement;
+    if (!text.data.trim() || e.closest(".math, script, style") || !e.getClientRects().length)
+      continue;
+    if (isNew(style(e))) kept.push(text);
+    const link = e.closest("a[href]");
+    if (link && isNew("a|" + style(link) + style(link.parentElement)))
+      link.setAttribute("data-probe", "");
+  }
+  for (const text of kept) {
+    const box = document.createElement("span");
+    box.setAttribute("data-probe", "");
+    text.replaceWith(box);
+    box.append(text);
+  }
+  return kept.length;
+}"""
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -322,29 +359,36 @@ def test_no_page_shuts_anybody_out(browser: Any, half: int) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe").Axe()
     context = browser.new_context(viewport={"width": 1400, "height": 900}, offline=True)
     context.route("**/mathjax/**", lambda route: route.abort())
-    found = []
+    found: list[str] = []
+
+    def ask(page: Any, where: dict[str, Any], **options: Any) -> Iterator[str]:
+        options["resultTypes"] = ["violations"]
+        told = axe.run(page, context={"exclude": FORMULAS, **where}, options=options).response
+        for fault in told["violations"]:
+            if fault["impact"] in ("serious", "critical"):
+                node = fault["nodes"][0]
+                yield (
+                    f"{fault['id']} × {len(fault['nodes'])}: {node['html'][:160]} "
+                    f"{node['any'][:1] and node['any'][0]['message']}"
+                )
+
+    page = context.new_page()
     for path in pages()[half::2]:
         if path.name == "404.html":
             continue
-        page = context.new_page()
         page.goto(path.as_uri(), wait_until="load")
         page.add_style_tag(content="* { transition: none !important }")  # colours on their way
+        found += [f"{names(path)}: {fault}" for fault in ask(page, {}, rules=RULES)]
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             page.wait_for_function(
                 "scheme => document.documentElement.dataset.theme === scheme", arg=scheme
             )
-            options: dict[str, Any] = {"resultTypes": ["violations"], "rules": CALLED}
-            if scheme == "dark":
-                options["runOnly"] = COLOURS
-            for fault in axe.run(page, context=FORMULAS, options=options).response["violations"]:
-                if fault["impact"] in ("serious", "critical"):
-                    where = fault["nodes"][0]
-                    found.append(
-                        f"{names(path)} ({scheme}): {fault['id']} × {len(fault['nodes'])}: "
-                        f"{where['html'][:160]} {where['any'][:1] and where['any'][0]['message']}"
-                    )
-        page.close()
+            assert page.evaluate(PROBE) > 5
+            probes = {"include": [["[data-probe]"]]}
+            found += [
+                f"{names(path)} ({scheme}): {fault}" for fault in ask(page, probes, runOnly=COLOURS)
+            ]
     context.close()
     assert not found, listed(found)
 

@@ -44,6 +44,7 @@ FLOORS = {
     "activations": 6,
     "orthogonal": 6,
     "pooling": 6,
+    "normalization": 6,
     "convolutions": 7,
     "residual": 8,
     "sequences": 8,

@@ -37,7 +37,9 @@ from lipbook.lab.recipes import (
     cifar10,
     convolution_gallery,
     counterexamples,
+    deep_networks,
     digit_generator,
+    equal_budget,
     gradients,
     group_sizes,
     image_critics,
@@ -53,8 +55,10 @@ from lipbook.lab.recipes import (
     speedrun,
     tightness,
     transport_scaling,
+    waterfall,
     wgan,
 )
+from lipbook.lab.training import accuracy
 from lipbook.robustness import certify
 
 # A critic sums up to 1,568 products a unit in float32, in another order on another machine; its
@@ -84,7 +88,10 @@ def test_every_recipe_has_its_record(name: str) -> None:
     parameters = inspect.signature(run).parameters
     assert record.facts["seed"] == parameters["seed"].default
     assert "rows" in parameters
-    longest = {"ablation": 1200, "cifar10": 900, "mnist_small": 1800, "speedrun": 3600}
+    longest = {
+        "ablation": 1200, "cifar10": 900, "equal_budget": 1200, "mnist_small": 1800,
+        "speedrun": 3600, "waterfall": 1200,
+    }  # fmt: skip
     assert 0 < record.facts["seconds"] <= longest.get(name, 600)
     assert record.facts["threads"] >= 1
     assert len(record.facts["hardware"]) > 10
@@ -556,6 +563,102 @@ def test_larger_groups_help_in_the_infinity_norm() -> None:
     assert tensors["1.weight"].float().abs().sum(1).max() <= 1 + 1e-3
 
 
+# ----------------------------------------------------------------------------- deep_networks
+
+
+@pytest.mark.parametrize("activation", deep_networks.ACTIVATIONS)
+@pytest.mark.parametrize("way", deep_networks.WAYS)
+def test_deep_networks_are_1_lipschitz_and_learn(way: str, activation: str) -> None:
+    digits = mnist()
+    few = tuple(t[:640] for t in digits[:2])
+    model = deep_networks.fit(way, activation, 3, *few, lr=0.01, epochs=4)
+    assert 0.9 < lipschitz_bound(model, (1, 28, 28)).value <= 1 + 1e-5
+    assert accuracy(model, *(t[::10] for t in digits[2:])) > 0.5
+
+
+def test_deep_networks_begin_as_they_say() -> None:
+    """The norm of a hidden state: kept by a chain, and by averages that begin at 1 / depth."""
+    x = torch.randn(64, 1, 28, 28)
+    loss = {}
+    for way in deep_networks.WAYS:
+        torch.manual_seed(0)
+        model = deep_networks.network(way, "MaxMin", 50).eval()
+        with torch.no_grad():
+            first = model[1](model[0](x))
+            loss[way] = (model[2:-1](first).norm() / first.norm()).item()
+    assert loss["chain"] == pytest.approx(1, abs=0.5)  # biases add to it
+    assert loss["chain from I"] == pytest.approx(1, abs=0.5)
+    assert 0.2 < loss["average"] < 0.8
+    with pytest.raises(ValueError, match="way: expected one of"):
+        deep_networks.network("ladder", "ReLU", 3)
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        deep_networks.network("chain", "GELU", 3)
+
+
+def test_deep_networks_choose_on_held_out_digits_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measured(
+        way: str, activation: str, depth: int, fitted: Any, judges: Any, **given: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        asked.append((fitted, judges))
+        score = 1 - abs(math.log(given["lr"] / (0.01 if way == "average" else 0.1)))
+        marks = {"clean": score, "certified": score, "slope": given["seed"]}
+        cell = {"way": way, "activation": activation, "depth": depth}
+        return cell | given | {"validation": marks, "test": marks}, {}
+
+    few = few_digits()
+    monkeypatch.setattr(deep_networks, "mnist", lambda: few)
+    monkeypatch.setattr(deep_networks, "row", measured)
+    sizes: dict[str, Any] = {
+        "depths": (2,), "rates": (0.01, 0.1), "train_count": 1000, "validation": 300,
+        "rows": Rows(tmp_path),
+    }  # fmt: skip
+    results, _ = deep_networks.run(**sizes)
+    assert deep_networks.run(**sizes)[0] == results
+    assert len(asked) == 8 * 4
+    for (images, _), ((held_out, _), (test, _)) in asked:
+        assert (len(images), len(held_out)) == (1000, 300)
+        both = torch.cat([images, held_out]).flatten(1)
+        assert len(both.unique(dim=0)) == 1300  # of 1,500 different digits
+        assert test is few.test_images
+    assert {(r["way"] == "average", r["lr"]) for r in results["rows"]} == {(1, 0.01), (0, 0.1)}
+    made = records.facts("lipbook reproduce deep_networks", 0, 1.0)
+    found = deep_networks.summary(records.Record("deep_networks", made, results))
+    assert found["average", "ReLU", 2]["slope"] == (1, 1)
+    assert len(found) == 8
+
+
+def test_the_record_of_the_deep_networks_follows_from_its_trials() -> None:
+    record = records.read("deep_networks")
+    best: dict[Any, Any] = {}
+    for one in record.results["tried"]:
+        score = one["validation"]["clean"] + one["validation"]["certified"]
+        cell = one["way"], one["activation"], one["depth"]
+        best[cell] = max(best.get(cell, (-1.0, 0.0)), (score, -one["lr"]))
+    found = deep_networks.summary(record)
+    assert set(found) == set(best)
+    assert len(found) == len(deep_networks.WAYS) * 2 * len(deep_networks.DEPTHS)
+    assert all(found[cell]["lr"] == -best[cell][1] for cell in found)
+    seeds = [(r["way"], r["activation"], r["depth"], r["seed"]) for r in record.results["rows"]]
+    assert len(set(seeds)) == len(seeds) == 3 * len(found)
+    # The chain keeps norms of gradients at any depth; ReLU does not, and averages do in part.
+    assert found["chain", "MaxMin", 50]["slope"][0] > 1 - 1e-4
+    assert found["chain", "ReLU", 50]["slope"][0] < 1e-3
+
+
+def test_a_row_of_the_deep_networks_comes_again() -> None:
+    record = records.read("deep_networks")
+    one = next(r for r in record.results["rows"] if (r["way"], r["depth"]) == ("average", 10))
+    digits = mnist()
+    order = torch.from_numpy(np.random.default_rng([0, 0]).permutation(12_000))[:2560]
+    fitted = digits.train_images[order], digits.train_labels[order]
+    model = deep_networks.fit("average", one["activation"], 10, *fitted, lr=one["lr"], seed=0)
+    assert abs(accuracy(model, *digits[2:]) - one["test"]["clean"]) < 0.02
+
+
 def colours(n: int) -> Cifar10:
     rng = np.random.default_rng(0)
     labels = torch.arange(n) % 10
@@ -885,6 +988,322 @@ def test_an_ablation_needs_validation_digits(monkeypatch: pytest.MonkeyPatch) ->
             ablation.run(validation=validation)
 
 
+PARTS = [
+    dict(zip(("relu", "adam", "orthonormal"), chosen, strict=True))
+    for chosen in itertools.product((False, True), repeat=3)
+]
+
+
+def by_hand(raw: list[Tensor], biases: list[Tensor], x: Tensor, parts: dict[str, bool]) -> Tensor:
+    """The network of the waterfall from the parameters of Adam, by torch's QR, differentiable."""
+    length = 1.0 if parts["orthonormal"] else math.sqrt((len(raw[-1]) - 1) / len(raw[-1]))
+    for layer, (parameter, bias) in enumerate(zip(raw, biases, strict=True)):
+        last = layer == len(raw) - 1
+        if last and not parts["orthonormal"]:
+            weight = length * parameter / parameter.norm(dim=1, keepdim=True)
+        else:
+            wide = parameter.shape[0] < parameter.shape[1]
+            q, r = torch.linalg.qr(parameter.T if wide else parameter)
+            weight = q * r.diagonal().sign()
+            weight = weight.T if wide else weight
+        x = x @ weight.T + bias
+        half = weight.shape[0] // 2
+        if not last and parts["relu"]:
+            x = x.relu()
+        elif not last:
+            x = torch.cat([x[:, :half].abs(), x[:, half:]], 1)
+    return x
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_varied_net_computes_what_its_network_does(parts: dict[str, bool]) -> None:
+    net = waterfall.VariedNet((12, 8, 8, 5), 0, torch.float64, **parts)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((20, 12)))
+    for _ in range(5):
+        inputs, signs, logits = net.forward(x.T)
+        weights, biases = net.gradients(inputs, signs, logits.sin())
+        net.step(weights, biases, 0.05, 1.0)
+    model = net.network()
+    assert sum(isinstance(layer, torch.nn.ReLU) for layer in model) == 2 * parts["relu"]
+    linear = [layer.weight.double() for layer in model if isinstance(layer, torch.nn.Linear)]
+    kept = linear if parts["orthonormal"] else linear[:-1]
+    assert all((w @ w.T - torch.eye(len(w))).abs().max() < 1e-6 for w in kept)
+    if not parts["orthonormal"]:
+        assert torch.allclose(linear[-1].square().sum(1), torch.tensor(0.8).double())
+    given = net.forward(x.T)[2].T
+    close = 1e-6 if parts["adam"] else 0.02  # the weights of rough steps are not orthonormal yet
+    assert (model.double()(x) - given).abs().max() < close * given.abs().max()
+
+
+@pytest.mark.parametrize("parts", [parts for parts in PARTS if parts["adam"]])
+def test_steps_with_adam_are_those_of_torch(parts: dict[str, bool]) -> None:
+    net = waterfall.VariedNet((12, 8, 8, 5), 0, torch.float64, **parts)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((20, 12)))
+    labels = torch.arange(20) % 5
+    loss = speedrun.LOSSES["offset cross-entropy"][0](1.0)
+    raw, biases = (
+        [part.detach().clone().requires_grad_() for part in parts]
+        for parts in (net.raw, net.biases)
+    )
+    descent = torch.optim.Adam([*raw, *biases], lr=0.05)
+    for _ in range(4):
+        inputs, signs, logits = net.forward(x.T)
+        leaf = logits.T.clone().requires_grad_()
+        (outer,) = torch.autograd.grad(loss(leaf, labels), leaf)
+        net.step(*net.gradients(inputs, signs, outer.T), 0.05, 1.0)
+        descent.zero_grad()
+        loss(by_hand(raw, biases, x, parts), labels).backward()
+        descent.step()
+    with torch.no_grad():
+        assert torch.allclose(net.forward(x.T)[2].T, by_hand(raw, biases, x, parts))
+
+
+def test_the_waterfall_chooses_on_held_out_digits_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a training that tells what it is given, and scores that are known."""
+    few = few_digits()
+    asked = []
+
+    def told(
+        change: str, fitted: Any, judges: Any, *, sound: bool = True, seed: int, **numbers: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        asked.append((change, fitted, judges, sound, numbers))
+        assert numbers.pop("precision") == "float32"
+        radius, lr = numbers.get("radius", 0.9), numbers.get("lr", 0.03)
+        clean = 0.9 + 0.01 * radius
+        certified = 0.5 - abs(math.log10(lr / 0.03)) + radius * (4 - radius)
+        return {
+            "change": change, "numbers": numbers, "epochs": 4, "seed": seed, "seconds": 1.0,
+            "clean": clean, "certified": certified,
+        }, {}  # fmt: skip
+
+    monkeypatch.setattr(waterfall, "mnist", lambda full=False: few)
+    monkeypatch.setattr(waterfall, "row", told)
+    sizes: dict[str, Any] = {"validation": 300, "precision": "float32", "rows": Rows(tmp_path)}
+    results, tensors = waterfall.run(**sizes)
+    count = len(asked)
+    assert waterfall.run(**sizes) == (results, tensors)
+    assert len(asked) == count == 1 + 3 + 4 + 4 + waterfall.SEEDS * len(waterfall.CHANGES)
+    whole = sorted(map(bytes, few.train_images.flatten(1).numpy()))
+    best = {"Adam": {"lr": 0.03}, "hinge": {"radius": 0.85}}
+    best["all of these"] = {"lr": 0.03, "radius": 1.9}
+    for change, (fitted, _), (judging, _), sound, numbers in asked:
+        if sound:  # the test digits judge what was chosen
+            assert judging is few.test_images
+            assert fitted is few.train_images
+            assert numbers == best.get(change, {})
+        else:
+            together = torch.cat([fitted, judging]).flatten(1)
+            assert sorted(map(bytes, together.numpy())) == whole
+            assert len(judging) == 300
+    made = records.facts("lipbook reproduce waterfall", 0, 1.0)
+    record = records.Record("waterfall", made, results)
+    assert [*waterfall.entries(record)] == [*waterfall.CHANGES]
+    clean, certified = waterfall.difference(record, "hinge")
+    assert clean == pytest.approx((-0.0005, 0))
+    assert certified == pytest.approx((-0.1125, 0))
+
+
+def test_a_short_training_shows_what_the_waterfall_says() -> None:
+    """Of its largest effects, on the digits that ship."""
+    digits = mnist()
+    few = [part[:6000] for part in digits[:2]]
+    short: dict[str, Any] = {"epochs": 4, "batch_size": 256, "width": 64, "precision": "float32"}
+    certified = {
+        change: waterfall.row(change, few, digits[2:], **short | numbers)[0]["certified"]
+        for change, numbers in (
+            ("nothing", {}), ("ReLU", {}), ("all of these", {"lr": 0.01, "radius": 1.0})
+        )
+    }  # fmt: skip
+    assert certified["nothing"] > certified["ReLU"] + 0.03
+    assert certified["ReLU"] > certified["all of these"] + 0.03
+
+
+def test_the_record_of_the_waterfall_has_the_choices_of_its_validation_digits() -> None:
+    record = records.read("waterfall")
+    assert {row["count"] for row in record.results["judged"]} == {5000}
+    assert {row["count"] for row in record.results["rows"]} == {10_000}
+    assert {row["seed"] for row in record.results["rows"]} == set(range(waterfall.SEEDS))
+    found = waterfall.entries(record)
+    finished, *judged = record.results["judged"]
+    assert (finished["change"], finished["numbers"]) == ("nothing", {})
+    for change, (name, values) in waterfall.CHOICES.items():
+        mine = {row["numbers"][name]: row for row in judged if row["change"] == change}
+        assert [*mine] == [*values]
+        scores = {
+            value: -abs(row["clean"] - finished["clean"])
+            if change == "hinge"
+            else row["clean"] + row["certified"]
+            for value, row in mine.items()
+        }
+        assert found[change].numbers[name] == max(scores, key=lambda value: scores[value])
+    assert found["all of these"].numbers["lr"] == found["Adam"].numbers["lr"]
+    for change, entry in found.items():
+        assert entry.epochs == waterfall.CHANGES[change].get("epochs", waterfall.FINISHED.epochs)
+        pairs = zip(waterfall.difference(record, change), ("clean", "certified"), strict=True)
+        for (mean, _), measure in pairs:
+            less = getattr(found["nothing"], measure)[0]
+            assert math.isclose(mean, getattr(entry, measure)[0] - less, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda rows: rows.pop(),
+            r"each of the seeds \[0, 1, 2\] once .* got \[0, 1\]",
+        ),
+        (lambda rows: rows.append(rows[0]), r"once for 'nothing', two at least, got \[0, 0, 1"),
+        (lambda rows: rows[0].update(epochs=99), "expected one setting for 'nothing'"),
+        (lambda rows: rows[0].update(change="GELU"), "unknown change 'GELU'"),
+    ],
+)
+def test_a_waterfall_without_all_its_rows_is_refused(
+    change: Callable[[list[dict[str, Any]]], object], words: str
+) -> None:
+    record = copy.deepcopy(records.read("waterfall"))
+    change(record.results["rows"])
+    with pytest.raises(ValueError, match=words):
+        waterfall.entries(record)
+
+
+def test_a_waterfall_of_other_things_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"change: expected one of .* got 'GELU'"):
+        waterfall.difference(records.read("waterfall"), "GELU")
+    with pytest.raises(ValueError, match=r"activation: expected one of .*'ReLU'.* got 'GELU'"):
+        dataclasses.replace(waterfall.FINISHED, activation="GELU")
+    monkeypatch.setattr(waterfall, "mnist", lambda full=False: few_digits())
+    for validation in (0, 1500):
+        with pytest.raises(ValueError, match="validation: expected a number of the 1500 training"):
+            waterfall.run(validation=validation)
+
+
+# -------------------------------------------------------------------------------- equal_budget
+
+
+def ticking() -> Callable[[], float]:
+    ticks = itertools.count()
+    return lambda: float(next(ticks))
+
+
+def test_a_training_ends_with_its_time_at_the_rate_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = (part[:300] for part in mnist()[:2])
+    rates, seen = [], []
+
+    class Told(torch.optim.Adam):
+        def step(self, closure: Any = None) -> None:
+            rates.append(self.param_groups[0]["lr"])
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    model.register_forward_pre_hook(lambda _, given: seen.extend(map(bytes, given[0].numpy())))
+    monkeypatch.setattr(torch.optim, "Adam", Told)
+    loss = torch.nn.CrossEntropyLoss()
+    epochs, seconds = equal_budget.train_for(
+        model, images, labels, seconds=5, lr=0.1, loss=loss, clock=ticking()
+    )
+    assert rates == pytest.approx([0.08, 0.06, 0.04, 0.02])
+    assert (epochs, seconds) == (2, 5)  # of two batches each
+    assert not model.training
+    first, second = seen[:256], seen[256:]
+    assert len(set(first)) == len(set(second)) == 256  # no digit twice in a pass
+    assert first != second
+    with pytest.raises(ValueError, match="images: expected 128 or more, got 127"):
+        equal_budget.train_for(model, images[:127], labels[:127], seconds=1, lr=0.1, loss=loss)
+    with pytest.raises(ValueError, match="seconds: expected a positive number, got 0"):
+        equal_budget.train_for(model, images, labels, seconds=0, lr=0.1, loss=loss)
+
+
+@pytest.mark.parametrize("layer", equal_budget.LAYERS)
+def test_a_layer_learns_and_is_certified_by_its_bound(layer: str) -> None:
+    digits = few_digits()
+    results, _ = equal_budget.row(
+        layer, digits[:2], digits[2:], lr=0.01, budget=40, clock=ticking()
+    )
+    clean, *far = results["certified"]
+    assert clean > 0.4
+    assert clean >= far[0] >= far[1]
+    assert results["epochs"] == pytest.approx(39 / 11)
+
+
+def test_equal_budgets_choose_on_held_out_digits_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = few_digits()
+    asked = []
+
+    def told(layer: str, fitted: Any, judges: Any, *, lr: float, budget: float, seed: int) -> Any:
+        asked.append((layer, fitted, judges, lr))
+        score = 0.4 - abs(math.log10(lr / best[layer]))
+        return {
+            "layer": layer, "lr": lr, "seed": seed, "epochs": 1.0, "seconds": budget,
+            "certified": [score, score, score],
+        }, {}  # fmt: skip
+
+    best = {layer: 0.003 if layer == "AOL" else 0.01 for layer in equal_budget.LAYERS}
+    monkeypatch.setattr(equal_budget, "mnist", lambda full=False: few)
+    monkeypatch.setattr(equal_budget, "row", told)
+    sizes: dict[str, Any] = {"validation": 300, "rows": Rows(tmp_path)}
+    results, tensors = equal_budget.run(**sizes)
+    count = len(asked)
+    assert equal_budget.run(**sizes) == (results, tensors)
+    assert len(asked) == count == 8 * 3 + 8 * 3
+    whole = sorted(map(bytes, few.train_images.flatten(1).numpy()))
+    for _, (fitted, _), (judging, _), _ in asked[:24]:
+        together = torch.cat([fitted, judging]).flatten(1)
+        assert sorted(map(bytes, together.numpy())) == whole
+        assert len(judging) == 300
+    for layer, (fitted, _), (judging, _), lr in asked[24:]:
+        assert judging is few.test_images
+        assert fitted is few.train_images
+        assert lr == best[layer]
+    made = records.facts("lipbook reproduce equal_budget", 0, 1.0)
+    found = equal_budget.entries(records.Record("equal_budget", made, results))
+    assert {layer: entry.lr for layer, entry in found.items()} == best
+
+
+def test_the_record_of_equal_budgets_keeps_them_and_its_choices() -> None:
+    record = records.read("equal_budget")
+    judged, rows = record.results["judged"], record.results["rows"]
+    assert {row["count"] for row in judged} == {5000}
+    assert {row["count"] for row in rows} == {10_000}
+    assert {row["seed"] for row in rows} == set(range(equal_budget.SEEDS))
+    assert record.results["epsilons"] == list(equal_budget.EPSILONS)
+    budget = record.results["budget"]
+    assert budget == equal_budget.BUDGET
+    assert all(budget <= row["seconds"] <= 1.1 * budget for row in [*judged, *rows])
+    for layer, entry in equal_budget.entries(record).items():
+        mine = {row["lr"]: row["certified"] for row in judged if row["layer"] == layer}
+        assert [*mine] == [*equal_budget.RATES]
+        assert entry.lr == max(mine, key=lambda lr: mine[lr][0] + mine[lr][2])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: rows.pop(), r"seeds \[0, 1, 2\] once for dense, two at least.* got \[0, 1\]"),
+        (lambda rows: rows[0].update(lr=9.0), "once for BCOP, two at least, at one rate, got"),
+        (lambda rows: rows.append(rows[0] | {"layer": "ECO"}), "unknown layers {'ECO'}"),
+    ],
+)
+def test_a_budget_without_all_its_rows_is_refused(
+    change: Callable[[list[dict[str, Any]]], object], words: str
+) -> None:
+    record = copy.deepcopy(records.read("equal_budget"))
+    change(record.results["rows"])
+    with pytest.raises(ValueError, match=words):
+        equal_budget.entries(record)
+
+
+def test_a_budget_of_other_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = few_digits()
+    with pytest.raises(ValueError, match=r"layer: expected one of .*'dense'.* got 'ECO'"):
+        equal_budget.row("ECO", digits[:2], digits[2:], lr=0.01)
+    monkeypatch.setattr(equal_budget, "mnist", lambda full=False: digits)
+    with pytest.raises(ValueError, match="validation: expected a number of the 1500 training"):
+        equal_budget.run(validation=0)
+
+
 def test_the_search_finds_counterexamples_of_real_arithmetic_only() -> None:
     record = records.read("counterexamples").results
     assert [row["family"] for row in record["rows"]] == [f.name for f in counterexamples.FAMILIES]
@@ -1170,6 +1589,17 @@ def test_rows_keep_results_and_tensors(tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".row"]
     assert Rows().compute("one/row, 1", lambda: ({}, {})) == ({}, {})
     assert rows.elsewhere == []
+
+
+def test_rows_with_one_file_are_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, None):
+        rows = Rows(folder)
+        rows.compute("rate × 3", lambda: ({}, {}))
+        rows.compute("rate × 3", lambda: ({}, {}))
+        with pytest.raises(
+            ValueError, match=r"name: 'rate ÷ 3' has the file rate-3.row of 'rate ×"
+        ):
+            rows.compute("rate ÷ 3", lambda: ({}, {}))
 
 
 def test_rows_remember_where_they_were_computed(

@@ -13,9 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lipbook import residual
-from lipbook.composition import lipschitz_bound
+from lipbook.activations import MaxMin
+from lipbook.composition import Box, lipschitz_bound
+from lipbook.convolutions import OrthogonalConv2d
 from lipbook.freezing import freeze
-from lipbook.residual import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear, cpl_scale, sll_scale
+from lipbook.orthogonal import OrthogonalLinear, Scale
+from lipbook.pooling import InvertibleDownsampling
+from lipbook.residual import (
+    AverageResidual,
+    CPLConv2d,
+    CPLLinear,
+    SLLConv2d,
+    SLLLinear,
+    cpl_scale,
+    sll_scale,
+)
 from lipbook.rounding import forward_error
 
 DENSE = {"sll": SLLLinear, "cpl": CPLLinear}
@@ -350,3 +362,111 @@ def test_errors_of_a_program_are_bounded_frozen_or_not(name: str, p: float) -> N
     assert live.lipschitz == frozen.lipschitz
     if p == 2:  # the real function does not stretch, and the program hardly
         assert 1 <= live.lipschitz < 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_frozen_step_computes_no_scale(name: str) -> None:
+    make, shape = STEPS[name]
+    layer = make().eval()
+    step, x = freeze(layer), torch.randn(4, *shape)
+    assert type(step).__name__ in ("DenseStep", "ConvolutionStep")
+    assert torch.equal(step.diagonal, layer.scale())
+    assert torch.equal(step(x), layer(x))
+
+
+# ---------------------------------------------------------------------------------- averages
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.3, 0.5, 0.99])
+def test_an_average_by_its_formula(weight: float) -> None:
+    branch = OrthogonalLinear(4, 4, dtype=torch.float64)
+    block = AverageResidual(branch, weight=weight).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    w = branch.weight.detach().numpy()
+    expected = (1 - weight) * x.numpy() + weight * (x.numpy() @ w.T + branch.bias.detach().numpy())
+    np.testing.assert_allclose(block(x).detach().numpy(), expected, rtol=0, atol=1e-7)
+    skip, share = block.weights()
+    assert (skip + share).item() == pytest.approx(1, abs=1e-15)
+    assert share.item() == pytest.approx(weight, rel=1e-6)
+
+
+@given(st.integers(1, 6), st.floats(-8, 8), st.integers(0, 99))
+def test_averages_of_nonexpansive_maps_are_nonexpansive(n: int, logit: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    branch = nn.Sequential(OrthogonalLinear(2 * n, 2 * n), MaxMin(), OrthogonalLinear(2 * n, 2 * n))
+    block = AverageResidual(branch).double()
+    with torch.no_grad():
+        block.logit.fill_(logit)
+    for p in (1, 2, math.inf):
+        bound = lipschitz_bound(block, (2 * n,), p).value
+        x, y = torch.randn(2, 9, 2 * n, dtype=torch.float64)
+        rise = torch.linalg.vector_norm(block(x) - block(y), p, dim=1)
+        assert (rise <= bound * torch.linalg.vector_norm(x - y, p, dim=1) * (1 + 1e-12)).all()
+        if p == 2:
+            assert bound <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_the_bound_of_an_average_is_attained(number: float, p: float) -> None:
+    """A branch that multiplies moves as the skip does; a shortcut counts with its own norm."""
+    x, y = torch.randn(2, 1, 4, dtype=torch.float64)
+    for shortcut, factor in ((None, 1.0), (Scale(1.0), 1.0), (Scale(3.0), 3.0)):
+        block = AverageResidual(Scale(number), shortcut, weight=0.3).double()
+        attained = ((block(x) - block(y)).norm(p) / (x - y).norm(p)).item()
+        assert attained == pytest.approx(0.7 * factor + 0.3 * number, rel=1e-6)
+        for domain in (None, Box(0, 1)):
+            for net in (block, nn.Sequential(block)):
+                bound = lipschitz_bound(net, (4,), p, domain=domain).value
+                assert attained * (1 - 1e-12) <= bound <= attained * (1 + 1e-9)
+
+
+def test_one_weight_a_channel_would_not_do() -> None:
+    """What the docstring says of it: x from one channel, the branch from the other."""
+    swap = np.array([[0.0, 1.0], [1.0, 0.0]])
+    weights = np.diag([0.0, 1.0])
+    matrix = (np.eye(2) - weights) + weights @ swap
+    assert np.linalg.norm(matrix, 2) == pytest.approx(math.sqrt(2))
+
+
+def test_strided_and_widening_averages() -> None:
+    skip = nn.Sequential(InvertibleDownsampling(2), OrthogonalConv2d(12, 16, 1))
+    block = AverageResidual(OrthogonalConv2d(3, 16, 3, stride=2), skip).double()
+    assert lipschitz_bound(block, (3, 4, 4)).value <= 1 + 1e-6
+    x = torch.randn(3, 4, 4, dtype=torch.float64)
+    jacobian = torch.func.jacrev(lambda z: block(z[None])[0])(x).reshape(64, 48)
+    assert np.linalg.norm(jacobian.detach().numpy(), 2) <= 1 + 1e-6
+
+
+def test_the_weight_is_trained() -> None:
+    torch.manual_seed(0)
+    block = AverageResidual(Scale(-1.0))
+    x = torch.randn(64, 3)
+    optimizer = torch.optim.Adam(block.parameters(), lr=0.1)
+    for _ in range(200):
+        loss = (block(x) - 0.5 * x).square().mean()  # which wants 1 - 2 w = 1 / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert block.weights()[1].item() == pytest.approx(0.25, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: AverageResidual(nn.Tanh(), weight=0.0), r"weight must be in \(0, 1\), got 0"),
+        (lambda: AverageResidual(nn.Tanh(), weight=1.0), r"weight must be in \(0, 1\), got 1"),
+        (
+            lambda: AverageResidual(nn.Linear(3, 1))(torch.zeros(2, 3)),
+            r"shape of the skip \(2, 3\), got \(2, 1\): give a shortcut",
+        ),
+        (lambda: lipschitz_bound(AverageResidual(nn.Linear(3, 1)), (3,)), "must agree on the"),
+        (
+            lambda: lipschitz_bound(AverageResidual(nn.ReLU(inplace=True)), (3,)),
+            "branch overwrites the input",
+        ),
+    ],
+)
+def test_averages_refuse(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

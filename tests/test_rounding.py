@@ -54,6 +54,12 @@ from lipbook.layers.rearrangements import (
     MatrixProduct,
     Shift,
 )
+from lipbook.normalization import (
+    BatchCentering,
+    LayerCentering,
+    ScalarBatchNorm,
+    ScaleAndBias,
+)
 from lipbook.norms import convolution_norm_bound, operator_norm
 from lipbook.norms.rigorous import _largest_spectral_bound
 from lipbook.orthogonal import OrthogonalLinear, Scale
@@ -1157,8 +1163,25 @@ def test_a_join_of_one_is_joined_with_nothing() -> None:
 def test_values_that_a_dtype_may_not_hold_are_lost_for_good() -> None:
     """Clipping brings them back, and yet nothing is known of what was clipped."""
     for width, lost in ((4e37, False), (5e37, True)):
-        result = forward_error(nn.Hardtanh(), torch.zeros(1, 3), 2, Box(-width, width))
-        assert result.error.isinf().all() == lost
+        for module in (nn.Hardtanh(), WidenedAndClipped()):  # inputs are held in their own dtype
+            result = forward_error(module, torch.zeros(1, 3), 2, Box(-width, width))
+            assert result.error.isinf().all() == lost
+
+
+class WidenedAndClipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double().clamp(-1, 1)
+
+
+def test_the_constant_on_a_set_is_above_the_true_one() -> None:
+    """Nine times, exactly, where rounding to float64 must not lose the last bits."""
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, 3.0)
+    for p in EXPONENTS:
+        result = forward_error(
+            nn.Sequential(layer, nn.ReLU(), layer), torch.ones(1, 1), p, Box(-9, 9)
+        )
+        assert 9 < result.lipschitz <= 9 * (1 + 1e-8)
 
 
 @pytest.mark.parametrize("p", EXPONENTS)
@@ -1237,6 +1260,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     by_float64 |= {nn.Softmax2d, nn.LocalResponseNorm}
     by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}
     by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU, _Lossless}
+    by_float64 |= {BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias}
     by_decimals = {nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.RMSNorm}
     by_decimals |= {nn.Softmax, nn.Softmin, nn.LogSoftmax}
     by_functions = {Clamp, Constant, Diagonal, Shift, MatrixProduct, LinearMap, Cast}

@@ -147,6 +147,14 @@ def jacobian(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return full.reshape(-1, x.numel())
 
 
+def jacobians(net: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """One for each point, a row for all points at a time: samples do not mix."""
+    points = points.clone().requires_grad_()
+    outputs = net(points).flatten(1)
+    rows = [torch.autograd.grad(out, points, torch.ones_like(out), True) for out in outputs.T]
+    return torch.stack([row.flatten(1) for (row,) in rows], 1)
+
+
 def inside(domain: Box | Ball, shape: tuple[int, ...], count: int = 30) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     r = domain.range(shape)
@@ -167,15 +175,14 @@ DOMAINS = (
 )
 
 
-@pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("name", ATTENTION)
-def test_no_jacobian_on_the_domain_exceeds_the_bound(name: str, p: float) -> None:
+def test_no_jacobian_on_the_domain_exceeds_the_bound(name: str) -> None:
     net = made(ATTENTION[name])
     for domain in DOMAINS:
-        bound = lipschitz_bound(net, SHAPE, p, domain=domain).value
-        points = inside(domain, SHAPE)
-        steepest = max(torch.linalg.matrix_norm(jacobian(net, x), p).item() for x in points)
-        assert steepest <= bound < math.inf
+        steep = jacobians(net, inside(domain, SHAPE))
+        for p in NORMS:
+            bound = lipschitz_bound(net, SHAPE, p, domain=domain).value
+            assert torch.linalg.matrix_norm(steep, p).max().item() <= bound < math.inf
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -365,13 +372,13 @@ def test_recurrence(name: str, options: dict[str, bool], part: str, start: float
     ]
     domain = Box(torch.tensor([-0.5, 1.0]), torch.tensor([0.7, 1.2]))
     near = inside(domain, (5, 2), 12)
-    everywhere = [jacobian(net, x) for x in wide]
-    here = [jacobian(net, x) for x in near]
+    everywhere = jacobians(net, torch.stack(wide))
+    here = jacobians(net, near)
     for p in NORMS:
         bound = lipschitz_bound(net, (5, 2), p).value
         local = lipschitz_bound(net, (5, 2), p, domain=domain).value
-        assert max(torch.linalg.matrix_norm(J, p).item() for J in everywhere) <= bound < math.inf
-        assert max(torch.linalg.matrix_norm(J, p).item() for J in here) <= local
+        assert torch.linalg.matrix_norm(everywhere, p).max().item() <= bound < math.inf
+        assert torch.linalg.matrix_norm(here, p).max().item() <= local
         assert local <= bound * (1 + 1e-9)
     layer = next(n.layer for n in trace(net, (5, 2)).double().nodes if n.layer)
     found = range_rule(layer, domain.range((5, 2)))

@@ -52,7 +52,6 @@ from tqdm import tqdm
 # left out: those that take long, and see little that the others do not.
 _QUICK = "-k 'not (LSTM or GRU or heads or encoder)'"
 TESTS = {
-    "cli": "tests/test_cli.py -k 'not notebooks'",  # which are not copied
     "composition": "tests/test_checks.py tests/test_composition.py tests/test_domains.py",
     "convolutions": "tests/test_convolutions.py tests/test_rounding.py "
     "-k 'test_convolutions or nonexpansive'",
@@ -60,6 +59,7 @@ TESTS = {
     "freezing": "tests/test_export.py tests/test_life_cycle.py -k 'froz or freez or compiled'",
     "layers": "tests/test_domains.py tests/test_normalization_layers.py "
     f"tests/test_sequence_layers.py tests/test_composition.py tests/test_rounding.py {_QUICK}",
+    "normalization": "tests/test_normalization.py -k 'not processes'",  # which start others
     "norms": "tests/test_norms.py tests/test_rounding.py "
     "-k 'test_norms or the_norm_of or the_bound_of or many_blocks'",
     "rounding": f"tests/test_rounding.py {_QUICK}",

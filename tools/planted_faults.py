@@ -891,13 +891,15 @@ FAULTS = (
 
 @contextlib.contextmanager
 def copied_tree() -> Iterator[Path]:
-    """Copy the library and its tests to where a line may be wrong."""
+    """Copy the library and its tests to where a line may be wrong, beside the chapters."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in ("lipbook", "tests"):
             without = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, tree / name, ignore=without)
-        shutil.copy(ROOT / "pyproject.toml", tree)
+        for name in ("pyproject.toml", "_toc.yml"):
+            shutil.copy(ROOT / name, tree)
+        (tree / "book").symlink_to(ROOT / "book")
         yield tree
 
 

@@ -6,6 +6,7 @@ written twice: ``F.relu(x)``, ``x.relu()`` and ``torch.relu(x)`` all are :class:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from lipbook.layers.rearrangements import (
 )
 from lipbook.layers.resampling import check_padding
 
-__all__ = ["HANDLERS", "Call", "Step", "handler_of", "moving"]
+__all__ = ["HANDLERS", "Call", "Step", "handler_of", "moving", "traced_as"]
 
 # A step of a handler: the layer, and what it reads, tensors or earlier steps.
 Step = tuple[nn.Module, tuple[Any, ...]]
@@ -87,6 +88,30 @@ def _handles(*names: str) -> Callable[[Handler], Handler]:
         return handler
 
     return register
+
+
+def traced_as(make: Callable[..., nn.Module]) -> Callable[[Any], Any]:
+    """Decorate a function of the library: a call is one layer, made of the arguments after x.
+
+    It takes the way that torch keeps for functions which are no methods of tensors: a mode that
+    watches functions is told of the call, and of nothing inside it.
+    """
+
+    def decorate(function: Any) -> Any:
+        @functools.wraps(function)
+        def called(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if torch.overrides.has_torch_function_unary(x):
+                return torch.overrides.handle_torch_function(called, (x,), x, *args, **kwargs)
+            return function(x, *args, **kwargs)
+
+        def handler(call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Step:
+            _constants(call, *args, *kwargs.values())
+            return make(*args, **kwargs), (x,)
+
+        HANDLERS[function.__name__] = handler
+        return called
+
+    return decorate
 
 
 def handler_of(function: Callable[..., Any]) -> tuple[str, Handler | None]:

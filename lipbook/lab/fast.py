@@ -195,11 +195,16 @@ class AbsoluteNet:
         inputs, signs = [x], []
         for weight, bias in zip(self.low[:-1], self.biases[:-1], strict=True):
             x = torch.addmm(bias.to(self.dtype)[:, None], weight, x)
-            half = x[: len(x) // 2]
-            signs.append(half.sgn())
-            torch.abs(half, out=half)
+            signs.append(self._activate(x))
             inputs.append(x)
         return inputs, signs, torch.addmm(self.biases[-1].to(self.dtype)[:, None], self.low[-1], x)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        """Take absolute values in place; return the slopes of the units that are changed."""
+        half = x[: len(x) // 2]
+        signs = half.sgn()
+        torch.abs(half, out=half)
+        return signs
 
     def gradients(
         self, inputs: list[Tensor], signs: list[Tensor], outer: Tensor
@@ -224,7 +229,7 @@ class AbsoluteNet:
             biases.append(outer.sum(1))
             if layer:
                 outer = self.low[layer].T @ outer
-                outer[: len(outer) // 2] *= signs[layer - 1]
+                outer[: len(signs[layer - 1])] *= signs[layer - 1]
         return weights[::-1], biases[::-1]
 
     def step(self, weights: list[Tensor], biases: list[Tensor], lr: float, bias_lr: float) -> None:
@@ -284,13 +289,20 @@ class AbsoluteNet:
             That of :func:`lipbook.lab.networks.dense`, with plain layers in float32, in evaluation
             mode, parameters frozen.
         """
-        weights = [polar(weight.double().T).T for weight in self.weights[:-1]]
-        weights.append(self.weights[-1].double())
-        biases = [bias.double() for bias in self.biases]
+        weights, biases = self._restored()
         for layer in range(len(weights) - 1):
             weights[layer], biases[layer] = _turned(weights[layer]), _turned(biases[layer])
             weights[layer + 1] = _turned(weights[layer + 1].T).T
-        model = networks.dense(self.sizes, linear=nn.Linear)
+        return self._filled(networks.dense(self.sizes, linear=nn.Linear), weights, biases)
+
+    def _restored(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights, those of hidden layers orthonormal, and biases, in float64."""
+        weights = [polar(weight.double().T).T for weight in self.weights[:-1]]
+        return [*weights, self.weights[-1].double()], [bias.double() for bias in self.biases]
+
+    @staticmethod
+    def _filled(model: nn.Sequential, weights: list[Tensor], biases: list[Tensor]) -> nn.Sequential:
+        """Put weights and biases into a network."""
         linear = [module for module in model if isinstance(module, nn.Linear)]
         with torch.no_grad():
             for module, weight, bias in zip(linear, weights, biases, strict=True):
@@ -320,6 +332,8 @@ def fit(
     batch_size: int = 1024,
     precision: str = "float32",
     seed: int = 0,
+    make: Callable[[Sequence[int], int, torch.dtype], AbsoluteNet] = AbsoluteNet,
+    view: Callable[[Tensor, np.random.Generator], Tensor] = windows,
 ) -> nn.Sequential:
     r"""Train a dense network with orthonormal weights on digits.
 
@@ -345,6 +359,10 @@ def fit(
         (others are slow with it).
     seed : int
         Of the first weights, the order and the distortions.
+    make : callable
+        Makes what is trained, from sizes, seed and dtype.
+    view : callable
+        What a batch of images, (n, 1, 28, 28), becomes: (n, 576), given a generator to draw from.
 
     Returns
     -------
@@ -387,13 +405,13 @@ def fit(
         if count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}")
     pixels = (SIDE - 2 * BORDER) ** 2
-    net = AbsoluteNet((pixels, *[width] * depth, CLASSES), seed, _PRECISIONS[precision])
+    net = make((pixels, *[width] * depth, CLASSES), seed, _PRECISIONS[precision])
     rng = np.random.default_rng(seed)
     batches = len(images) // batch_size
     for epoch in range(epochs):
         order = torch.from_numpy(rng.permutation(len(images)))[: batches * batch_size]
         for index, batch in enumerate(order.split(batch_size)):
-            x = windows(images.index_select(0, batch), rng).to(net.dtype)
+            x = view(images.index_select(0, batch), rng).to(net.dtype)
             inputs, signs, logits = net.forward(x.T)
             logits = logits.T.float().requires_grad_()
             value = loss(logits, labels[batch])

@@ -78,6 +78,7 @@ class Rows:
     progress: bool = False
     earlier: float = dataclasses.field(default=0.0, init=False)
     elsewhere: list[dict[str, Any]] = dataclasses.field(default_factory=list, init=False)
+    _names: dict[str, str] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def compute(self, name: str, function: Callable[[], Outcome]) -> Outcome:
         """Compute a row, or find the one of this name.
@@ -85,7 +86,7 @@ class Rows:
         Parameters
         ----------
         name : str
-            Name of the row; another one for each row.
+            Name of the row; another one for each row, in its letters and digits.
         function : callable
             Computes results and tensors.
 
@@ -93,8 +94,16 @@ class Rows:
         -------
         tuple of dict
             Results and tensors of the row.
+
+        Raises
+        ------
+        ValueError
+            Another row had the same letters and digits in its name.
         """
-        path = Path(self.folder, re.sub(r"\W+", "-", name) + ".row") if self.folder else None
+        file = re.sub(r"\W+", "-", name) + ".row"
+        if self._names.setdefault(file, name) != name:
+            raise ValueError(f"name: {name!r} has the file {file} of {self._names[file]!r}")
+        path = Path(self.folder, file) if self.folder else None
         if path and path.exists():
             content, tensors = _load(path)
             self.earlier += content["seconds"]

@@ -33,7 +33,7 @@ from lipbook.orthogonal import OrthogonalLinear
 from lipbook.pooling import InvertibleDownsampling
 from lipbook.residual import CPLConv2d, SLLConv2d
 
-__all__ = ["BUDGET", "LAYERS", "row", "run"]
+__all__ = ["BUDGET", "LAYERS", "network", "row", "run"]
 
 #: Steps of each network at equal steps; and at equal multiply-adds those of a plain convolution.
 BUDGET = 100
@@ -77,7 +77,7 @@ def row(digits: Mnist, layer: str, steps: int, *, seed: int = 0) -> Outcome:
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(seed)
-        model = _network(layer)
+        model = network(layer)
     finally:
         torch.set_default_dtype(default)
     middle = (..., slice(2, 26), slice(2, 26))
@@ -99,7 +99,19 @@ def row(digits: Mnist, layer: str, steps: int, *, seed: int = 0) -> Outcome:
     return {"layer": layer, "steps": steps, "seed": seed, "certified": share}, {}
 
 
-def _network(layer: str) -> nn.Sequential:
+def network(layer: str) -> nn.Sequential:
+    """Build a network, its weights drawn by torch's generator in the default dtype.
+
+    Parameters
+    ----------
+    layer : str
+        Key of ``LAYERS``.
+
+    Returns
+    -------
+    torch.nn.Sequential
+        For the middle 24 × 24 pixels of digits.
+    """
     make, _ = LAYERS[layer]
     layers: list[nn.Module] = [InvertibleDownsampling(4)]
     for _ in range(3):

@@ -58,7 +58,7 @@ __all__ = [
     "timed",
 ]
 
-Network = TypeVar("Network", bound=nn.Module)
+Made = TypeVar("Made")
 #: Radius at which accuracies are certified.
 EPSILON = 1.58
 #: Seeds behind each number.
@@ -411,17 +411,17 @@ def _entry(name: str, budget: int, table: Sequence[Mapping[str, Any]]) -> Entry:
     )
 
 
-def timed(train: Callable[[], Network]) -> tuple[Network, float]:
+def timed(train: Callable[[], Made]) -> tuple[Made, float]:
     """Train on one thread of torch, and count.
 
     Parameters
     ----------
     train : callable
-        Makes the network.
+        Makes a network, or trains one.
 
     Returns
     -------
-    model : torch.nn.Module
+    made : object
         What ``train`` made.
     seconds : float
         Processor seconds that it took.
