@@ -512,6 +512,18 @@ def test_the_search_says_what_to_do_when_it_finds_nothing(browser: Any) -> None:
     page.close()
 
 
+def test_the_search_field_is_dark_in_the_dark(browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 900}, color_scheme="dark")
+    page.goto((HTML / "search.html").as_uri(), wait_until="load")
+    paint = page.locator("#lip-search-page input").evaluate(
+        "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color]"
+    )
+    field, letters = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in paint)
+    assert field < 200, paint
+    assert letters > 500, paint
+    page.close()
+
+
 def test_the_search_dialog_answers_as_one_types(browser: Any) -> None:
     page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
     page.goto((HTML / "book" / "jacobians.html").as_uri(), wait_until="load")
