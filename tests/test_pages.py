@@ -187,6 +187,19 @@ EXAMINE = """async (scheme) => {
 }"""
 
 
+# On a desk nothing has to be moved sideways, in opened proofs and solutions, too; folded code may.
+WIDER = """() => {
+  document.querySelectorAll(".toggle-hidden").forEach((e) => e.classList.remove("toggle-hidden"));
+  document.querySelectorAll("details.choice").forEach((e) => { e.open = true; });
+  const boxes = ["mjx-container[display=true]", ".cell_output > .output", "pre",
+    ".pst-scrollable-table-container"].map((box) => "article " + box).join(", ");
+  return [...document.querySelectorAll(boxes)]
+    .filter((e) => e.clientWidth > 0 && !e.closest("details.hide"))
+    .filter((e) => e.scrollWidth > e.clientWidth + 1)
+    .map((e) => `${e.scrollWidth} px in ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`);
+}"""
+
+
 class Visit:
     """A page in the browser, with what it asked for and what it complained about."""
 
@@ -242,6 +255,8 @@ def test_every_page(browser: Any, width: int) -> None:
             if scheme == "dark":
                 page.goto(path.as_uri())  # the page itself follows when the scheme changes
             found += [f"{names(path)} ({scheme}): {fault}" for fault in visit.faults(scheme)]
+        if width >= 1400 and path.parent == HTML / "book":
+            found += [f"{names(path)}: {box}" for box in page.evaluate(WIDER)]
     context.close()
     assert not found, listed(found)
 
@@ -494,6 +509,18 @@ def test_the_search_says_what_to_do_when_it_finds_nothing(browser: Any) -> None:
     assert searched(page, "xylophone") == []
     assert "Try fewer words" in page.inner_text(".lip-search-help")
     assert page.locator(".lip-search-help a").count() >= 4
+    page.close()
+
+
+def test_the_search_field_is_dark_in_the_dark(browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 900}, color_scheme="dark")
+    page.goto((HTML / "search.html").as_uri(), wait_until="load")
+    paint = page.locator("#lip-search-page input").evaluate(
+        "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color]"
+    )
+    field, letters = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in paint)
+    assert field < 200, paint
+    assert letters > 500, paint
     page.close()
 
 
