@@ -331,7 +331,7 @@ def row(
         that judged; ``clean`` and ``certified`` accuracy. No tensors.
     """
     recipe = dataclasses.replace(FINISHED, **{**CHANGES[change], **numbers})
-    model, seconds = timed(functools.partial(recipe.fit, *fitted, precision, seed))
+    model, seconds = timed(functools.partial(recipe.fit, fitted[0], fitted[1], precision, seed))
     images, labels = judges
     if sound:
         model, images = model.double(), images.double()
