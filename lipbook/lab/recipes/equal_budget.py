@@ -295,7 +295,7 @@ class Entry:
         That was chosen.
     epochs, seconds : float
         Means of the trainings.
-    certified : tuple of pairs of float
+    certified : tuple
         For each of :data:`EPSILONS`, mean and standard deviation over the seeds, on all test
         digits.
     """

@@ -289,7 +289,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "three times the rate": {"lr": 0.3},
     "a third of the rate": {"lr": 0.1 / 3},
 }
-#: For a change that brings a number: its name, and the values to choose from.
+#: The name of the number that a change brings, and the values to choose from.
 CHOICES: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "Adam": ("lr", (0.01, 0.03, 0.1)),
     "hinge": ("radius", (0.7, 0.85, 1.0, 1.4)),
@@ -454,7 +454,7 @@ class Entry:
     ----------
     change : str
         Key of :data:`CHANGES`.
-    numbers : mapping
+    numbers : dict
         What was chosen for it, if anything.
     epochs : int
     seconds : float
