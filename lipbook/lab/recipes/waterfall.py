@@ -289,7 +289,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "three times the rate": {"lr": 0.3},
     "a third of the rate": {"lr": 0.1 / 3},
 }
-#: Changes that bring a number, its name, and the values to choose from.
+#: The name of the number that a change brings, and the values to choose from.
 CHOICES: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "Adam": ("lr", (0.01, 0.03, 0.1)),
     "hinge": ("radius", (0.7, 0.85, 1.0, 1.4)),
@@ -331,8 +331,7 @@ def row(
         that judged; ``clean`` and ``certified`` accuracy. No tensors.
     """
     recipe = dataclasses.replace(FINISHED, **{**CHANGES[change], **numbers})
-    digits, classes = fitted
-    model, seconds = timed(functools.partial(recipe.fit, digits, classes, precision, seed))
+    model, seconds = timed(functools.partial(recipe.fit, fitted[0], fitted[1], precision, seed))
     images, labels = judges
     if sound:
         model, images = model.double(), images.double()
