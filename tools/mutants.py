@@ -10,12 +10,13 @@ the tree, and runs the tests of its own room until one fails.
     python tools/mutants.py --count 0           # only count what the record holds
 
 Tests are collected once a room; a fork of that process gets the mutant's code in its functions, and
-runs them, the quickest first. What is not in a function is imported anew. At last the tests that
-failed run without a mutant, and must pass. Results are appended to `mutants.jsonl`, a line each, so
-that a run that was cut goes on with the next room. Tests that take longer than `LIMIT` have failed.
-In the record a survivor is given its reason by hand, `"why"`; one that computes the same, or proves
-the same, has the verdict `"equivalent"` and does not count. Margins like 2^-40 are not made 2^-39:
-both are far above the handful of roundings of float64 that they stand for.
+runs them, the quickest first. What is not in a function, or survives, is imported anew. At last the
+tests that failed run without a mutant, and must pass. Results are appended to `mutants.jsonl`, a
+line each, so that a run that was cut goes on with the next room. Tests that take longer than
+`LIMIT` have failed. In the record a survivor is given its reason by hand, `"why"`; one that
+computes the same, or proves the same, has the verdict `"equivalent"` and does not count. Margins
+like 2^-40 are not made 2^-39: both are far above the handful of roundings of float64 that they
+stand for.
 """
 
 from __future__ import annotations
@@ -342,7 +343,7 @@ def verdicts(mutants: list[Mutant], tree: Path) -> Iterator[tuple[Mutant, str, f
     run_tests(tree, tests, plugins=[planter])
     for mutant in mutants:
         code, seconds = planter.codes.get()
-        if code == ANEW:
+        if code in (0, ANEW):  # 0: what runs at the import only is not seen by a fork
             path, start = tree / mutant.path, spent()
             with rewritten(path, planted(mutant, path.read_text())):
                 code = run_tests(tree, tests, LIMIT)
