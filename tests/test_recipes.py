@@ -1084,7 +1084,7 @@ def test_the_waterfall_chooses_on_held_out_digits_and_resumes(
     results, tensors = waterfall.run(**sizes)
     count = len(asked)
     assert waterfall.run(**sizes) == (results, tensors)
-    assert len(asked) == count == 1 + 3 + 4 + 4 + waterfall.SEEDS * len(waterfall.CHANGES)
+    assert len(asked) == count == 1 + 3 + 4 + 5 + waterfall.SEEDS * len(waterfall.CHANGES)
     whole = sorted(map(bytes, few.train_images.flatten(1).numpy()))
     best = {"Adam": {"lr": 0.03}, "hinge": {"radius": 0.85}}
     best["all of these"] = {"lr": 0.03, "radius": 1.9}
@@ -1152,7 +1152,7 @@ def test_the_record_of_the_waterfall_has_the_choices_of_its_validation_digits() 
     [
         (
             lambda rows: rows.pop(),
-            r"each of the seeds \[0, 1, 2\] once .* got \[0, 1\]",
+            r"each of the seeds \[0, 1, 2, 3, 4\] once .* got \[0, 1, 2, 3\]",
         ),
         (lambda rows: rows.append(rows[0]), r"once for 'nothing', two at least, got \[0, 0, 1"),
         (lambda rows: rows[0].update(epochs=99), "expected one setting for 'nothing'"),
@@ -1247,13 +1247,13 @@ def test_equal_budgets_choose_on_held_out_digits_and_resume(
     results, tensors = equal_budget.run(**sizes)
     count = len(asked)
     assert equal_budget.run(**sizes) == (results, tensors)
-    assert len(asked) == count == 8 * 3 + 8 * equal_budget.SEEDS
+    assert len(asked) == count == 8 * 4 + 8 * equal_budget.SEEDS
     whole = sorted(map(bytes, few.train_images.flatten(1).numpy()))
-    for _, (fitted, _), (judging, _), _ in asked[:24]:
+    for _, (fitted, _), (judging, _), _ in asked[:32]:
         together = torch.cat([fitted, judging]).flatten(1)
         assert sorted(map(bytes, together.numpy())) == whole
         assert len(judging) == 300
-    for layer, (fitted, _), (judging, _), lr in asked[24:]:
+    for layer, (fitted, _), (judging, _), lr in asked[32:]:
         assert judging is few.test_images
         assert fitted is few.train_images
         assert lr == best[layer]
@@ -1281,7 +1281,7 @@ def test_the_record_of_equal_budgets_keeps_them_and_its_choices() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda rows: rows.pop(), r"seeds \[0, 1\] once for dense, two at least.* got \[0\]"),
+        (lambda rows: rows.pop(), r"seeds \[0, 1, 2\] once for dense, two at least.* got \[0, 1\]"),
         (lambda rows: rows[0].update(lr=9.0), "once for BCOP, two at least, at one rate, got"),
         (lambda rows: rows.append(rows[0] | {"layer": "ECO"}), "unknown layers {'ECO'}"),
     ],
