@@ -300,6 +300,17 @@ def test_scripts_that_no_page_needs_are_dropped(extension: Any) -> None:
     assert kept == '<script src="../_static/search.js"></script>'
 
 
+def test_rules_of_a_design_that_is_not_used_are_dropped(extension: Any) -> None:
+    style = (
+        ":root{--sd-red:red}.sd-card{a:b}.sd-tab,.sd-row{c:d}.sd-card .sd-tab{e:f}"
+        "@media (width>9px){.sd-row>p{g:h}.sd-tab{i:j}}"
+    )
+    kept = extension("offline").with_design(style, {"sd-card", "sd-row"})
+    assert kept == (
+        ":root{--sd-red:red}.sd-card{a:b}.sd-tab,.sd-row{c:d}@media (width>9px){.sd-row>p{g:h}}"
+    )
+
+
 def test_icons_that_no_page_shows_are_dropped(extension: Any) -> None:
     used = '.fa-bars:before,.fa-navicon:before{content:"\\f0c9"}'
     style = f'.fa-solid{{font-weight:900}}.fa-0:before{{content:"0"}}{used}'

@@ -86,6 +86,31 @@ def drop_icons(app: Sphinx, exception: Exception | None) -> None:
     sheet.write_text(with_icons(sheet.read_text("utf-8"), used), "utf-8")
 
 
+# A rule without rules in it, and the classes of sphinx-design that a selector names.
+RULE = re.compile(r"([^{}]+)\{[^{}]*\}")
+DESIGN = re.compile(r"\.(sd-[\w-]+)")
+
+
+def with_design(style: str, used: set[str]) -> str:
+    """Style sheet with the rules of the classes that are used, of all that it has."""
+
+    def kept(rule: re.Match[str]) -> str:
+        selectors = (set(DESIGN.findall(selector)) for selector in rule[1].split(","))
+        return rule[0] if any(named <= used for named in selectors) else ""
+
+    return RULE.sub(kept, style)
+
+
+def drop_design(app: Sphinx, exception: Exception | None) -> None:
+    if exception is not None or app.builder.format != "html":
+        return
+    used: set[str] = set()
+    for page in Path(app.outdir).rglob("*.html"):
+        used |= set(re.findall(r"\bsd-[\w-]+", page.read_text("utf-8")))
+    sheet = Path(app.outdir) / "_static" / "sphinx-design.min.css"
+    sheet.write_text(with_design(sheet.read_text("utf-8"), used), "utf-8")
+
+
 # Names, modules, punctuation and spaces: in both styles they have the colour of all code.
 CODE = re.compile(r'(?<=<div class="highlight">)<pre>.*?</pre>', re.DOTALL)
 PLAIN = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
@@ -121,5 +146,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("html-page-context", offer_lighter)
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", drop_icons)
+    app.connect("build-finished", drop_design)
     app.connect("build-finished", drop_plain_marks, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
