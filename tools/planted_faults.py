@@ -677,8 +677,8 @@ FAULTS = (
     ),
     Fault(
         "losses/kantorovich",
-        "loss = (alpha * hinge.mean(0) - gaps * both).mean()",
-        "loss = (alpha * hinge.mean(0) + gaps * both).mean()",
+        "parts = alpha * hinge.mean(0) - gaps * both",
+        "parts = alpha * hinge.mean(0) + gaps * both",
         "the sign of the Kantorovich-Rubinstein part",
     ),
     Fault(

@@ -11,8 +11,15 @@ which predictions shall be certified: one number in the units of the input, and 
 where it is reached. A larger r buys certified accuracy at large radii with accuracy at small ones.
 ``OffsetCrossEntropyLoss(margin_for_radius(r), temperature)`` is the same with soft edges, for many
 classes, of which the hinge would move few (:cite:t:`prach2022aol` take :math:`u = \sqrt2` and
-:math:`t = 1/4` for colour images). ``HingeKRLoss`` is for two classes, and for several that may
-apply together. ``CertificateLoss`` rewards radius without naming one.
+:math:`t = 1/4` for colour images); ``LogitAnnealingLoss`` is the same, and lets go of samples that
+have their margin. ``EMMALoss(r)`` takes the radius itself, and the slope of each pair of classes
+where the last layer has unit rows. ``OffsetBinaryCrossEntropyLoss`` is for one output, and for
+several labels that may apply together. ``HingeKRLoss`` is for the same, and separates batches;
+``SoftHingeKRLoss`` and ``LogSumExpHingeKRLoss`` are its forms for many classes, sample by sample.
+``CertificateLoss`` rewards radius without naming one.
+
+What a value of each proves of a sample is said in its docstring, and side by side in the table of
+:ref:`api-losses`.
 
 Functions come first: (batch, classes) logits and labels (batch,) to the mean over the
 batch. Then the same as modules, for ``loss=`` of a training loop.

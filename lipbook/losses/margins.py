@@ -159,7 +159,9 @@ def certificate_loss(
     Rewards radius where the prediction is right, without end, and leaves wrong predictions to the
     cross-entropy. It is not bounded from below, other than by what a Lipschitz network can reach.
     The gradient is that of the cross-entropy, plus :math:`\lambda (e_j - e_y) / (2^{1 - 1/p} L)`
-    for the second class :math:`j` where the prediction is right: no margin is ever enough.
+    for the second class :math:`j` where the prediction is right: no margin is ever enough. Since a
+    cross-entropy is not negative, a sample whose loss is :math:`\ell < 0` has a radius of at least
+    :math:`-\ell / \lambda`.
 
     Parameters
     ----------
