@@ -215,8 +215,10 @@ def soft_hinge_kr(
     References
     ----------
     :cite:t:`serrurier2021` for the hinge-KR; :cite:t:`serrurier2023` weigh the other classes by a
-    softmax. This form is ours: their library multiplies logits by a temperature that follows the
-    mean of their moduli, and here :math:`t` divides them and stays.
+    softmax. This form is ours: their library, deel-torchlip, multiplies logits by a temperature
+    that follows the mean of their moduli; here :math:`t` divides them and stays. Its weight
+    :math:`\alpha' < 1` and margin :math:`m'` are :math:`\alpha = \alpha' / (1 - \alpha')` and
+    :math:`m = m' / 2` here, up to the factor :math:`1 - \alpha'` of the loss.
     """
     labels = _check(logits, labels)
     _check_numbers(alpha, margin, temperature)
