@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -388,6 +389,31 @@ def test_options_travel_with_the_module() -> None:
         assert "class_weight=[1.0, 2.0], reduction='sum'" in repr(module)
         assert "reduction" not in repr(make())
     assert "reduction='none'" in repr(HingeKRLoss(reduction="none"))
+
+
+DEFAULTS: dict[tuple[Any, Any], dict[str, float]] = {
+    (soft_hinge_kr, SoftHingeKRLoss): {"alpha": 10.0, "margin": 1.0, "temperature": 1.0},
+    (log_sum_exp_hinge_kr, LogSumExpHingeKRLoss): {
+        "alpha": 10.0,
+        "margin": 1.0,
+        "temperature": 1.0,
+    },
+    (hinge_kr, HingeKRLoss): {"alpha": 10.0, "margin": 1.0},
+    (emma_loss, EMMALoss): {"temperature": 1.0, "lipschitz": 1.0, "p": 2},
+    (logit_annealing_loss, LogitAnnealingLoss): {"offset": 2.0, "temperature": 0.75, "beta": 5.0},
+}
+
+
+@pytest.mark.parametrize("pair", DEFAULTS, ids=lambda pair: pair[0].__name__)
+def test_a_module_has_the_defaults_of_its_function(pair: tuple[Any, Any]) -> None:
+    """Those of the papers: EMMA at temperature 1, annealing at offset 2, ¾ and exponent 5."""
+    for call in pair:
+        found = {
+            name: parameter.default
+            for name, parameter in inspect.signature(call).parameters.items()
+            if isinstance(parameter.default, float | int)
+        }
+        assert found == DEFAULTS[pair]
 
 
 def test_the_offset_must_be_given() -> None:
