@@ -416,6 +416,12 @@ def test_a_module_has_the_defaults_of_its_function(pair: tuple[Any, Any]) -> Non
         assert found == DEFAULTS[pair]
 
 
+@pytest.mark.parametrize("loss", [OffsetCrossEntropyLoss, OffsetBinaryCrossEntropyLoss])
+def test_an_offset_comes_at_temperature_one(loss: Callable[..., nn.Module]) -> None:
+    assert loss(0.5).temperature == 1.0
+    assert (loss(0.5).offset, loss(0.5, 0.2).temperature) == (0.5, 0.2)
+
+
 def test_the_offset_must_be_given() -> None:
     with pytest.raises(TypeError, match="'offset'"):
         OffsetCrossEntropyLoss()
