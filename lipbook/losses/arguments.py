@@ -51,7 +51,7 @@ def _reduced(
 ) -> Tensor:
     """Weigh and reduce a loss of classes (batch,), at checked labels."""
     _check_reduction(reduction)
-    weight = _check_class_weight(class_weight, logits)
+    weight = _check_class_weight(class_weight, logits, logits.shape[1])
     if labels.dim() == 1:
         values = loss(labels)
         share = None if weight is None else weight[labels]
@@ -85,13 +85,16 @@ def _check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-def _check_class_weight(weight: Tensor | None, logits: Tensor | None = None) -> Tensor | None:
+def _check_class_weight(
+    weight: Tensor | None, logits: Tensor | None = None, classes: int | None = None
+) -> Tensor | None:
+    """Refuse what are no weights of the classes, and return them in the dtype of the logits."""
     if weight is None:
         return None
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise TypeError(f"class_weight must be a floating-point tensor, got {_got(weight)}")
-    if weight.dim() != 1 or (logits is not None and len(weight) != logits.shape[1]):
-        expected = "(classes,)" if logits is None else f"({logits.shape[1]},)"
+    if weight.dim() != 1 or (classes is not None and len(weight) != classes):
+        expected = "(classes,)" if classes is None else f"({classes},)"
         raise ValueError(f"class_weight must have shape {expected}, got {tuple(weight.shape)}")
     if not ((weight > 0) & weight.isfinite()).all():
         raise ValueError(f"class_weight must be positive and finite, got {weight.tolist()}")

@@ -178,7 +178,7 @@ def offset_binary_cross_entropy(
     _check_reduction(reduction)
     outputs, share = _check_targets(outputs, labels)
     columns = outputs.shape[1]
-    weight = _check_class_weight(class_weight, outputs.new_empty(0, max(columns, 2)))
+    weight = _check_class_weight(class_weight, outputs, max(columns, 2))
     high = -temperature * functional.logsigmoid((outputs - offset) / temperature)
     low = -temperature * functional.logsigmoid((-outputs - offset) / temperature)
     if weight is None:
@@ -372,8 +372,6 @@ def logit_annealing_loss(
         own = functional.one_hot(classes, logits.shape[1]).to(logits)
         scaled = (logits - offset * own) / temperature
         entropy = functional.cross_entropy(scaled, classes, reduction="none")
-        if beta == 0:
-            return entropy
         some = entropy > 0  # a power has no slope at 0, where the loss has slope 0
         safe = torch.where(some, entropy, 1.0)
         return torch.where(some, (-torch.expm1(-safe)) ** beta * safe, 0.0)

@@ -117,7 +117,7 @@ def hinge_kr(
             labels = torch.where(labels == 0, -1, labels)
         labels = _check_binary(outputs, labels)
         outputs, signs = outputs[:, None], labels[:, None]
-    weight = _check_class_weight(class_weight, outputs.new_empty(0, max(outputs.shape[1], 2)))
+    weight = _check_class_weight(class_weight, outputs, max(outputs.shape[1], 2))
     samples = columns = None
     if weight is not None and outputs.shape[1] > 1:
         columns = weight / weight.mean()
