@@ -947,6 +947,12 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"got \(2, 3\) and \(2, 2\)",
     ),
+    "labels of other samples": (
+        lambda: offset_binary_cross_entropy(Z[:, :1], torch.zeros(3, 1)),
+        ValueError,
+        r"got \(2, 1\) and \(3, 1\)",
+    ),
+    "margin infinite": (lambda: MultiMarginLoss(math.inf), ValueError, "positive and finite"),
     "complex binary labels": (
         lambda: offset_binary_cross_entropy(Z, Z + 1j),
         TypeError,
