@@ -471,17 +471,53 @@ TABLE: dict[str, Row] = {
                 {"offset": ("not negative", 1.0), "temperature": ("positive", 1.0)},
             ),
             ("certificate_loss", {"weight": ("not negative", 1.0), "p": TWO}),
+            (
+                "logit_annealing_loss",
+                {
+                    "offset": ("not negative", 1.0),
+                    "temperature": ("positive", 1.0),
+                    "beta": ("not negative", 1.0),
+                },
+            ),
+            *(
+                (
+                    f"{name}_hinge_kr",
+                    {
+                        "alpha": ("not negative", 1.0),
+                        "margin": ("positive", 1.0),
+                        "temperature": ("positive", 1.0),
+                    },
+                )
+                for name in ("soft", "log_sum_exp")
+            ),
+            (
+                "emma_loss",
+                {
+                    "radius": ("positive", 1.0),
+                    "temperature": ("positive", 1.0),
+                    "lipschitz": ("positive", 1.0),
+                    "p": TWO,
+                },
+            ),
         )
     },
-    "losses.hinge_kr": row(
-        losses.hinge_kr,
-        words={"outputs": "logits"},
-        outputs=("raw", tensor(5, 2)),
-        labels=("labels", Y),
-        reduction=("choice", "mean"),
-        alpha=("not negative", 1.0),
-        margin=("positive", 1.0),
-    ),
+    **{
+        f"losses.{name}": row(
+            getattr(losses, name),
+            words={"outputs": "logits"},
+            outputs=("raw", tensor(5, 2)),
+            labels=("labels", Y),
+            reduction=("choice", "mean"),
+            **numbers,
+        )
+        for name, numbers in (
+            ("hinge_kr", {"alpha": ("not negative", 1.0), "margin": ("positive", 1.0)}),
+            (
+                "offset_binary_cross_entropy",
+                {"offset": ("not negative", 1.0), "temperature": ("positive", 1.0)},
+            ),
+        )
+    },
     "losses.margin_for_radius": row(
         losses.margin_for_radius,
         radius=("positive", 1.0),
@@ -493,6 +529,37 @@ TABLE: dict[str, Row] = {
     ),
     "losses.OffsetCrossEntropyLoss": row(
         losses.OffsetCrossEntropyLoss,
+        offset=("not negative", 1.0),
+        temperature=("positive", 1.0),
+        reduction=("choice", "mean"),
+    ),
+    **{
+        f"losses.{name}": row(
+            getattr(losses, name),
+            alpha=("not negative", 1.0),
+            margin=("positive", 1.0),
+            temperature=("positive", 1.0),
+            reduction=("choice", "mean"),
+        )
+        for name in ("SoftHingeKRLoss", "LogSumExpHingeKRLoss")
+    },
+    "losses.EMMALoss": row(
+        losses.EMMALoss,
+        radius=("positive", 1.0),
+        temperature=("positive", 1.0),
+        lipschitz=("positive", 1.0),
+        p=TWO,
+        reduction=("choice", "mean"),
+    ),
+    "losses.LogitAnnealingLoss": row(
+        losses.LogitAnnealingLoss,
+        offset=("not negative", 1.0),
+        temperature=("positive", 1.0),
+        beta=("not negative", 1.0),
+        reduction=("choice", "mean"),
+    ),
+    "losses.OffsetBinaryCrossEntropyLoss": row(
+        losses.OffsetBinaryCrossEntropyLoss,
         offset=("not negative", 1.0),
         temperature=("positive", 1.0),
         reduction=("choice", "mean"),

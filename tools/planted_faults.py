@@ -606,25 +606,83 @@ FAULTS = (
         "a walk in units of a radius that is not certified",
     ),
     Fault(
-        "losses",
+        "losses/margins",
         "excess = (margin - logits.gather(1, classes[:, None]) + logits).clamp(min=0)",
         "excess = (margin + logits.gather(1, classes[:, None]) - logits).clamp(min=0)",
         "the margin is asked of the other classes",
     ),
     Fault(
-        "losses",
-        "return temperature * _reduced(",
-        "return _reduced(",
+        "losses/entropies",
+        """cross_entropy(scaled, classes, reduction="none")
+
+    return temperature * _reduced(""",
+        """cross_entropy(scaled, classes, reduction="none")
+
+    return _reduced(""",
         "the temperature does not scale the loss",
     ),
     Fault(
-        "losses",
-        "loss = (alpha * hinge.mean(0) - gaps * both).mean()",
-        "loss = (alpha * hinge.mean(0) + gaps * both).mean()",
+        "losses/entropies",
+        "low = -temperature * functional.logsigmoid((-outputs - offset) / temperature)",
+        "low = -temperature * functional.logsigmoid((-outputs + offset) / temperature)",
+        "the offset of a binary loss has the wrong sign for one class",
+    ),
+    Fault(
+        "losses/entropies",
+        "gained = margins.detach().clamp(min=0).minimum(radius * reach.detach())",
+        "gained = margins.detach().clamp(min=0).maximum(radius * reach.detach())",
+        "an attack gains more than a tie",
+    ),
+    Fault(
+        "losses/entropies",
+        "gained = margins.detach().clamp(min=0)",
+        "gained = margins.clamp(min=0)",
+        "the gradient sees the radii of EMMA",
+    ),
+    Fault(
+        "losses/entropies",
+        "gained = gained + radii * (reach - reach.detach())",
+        "pass",
+        "the head gets no gradient of the slopes",
+    ),
+    Fault(
+        "losses/entropies",
+        "torch.where(some, (-torch.expm1(-safe)) ** beta * safe, 0.0)",
+        "torch.where(some, torch.exp(-beta * safe) * safe, 0.0)",
+        "annealing lets go of lost samples",
+    ),
+    Fault(
+        "losses/kantorovich",
+        "weights = (_others(logits, classes) / temperature).softmax(1)",
+        "weights = (logits / temperature).softmax(1)",
+        "the true class has a share among the others",
+    ),
+    Fault(
+        "losses/kantorovich",
+        "hinges = (margin - own).clamp(min=0) + (margin + others).clamp(min=0)",
+        "hinges = (2 * margin - own + others).clamp(min=0)",
+        "a hinge on the margin in place of both sides",
+    ),
+    Fault(
+        "losses/kantorovich",
+        "samples = samples / samples.mean()",
+        "samples = samples * 1",
+        "weights of classes scale the hinge",
+    ),
+    Fault(
+        "losses/margins",
+        "return torch.stack([torch.linalg.vector_norm(row - head, dual, dim=1) for row in head])",
+        "return torch.stack([torch.linalg.vector_norm(row - head, p, dim=1) for row in head])",
+        "pairs of rows in the norm of the inputs",
+    ),
+    Fault(
+        "losses/kantorovich",
+        "parts = alpha * hinge.mean(0) - gaps * both",
+        "parts = alpha * hinge.mean(0) + gaps * both",
         "the sign of the Kantorovich-Rubinstein part",
     ),
     Fault(
-        "losses",
+        "losses/margins",
         'return functional.cross_entropy(logits, classes, reduction="none") - weight * radius',
         'return functional.cross_entropy(logits, classes, reduction="none") + weight * radius',
         "radius is punished",

@@ -268,8 +268,14 @@ class UnitNormLinear(_ConstrainedLinear):
     .. math:: x \mapsto W x + b, \qquad \lVert w_i\rVert_2 = 1 \text{ for each row}
 
     **Each output** is 1-Lipschitz in the :math:`\ell_2` norm, and the difference of outputs i and j
-    is :math:`\lVert w_i - w_j\rVert_2`-Lipschitz, which is all that a certificate needs. The layer
-    is not 1-Lipschitz: its norm is between 1 and the square root of the number of rows.
+    is :math:`\lVert w_i - w_j\rVert_2`-Lipschitz, 2 at most, which is all that a certificate needs.
+    The layer is not 1-Lipschitz: its norm is between 1 and the square root of the number of rows.
+
+    Where it is the last layer, :func:`~lipbook.robustness.certify` takes these pairs and not the
+    norm; :func:`~lipbook.robustness.certified_radius` and :func:`~lipbook.losses.emma_loss` do with
+    ``head=layer.weight``. After 1-Lipschitz layers a margin :math:`m` of classes i and j is then
+    worth :math:`m / \lVert w_i - w_j\rVert_2`: :math:`m / 2` at least, and more than
+    :math:`m / \sqrt2` where the rows are at an acute angle.
 
     Parameters
     ----------
