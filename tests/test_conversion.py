@@ -100,7 +100,7 @@ def series() -> nn.Sequential:
 OTHERS = (
     *("pre-activation ResNet", "U-Net", "DenseNet block", "MLP-Mixer", "coupling", "wrapper"),
     *("ConvNeXt block", "MobileNet block", "reused layers", "functions", "parametrizations"),
-    *("lightning", "module.compile", "AveragedModel"),
+    *("lightning", "AveragedModel"),
 )
 
 
@@ -120,8 +120,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def steepest(network: nn.Module, x: Tensor) -> float:
     """Largest singular value of the dense Jacobians at points, by torch."""
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda v: network(v[None])[0]))(x)
-    return torch.linalg.svdvals(jacobian.reshape(len(x), -1, x[0].numel())).max().item()
+    values = []
+    for point in x:
+        jacobian: Any = torch.autograd.functional.jacobian(lambda v: network(v[None])[0], point)
+        values.append(torch.linalg.svdvals(jacobian.reshape(-1, point.numel())).max().item())
+    return max(values)
 
 
 def rows(conversion: Conversion) -> dict[str, tuple[str, str]]:
@@ -170,7 +173,8 @@ def test_a_deep_network_keeps_its_gradients() -> None:
     torch.manual_seed(0)
     layers = [part for _ in range(20) for part in (nn.Linear(8, 8), nn.ReLU())]
     network = converted(nn.Sequential(*layers, nn.Linear(8, 8)), (8,)).network.double()
-    jacobian = torch.func.jacrev(network)(torch.rand(1, 8, dtype=torch.float64))
+    x = torch.rand(1, 8, dtype=torch.float64)
+    jacobian: Any = torch.autograd.functional.jacobian(network, x)
     values = torch.linalg.svdvals(jacobian.reshape(8, 8))
     assert (values - 1).abs().max() < 1e-6
 
@@ -587,7 +591,7 @@ def test_all_that_cannot_be_replaced_is_named() -> None:
     assert "give a layer in its place by replace={'parts.0.attn': layer}" in first
     assert "'parts.2' Multiply (test_conversion.py:" in second
     assert "return x * x.sigmoid()): a product of two tensors is not Lipschitz" in second
-    assert "'parts.3' ParametrizedUnitNormLinear: has the constant" in third
+    assert "'parts.3' UnitNormLinear: has the constant" in third
     with pytest.raises(ValueError, match="write it as a module, which replace can name"):
         converted(Gate(), (4,))
     with pytest.raises(
@@ -650,10 +654,8 @@ def test_the_life_of_a_network() -> None:
     again = converted(ResNet(), (3, 8, 8)).network
     x = torch.rand(5, 3, 8, 8)
     network(x).sum().backward()  # in training mode, which moves the running means
-    moving = [p.grad is not None and bool(p.grad.any()) for p in network.parameters()]
-    assert all(moving), [
-        name for (name, _), m in zip(network.named_parameters(), moving, strict=True) if not m
-    ]
+    for name, parameter in network.named_parameters():
+        assert parameter.numel() == 0 or bool(parameter.grad.any()), name
     network.eval()
     for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network)), freeze(network)):
         assert torch.equal(copied(x), network(x))
@@ -661,9 +663,7 @@ def test_the_life_of_a_network() -> None:
     assert torch.equal(again.eval()(x), network(x))
     assert set(dict(network.named_children())) >= {"stem", "blocks", "fc"}
     frozen = freeze(network)
-    assert {type(part) for part in frozen.modules()}.isdisjoint(
-        {OrthogonalConv2d, OrthogonalLinear}
-    )
+    assert not any("parametrizations" in key for key in frozen.state_dict())
     bounds = [lipschitz_bound(each, (3, 8, 8)).value for each in (network, frozen)]
     assert bounds[0] == bounds[1]
 
@@ -688,7 +688,7 @@ def test_a_converted_lenet_learns_and_is_certified() -> None:
     x, y, x_test, y_test = data.mnist()
     network = converted(LeNet(32), (1, 28, 28)).network
     loss = losses.MultiMarginLoss(margin=losses.margin_for_radius(0.5))
-    training.train(network, x[:1500], y[:1500], epochs=2, lr=0.005, loss=loss,
+    training.train(network, x[:1200], y[:1200], epochs=1, lr=0.01, loss=loss,
                    optimizer=torch.optim.Adam)  # fmt: skip
     inputs = [(x_test[:200], y_test[:200])]
     certificate = robustness.certify(network, inputs, input_shape=(1, 28, 28))

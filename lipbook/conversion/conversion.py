@@ -10,7 +10,9 @@ Every value of the new network is a 1-Lipschitz function of its input. For a lay
 that is so if it is 1-Lipschitz. A sum of k such values is k-Lipschitz, and their average
 1-Lipschitz. A concatenation of k values that depend on the same entries has the constant
 :math:`\sqrt k`, by which it is divided; of slices that do not meet it is 1-Lipschitz, and stays.
-The number is that of ``lipbook.composition.reading`` for a graph whose layers have the constants 1.
+The number is that of ``lipbook.composition.reading`` for a graph whose layers have the constants 1,
+and in which an average reads the input: that it is 1-Lipschitz holds for all weights, while the
+number for those of the beginning would not.
 At last the network is bounded as any other, and refused if the bound exceeds what was asked for.
 """
 
@@ -346,8 +348,8 @@ class _Plan:
         self.by_old: dict[int, str] = {}  # names of layers with weights, which may be used again
         self.held: set[int] = set()  # parameters of the model that live on
         self.step_names: list[str | None] = [None]
-        # The new graph: its nodes with their nominal constants, and where the old ones are in it.
-        self.nodes = [graph.nodes[0]]
+        # The new graph, the same for bounds, its constants, and where the old nodes are in it.
+        self.nodes, self.nominal = [graph.nodes[0]], [graph.nodes[0]]
         self.constants: list[list[Tensor]] = [[]]
         self.place = {0: 0}
         self.axis = [1] * len(graph)
@@ -554,8 +556,8 @@ class _Plan:
     def _join(self, k: int, node: Node, layer: Join) -> None:
         factors = layer.factors(None, 2.0)  # or the reason why there are none
         inputs = tuple(self.place[j] for j in node.inputs)
-        nodes = [*self.nodes, dataclasses.replace(node, inputs=inputs)]
-        value = compose(Graph(tuple(nodes), len(self.nodes)), [*self.constants, factors], 2.0)[-1]
+        nodes = [*self.nominal, dataclasses.replace(node, inputs=inputs)]
+        value = compose(Graph(tuple(nodes), len(nodes) - 1), [*self.constants, factors], 2.0)[-1]
         if value <= 1 + 1e-12:
             self._keep(k, node, layer, node.inputs, "branches that do not meet")
             return
@@ -580,14 +582,14 @@ class _Plan:
         if not name:
             name = self._name(node)
             self.layers[name] = layer
-        one = torch.ones((), dtype=torch.float64)
-        if factors is None and isinstance(layer, Average):
-            factors = [w.detach().abs().double() for w in layer.weights()]
-        elif factors is None:
+        if factors is None:
+            one = torch.ones((), dtype=torch.float64)
             factors = layer.factors(None, 2.0) if isinstance(layer, Join) else [one]
         shown = layer.join if isinstance(layer, ScaledJoin) else layer
         place = tuple(self.place[j] for j in inputs)
-        self.nodes.append(dataclasses.replace(node, layer=shown, inputs=place))
+        self.nodes.append(dataclasses.replace(node, layer=layer, inputs=place))
+        seen = (0,) if isinstance(layer, Average) else place  # whatever its weights, see the note
+        self.nominal.append(dataclasses.replace(node, layer=shown, inputs=seen))
         self.constants.append(factors)
         self.place[k] = len(self.nodes) - 1
         self.step_names.append(name)
