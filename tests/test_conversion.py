@@ -29,6 +29,7 @@ from lipbook.normalization import BatchCentering, LayerCentering, ScalarBatchNor
 from lipbook.orthogonal import OrthogonalLinear, Scale, UnitNormLinear
 from lipbook.pooling import AveragePooling, NormPooling, Upsampling, average_pooling
 from lipbook.residual import AverageResidual
+from lipbook.sequences import LosslessRNN
 
 
 class LeNet(nn.Module):
@@ -309,6 +310,24 @@ def test_linear_pooling_has_the_norm_one(layer: nn.Module, shape: tuple[int, ...
         assert value == pytest.approx(1, rel=1e-12)
 
 
+def test_recurrent_layers_become_lossless_ones() -> None:
+    torch.manual_seed(0)
+    model = Sequence(nn.GRU(3, 5, 2, batch_first=True, dropout=0.1)).double()
+    network: Any = converted(model, (7, 3)).network
+    rnn = network.rnn.module
+    assert isinstance(rnn, LosslessRNN)
+    assert (rnn.input_size, rnn.hidden_size, len(rnn.cells)) == (3, 5, 2)
+    assert network.rnn_1.module is rnn
+    x = torch.rand(2, 7, 3, dtype=torch.float64)
+    outputs, last = rnn(x)
+    joined = torch.cat([outputs[:, -1].abs(), last[-1]], 1) / 2**0.5
+    assert torch.allclose(network(x), network.head(joined))
+    assert steepest(network, x) <= 1 + 1e-9
+    own = LosslessRNN(3, 5, batch_first=True, output_size=5)
+    kept: Any = converted(Sequence(own, 0), (7, 3)).network
+    assert torch.equal(kept(x.float()), own(x.float())[0])
+
+
 def test_groups_are_centered_one_by_one() -> None:
     new = one(nn.GroupNorm(2, 6), (6, 2))
     x = torch.randn(3, 6, 2, dtype=torch.float64)
@@ -573,6 +592,22 @@ class Attention(nn.Module):
         return self.attn(x, x, x, need_weights=False)[0]
 
 
+class Sequence(nn.Module):
+    """A recurrent layer of which one or all outputs are read."""
+
+    def __init__(self, rnn: nn.Module, read: int | tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.rnn, self.read, self.head = rnn, read, nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, last = self.rnn(x)
+        if self.read == 0:
+            return outputs
+        if self.read is not None:
+            return last[1].transpose(0, 1)
+        return self.head(torch.cat([outputs[:, -1].relu(), last[-1]], 1))
+
+
 class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * x.sigmoid()
@@ -590,18 +625,20 @@ def test_all_that_cannot_be_replaced_is_named() -> None:
     text = str(found.value)
     first, second, third = text.splitlines()[1:]
     assert "'parts.0.attn' MultiheadAttention: attention is not Lipschitz on all of space;" in first
-    assert "give a layer in its place by replace={'parts.0.attn': layer}" in first
+    assert "give a layer in its place by replace={'parts.0': layer}" in first
     assert "'parts.2' Multiply (test_conversion.py:" in second
     assert "return x * x.sigmoid()): a product of two tensors is not Lipschitz" in second
     assert "'parts.3' UnitNormLinear: has the constant" in third
-    with pytest.raises(ValueError, match="write it as a module, which replace can name"):
+    with pytest.raises(ValueError, match="write what is around it as a module, which replace can"):
         converted(Gate(), (4,))
     with pytest.raises(
         TypeError, match=r"cannot be read: 'parts.0' .*replace=\{'parts.0': layer\}"
     ):
         converted(Parts(Fourier()), (4,))
-    with pytest.raises(ValueError, match=r"'lstm' LSTM.*has no 1-Lipschitz replacement"):
-        converted(ordinary.made(ordinary.NETWORKS["LSTM of 6 steps"]), (6, 4))
+    for layer, read in ((nn.GRU(4, 3, bidirectional=True, batch_first=True), 0),
+                        (nn.LSTM(4, 3, batch_first=True), (1, 1))):  # fmt: skip
+        with pytest.raises(ValueError, match=r"'rnn' .*: has no 1-Lipschitz replacement if it is"):
+            converted(Sequence(layer, read), (6, 4))
     with pytest.raises(ValueError, match="by which nothing is divided in earnest"):
         converted(Join(lambda m, x: 1e6 * m.a(x)), (4,))
     with pytest.raises(ValueError, match="no 1-Lipschitz convolution has its geometry"):

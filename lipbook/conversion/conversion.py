@@ -38,6 +38,7 @@ from lipbook.conversion.replacements import (
     Activation,
     Choice,
     Chosen,
+    recurrent,
     replacement,
     weighted,
 )
@@ -46,6 +47,7 @@ from lipbook.graphs.trace import _paths, known_layer, unwrapped
 from lipbook.layers.calls import CALLS
 from lipbook.layers.joins import Add, Join, Subtract
 from lipbook.layers.rearrangements import Diagonal, LinearMap, MatrixProduct, Rearrangement, Shift
+from lipbook.layers.recurrence import SequenceOutput
 from lipbook.norms.arguments import _real
 from lipbook.orthogonal import Scale
 from lipbook.rules import Bound, Shape, _shape, lipschitz_rule
@@ -149,8 +151,9 @@ def lipschitz_network(
 
     .. math:: \lVert f(x) - f(y)\rVert_2 \le K\, \lVert x - y\rVert_2 \quad\text{for all } x, y
 
-    for the new network f, at all parameters that training may reach. The model is not changed and
-    shares nothing with the network.
+    for the new network f, at all parameters that training may reach; the table names layers of
+    yours of which that holds for their present weights only. The model is not changed and shares
+    nothing with the network.
 
     ==============================  ============================================================
     in the model                    in the network
@@ -160,6 +163,7 @@ def lipschitz_network(
                                     with the old padding; where there is none (depthwise),
                                     ``NonexpansiveConv`` (AOL)
     ReLU, GELU, Tanh, ...           ``activation``; behind the last weights the old one stays
+    RNN, GRU, LSTM                  ``LosslessRNN``
     ``BatchNorm``                   ``BatchCentering``
     Layer, group, instance norm     ``LayerCentering``
     ``Dropout``                     nothing
@@ -218,6 +222,8 @@ def lipschitz_network(
 
     Notes
     -----
+    Weights of a layer that is used again stay shared; those of two layers that are tied do not.
+
     A model made of ``nn.Sequential`` comes back as one. Another forward becomes a
     ``GraphNetwork``, whose ``wiring()`` shows it, with the layers at their old paths. Its
     reshapings are those of ``input_shape``: images of another size need a conversion of their own.
@@ -345,6 +351,7 @@ class _Plan:
         self.rows: list[Replacement] = []
         self.layers: dict[str, nn.Module] = {}
         self.problems: list[str] = []
+        self.recurrent: dict[int, nn.Module] = {}
         self.by_old: dict[int, str] = {}  # names of layers with weights, which may be used again
         self.held: set[int] = set()  # parameters of the model that live on
         self.step_names: list[str | None] = [None]
@@ -390,15 +397,15 @@ class _Plan:
     def _refuse(self, node: Node, error: Exception) -> None:
         owner = self.originals.get(node.path, self.model)
         special = type(owner) in CALLS
-        kind = type(owner if special else node.layer).__name__
+        kind = type(owner if special else node.layer).__name__.removeprefix("Parametrized")
         where = f" ({node.place}: {node.code})" if node.place and not self._is_module(node) else ""
         reason = str(error).partition(": give a domain")[0]
-        hint = "write it as a module, which replace can name"
-        if node.path:
-            hint = f"give a layer in its place by replace={{{node.path!r}: layer}}"
-        self.problems.append(
-            f"{f'{node.path!r} ' if node.path else ''}{kind}{where}: {reason}; {hint}"
-        )
+        path = node.path.rpartition(".")[0] if special else node.path  # of one input and output
+        hint = "write what is around it as a module, which replace can name"
+        if path:
+            hint = f"give a layer in its place by replace={{{path!r}: layer}}"
+        name = f"{node.path!r} {kind}" if node.path else kind
+        self.problems.append(f"{name}{where}: {reason}; {hint}")
 
     def _is_module(self, node: Node) -> bool:
         owner = self.originals[node.path]
@@ -423,13 +430,17 @@ class _Plan:
     def _channel_axis(self, k: int, node: Node) -> int:
         layer, shape = node.layer, node.shape
         before = self.graph.nodes[node.inputs[0]].shape
-        if isinstance(layer, (nn.Linear, nn.LayerNorm, nn.RMSNorm, MatrixProduct)):
+        last = (nn.Linear, nn.LayerNorm, nn.RMSNorm, MatrixProduct, SequenceOutput)
+        if isinstance(layer, last):
             return max(len(shape), 1)
         return self.axis[node.inputs[0]] if before == shape and not weighted(layer) else 1
 
     def _single(self, k: int, node: Node, layer: nn.Module) -> None:
         shape = self.graph.nodes[node.inputs[0]].shape
         old = self.originals[node.path] if self._is_module(node) else layer
+        if isinstance(layer, SequenceOutput):
+            self._recurrent(k, node, layer)
+            return
         if type(old) in CALLS:
             raise ValueError("has no 1-Lipschitz replacement")
         has_weights = any(True for _ in old.parameters())
@@ -451,6 +462,15 @@ class _Plan:
         self._keep(k, node, chosen.layer, node.inputs, chosen.why, chosen.moved, name)
         if has_weights and old is not layer and not name:
             self.by_old[id(old)] = cast(str, self.step_names[-1])
+
+    def _recurrent(self, k: int, node: Node, layer: SequenceOutput) -> None:
+        """Two outputs of one call are two steps that share a layer."""
+        old = self.originals[node.path]
+        if id(old) not in self.recurrent:
+            self.recurrent[id(old)] = recurrent(old, layer.part, layer.count, self.choice)
+            self.held.update(id(p) for p in old.parameters())
+        new = SequenceOutput(self.recurrent[id(old)], layer.part, layer.initial())
+        self._keep(k, node, new, node.inputs, "keeps norms at every length")
 
     def _given(self, old: nn.Module, shape: Shape) -> Chosen | None:
         if not isinstance(old, _Given):
@@ -658,6 +678,8 @@ def _kind(layer: nn.Module | None) -> str:
         return " ".join(_kind(part) for part in layer) or "Sequential"
     if isinstance(layer, ScaledJoin):
         return f"{_kind(layer.join)} Scale"
+    if isinstance(layer, SequenceOutput):
+        return _kind(layer.module)
     if isinstance(layer, (Rearrangement, LinearMap)):
         return layer.name
     name = type(layer).__name__

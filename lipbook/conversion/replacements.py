@@ -31,6 +31,7 @@ from lipbook.normalization import BatchCentering, LayerCentering, ScalarBatchNor
 from lipbook.orthogonal import OrthogonalLinear, Scale, polar
 from lipbook.pooling import AveragePooling, Upsampling
 from lipbook.rules import Shape, lipschitz_rule
+from lipbook.sequences import LosslessRNN
 
 __all__ = [
     "ALREADY",
@@ -40,6 +41,7 @@ __all__ = [
     "Choice",
     "Chosen",
     "constant",
+    "recurrent",
     "replacement",
     "weighted",
 ]
@@ -189,6 +191,47 @@ def _scaled(old: nn.Module, shape: Shape) -> Chosen:
         else f"times {1 / value:.4g}, for the constant 1"
     )
     return Chosen(scaled, why)
+
+
+def recurrent(old: Any, part: str, initial: int, choice: Choice) -> LosslessRNN:
+    """Make the layer that stands in the place of a recurrent one.
+
+    Parameters
+    ----------
+    old : torch.nn.Module
+        The layer.
+    part : str
+        Which output of it is read.
+    initial : int
+        Number of its initial states.
+    choice : Choice
+        What the user asked for.
+
+    Returns
+    -------
+    LosslessRNN
+
+    Raises
+    ------
+    ValueError
+        With the reason why there is none.
+    """
+    if isinstance(old, LosslessRNN):
+        return copy.deepcopy(old)
+    if not isinstance(old, (nn.RNN, nn.GRU, nn.LSTM)):
+        raise ValueError("has no 1-Lipschitz replacement")
+    if old.bidirectional or old.proj_size or part == "c" or (initial and isinstance(old, nn.LSTM)):
+        raise ValueError(
+            "has no 1-Lipschitz replacement if it is bidirectional or projects, or an LSTM with "
+            "initial states or whose cell is read"
+        )
+    return LosslessRNN(
+        *(old.input_size, old.hidden_size, old.num_layers, old.bias),
+        batch_first=True,
+        output_size=old.hidden_size,
+        device=choice.device,
+        dtype=choice.dtype,
+    )
 
 
 # ------------------------------------------------------------------------------- weights
