@@ -475,6 +475,14 @@ def test_concatenations_are_divided_by_their_constant(
         assert steepest(network, x) == pytest.approx(1, rel=1e-5)
 
 
+def test_an_average_is_joined_as_one_branch_whatever_its_weights() -> None:
+    network: Any = converted(Join(lambda m, x: torch.cat([x, x + m.a(x)], 1)), (4,)).network
+    assert network.concatenate.factor == pytest.approx(2**-0.5)
+    with torch.no_grad():
+        network.add.logits.copy_(torch.tensor([9.0, -9.0]))
+    assert 0.999 < lipschitz_bound(network, (4,)).value <= 1 + 1e-6
+
+
 # ------------------------------------------------------------------------ weights and names
 
 

@@ -59,7 +59,7 @@ Replacements = Mapping[str | type[nn.Module], nn.Module | Callable[[nn.Module], 
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """What became of one layer or operation.
+    r"""What became of one layer or operation.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ class Replacement:
     why : str
         The reason.
     moved : float or None
-        :math:`‖W - W'‖ / ‖W‖` in the Frobenius norm, where the weight was kept.
+        :math:`\lVert W - W'\rVert / \lVert W\rVert` in the Frobenius norm, of a weight that was kept.
     code : str
         Line of the reader's code, of an operation that is no module.
     """
