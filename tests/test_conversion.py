@@ -190,9 +190,9 @@ def test_the_forward_is_that_of_the_model_with_other_layers() -> None:
     y = F.max_pool2d(MaxMin()(network.conv1(x)), 2)
     y = F.max_pool2d(MaxMin()(network.conv2(y)), 2).flatten(1)
     assert torch.equal(network(x), network.fc2(MaxMin()(network.fc1(y))))
-    assert network.wiring().splitlines()[:3] == [
-        "v1 = conv1(x)", "v2 = relu(v1)", "v3 = max_pool2d(v2)"
-    ]  # fmt: skip
+    lines = network.wiring().splitlines()
+    assert lines[:3] == ["v1 = conv1(x)", "v2 = relu(v1)", "v3 = max_pool2d(v2)"]
+    assert lines[-2:] == ["v10 = fc2(v9)", "return v10"]  # neither dropout nor softmax
 
 
 def test_a_sequential_comes_back_as_one() -> None:
@@ -341,6 +341,9 @@ def test_activations_by_choice() -> None:
     new = one(nn.ReLU().double(), (4,), activation="householder")
     assert isinstance(new, Householder)
     assert isinstance(one(nn.ReLU(), (4,), activation="keep"), nn.ReLU)
+    assert isinstance(one(nn.PReLU(), (4,), activation="keep"), nn.PReLU)
+    with pytest.raises(ValueError, match=r"'0' PReLU: has the constant 3, and no 1-Lipschitz"):
+        one(nn.PReLU(init=3.0), (4,), activation="keep")
     gelu: Any = one(nn.GELU(), (4,), activation="keep")
     steep = lipschitz_bound(nn.GELU(), (4,)).value
     x = torch.randn(5, 4)
@@ -532,7 +535,10 @@ def test_a_shared_layer_stays_one() -> None:
                 x = self.relu(self.linear(x))
             return self.back(self.relu(self.odd(x)))
 
-    network: Any = converted(Shared(), (4,)).network
+    conversion = converted(Shared(), (4,))
+    network: Any = conversion.network
+    paths = [row.path for row in conversion.replacements]
+    assert paths == ["linear", "relu"] * 3 + ["odd", "relu", "back"]
     assert sum(isinstance(part, OrthogonalLinear) for part in network.modules()) == 3
     assert network.wiring().count("linear(") == 3
     assert isinstance(network.relu, MaxMin)

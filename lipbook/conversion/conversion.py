@@ -70,7 +70,7 @@ class Replacement:
     why : str
         The reason.
     moved : float or None
-        :math:`\lVert W - W'\rVert / \lVert W\rVert` in the Frobenius norm, of a weight that was kept.
+        :math:`\lVert W - W'\rVert / \lVert W\rVert` of a weight that was kept, Frobenius norms.
     code : str
         Line of the reader's code, of an operation that is no module.
     """
