@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lipbook import attacks as attacks
     from lipbook import cli as cli
     from lipbook import composition as composition
+    from lipbook import conversion as conversion
     from lipbook import convolutions as convolutions
     from lipbook import errors as errors
     from lipbook import export as export

@@ -27,6 +27,7 @@ from lipbook import (
     activations,
     attacks,
     composition,
+    conversion,
     convolutions,
     export,
     generalization,
@@ -45,6 +46,7 @@ from lipbook import (
     tightness,
     wasserstein,
 )
+from lipbook.layers.joins import Concatenate
 
 NAN, INF = math.nan, math.inf
 
@@ -729,6 +731,33 @@ TABLE: dict[str, Row] = {
     ),
     "residual.cpl_scale": row(residual.cpl_scale, weight=RAW),
     "residual.sll_scale": row(residual.sll_scale, weight=RAW, log_q=("raw", tensor(3))),
+    # conversion
+    "conversion.lipschitz_network": row(
+        conversion.lipschitz_network,
+        model=MODULE,
+        input_shape=SHAPE,
+        lipschitz=("positive", 2.0),
+        activation=("choice", "max_min"),
+        fine="",
+    ),
+    "conversion.Average": row(
+        lambda weight: conversion.Average([weight, 0.5]),
+        words={"weight": "weights"},
+        weight=("positive", 0.5),
+        fine="weight: negative",
+    ),
+    "conversion.Offset": row(conversion.Offset, value=("raw", tensor(3)), fine="value: number"),
+    "conversion.ScaledJoin": row(
+        conversion.ScaledJoin,
+        join=("module", Concatenate(1)),
+        factor=("positive", 0.5),
+        fine="factor: negative",
+    ),
+    "conversion.GraphNetwork": row(
+        lambda layer: conversion.GraphNetwork({"a": layer}, [("a", (0,))]),
+        words={"layer": "layers"},
+        layer=("module", nn.Identity()),
+    ),
     # sequences
     "sequences.LosslessRNN": row(
         sequences.LosslessRNN,
@@ -894,6 +923,7 @@ TABLE: dict[str, Row] = {
 # What functions return, and the questions of layers, which the library asks with what it checked.
 RETURNED = {
     *("composition.Bound", "composition.LayerReport", "robustness.Accuracy"),
+    *("conversion.Conversion", "conversion.Replacement"),
     *("generalization.MarginBound", "generalization.SpectralComplexity"),
     *("interpretability.Counterfactual", "graphs.Graph", "graphs.Node", "rounding.ForwardError"),
     *("wasserstein.TransportBracket", "wasserstein.HeldOut", "wasserstein.CriticHistory"),

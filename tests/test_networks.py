@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 from torch import nn
 
-from lipbook.activations import MaxMin
+from lipbook.activations import GroupSort, MaxMin
 from lipbook.composition import lipschitz_bound
 from lipbook.lab import networks
 from lipbook.lab.augmentation import distorted, shifted_and_flipped
 from lipbook.lab.data import mnist
 from lipbook.lab.evaluation import certificate, certified_score, summary
 from lipbook.losses import multi_margin
+from lipbook.residual import AverageResidual
 
 # ------------------------------------------------------------------------------ architectures
 
@@ -50,6 +53,42 @@ def test_the_sizes_are_those_of_the_paper() -> None:
     large = [tuple(m.weight.shape) for m in networks.large() if hasattr(m, "weight")]
     assert large[:4] == [(32, 3, 3, 3), (32, 32, 4, 4), (64, 32, 3, 3), (64, 64, 4, 4)]
     assert large[4:] == [(512, 4096), (512, 512), (10, 512)]
+
+
+@pytest.mark.parametrize("block", ["average", "orthogonal"])
+def test_a_residual_network_is_1_lipschitz_at_any_depth(block: Any) -> None:
+    torch.manual_seed(0)
+    model = networks.resnet(1, 8, 3, width=4, depth=3, stages=2, block=block).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert lipschitz_bound(model, (1, 8, 8)).value <= 1 + 1e-9
+    x = torch.rand(1, 8, 8, dtype=torch.float64)
+    jacobian: Any = torch.autograd.functional.jacobian(lambda v: model(v[None])[0], x)
+    values = torch.linalg.svdvals(jacobian.flatten(1))
+    assert values.max() <= 1 + 1e-9
+    if block == "orthogonal":  # before the strides nothing is lost
+        gradient: Any = torch.autograd.functional.jacobian(lambda v: model[:8](v[None])[0], x)
+        assert (torch.linalg.svdvals(gradient.reshape(-1, 64)) - 1).abs().max() < 1e-6
+    assert sum(type(part).__name__.endswith("Residual") for part in model) == 6
+    assert model[-3].window == 4
+    with pytest.raises(ValueError, match="block: expected 'average' or 'orthogonal', got 'sum'"):
+        networks.resnet(block="sum")  # type: ignore[arg-type]
+
+
+def test_skips_begin_at_one_over_the_number_of_blocks() -> None:
+    model = networks.resnet(1, 4, width=4, depth=4, stages=1)
+    weights = [part.weights()[1].item() for part in model if isinstance(part, AverageResidual)]
+    assert weights == pytest.approx([0.2] * 4)
+
+
+def test_a_critic_sorts_whole_layers() -> None:
+    torch.manual_seed(0)
+    critic = networks.critic(12, width=10, depth=2).double()
+    assert [part.group_size for part in critic if isinstance(part, GroupSort)] == [10, 10]
+    x = torch.rand(3, 3, 4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(critic(x).sum(), x)
+    assert torch.allclose(gradient.flatten(1).norm(dim=1), torch.ones(3).double())
 
 
 def test_an_unknown_network_is_refused() -> None:

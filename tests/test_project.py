@@ -47,6 +47,7 @@ FLOORS = {
     "normalization": 6,
     "convolutions": 7,
     "residual": 8,
+    "conversion": 9,
     "sequences": 8,
     "wasserstein": 9,
     "losses": 9,

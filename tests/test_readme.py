@@ -7,9 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from test_project import PYPROJECT, TOP, canonicalize_name, requirements
+
+from lipbook import wasserstein
 
 README = (TOP / "README.md").read_text()
 
@@ -44,9 +48,31 @@ def test_the_example_gives_the_numbers_below_it(tmp_path: Path) -> None:
 
 
 def test_the_library_in_one_minute_runs() -> None:
-    for code in blocks("python"):
-        if "certified.svg" not in code:
-            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    (code,) = (block for block in blocks("python") if "certified.svg" not in block)
+    found = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    (table,) = (block for block in blocks("text") if "OrthogonalConv2d" in block)
+    assert table in found
+
+
+def test_the_recipes_of_the_page_on_choosing_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (TOP / "book" / "choosing.md").read_text()
+    codes = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(codes) == 8
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    for code in codes:
+        assert max(map(len, code.splitlines())) <= 100
+        exec(code, names)
+    table = capsys.readouterr().out
+    assert "certified accuracy" in table
+    assert "OrthogonalConv2d" in table
+    assert names["net"](torch.rand(3, 4)).shape == (3, 1)
+    assert names["logits"].shape == (16, 5)
+    value = wasserstein.kantorovich_dual(names["critic"], names["p"], names["q"])
+    exact = wasserstein.wasserstein1(names["p"], names["q"])
+    assert 0.5 * exact < value <= exact * (1 + 1e-6)
 
 
 def test_the_table_names_every_extra_and_what_it_brings() -> None:

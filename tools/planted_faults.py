@@ -950,6 +950,54 @@ FAULTS = (
         "return found / (complexity.value * data_norm)",
         "normalised margins without n",
     ),
+    Fault(
+        "conversion/conversion",
+        "seen = (0,) if isinstance(layer, Average) else place",
+        "seen = place",
+        "an average counts as a sum of its parts, and what it is joined to is divided by too much",
+    ),
+    Fault(
+        "conversion/conversion",
+        "scaled = ScaledJoin(layer, 1 / value.item())",
+        "scaled = ScaledJoin(layer, 1 / math.sqrt(value.item()))",
+        "a concatenation of branches that share their input keeps a constant above 1",
+    ),
+    Fault(
+        "conversion/conversion",
+        "shares[skip] = signs[skip] * (1 - (len(sources) - 1) / count)",
+        "shares[skip] = signs[skip] / count",
+        "the skips of a deep network begin at one half",
+    ),
+    Fault(
+        "conversion/conversion",
+        "if not self._hold(self.originals[term.path], diagonal.factor):",
+        "if True:",
+        "a branch behind a learnt factor that begins at 0 is left out",
+    ),
+    Fault(
+        "conversion/conversion",
+        "taken = self.layers.keys() | (set() if self._is_module(node) else self.originals.keys())",
+        "taken = self.layers.keys()",
+        "an operation takes the name of a module",
+    ),
+    Fault(
+        "conversion/replacements",
+        "scaled = nn.Sequential(copy.deepcopy(old), Scale(1 / value))",
+        "scaled = nn.Sequential(copy.deepcopy(old), Scale(value))",
+        "what is above 1 is multiplied by its constant",
+    ),
+    Fault(
+        "conversion/replacements",
+        "new.weight = polar(weight.double()).to(weight.dtype)",
+        "new.weight = torch.linalg.qr(weight.double().mT)[0].mT.to(weight.dtype)",
+        "kept matrices are orthonormal, and not the nearest",
+    ),
+    Fault(
+        "conversion/modules",
+        "parts = self.logits.softmax(0).unbind()",
+        "parts = self.logits.exp().unbind()",
+        "weights of an average add up to 1 at the beginning only",
+    ),
 )
 
 

@@ -414,12 +414,16 @@ def _(call: Call, equation: str, *operands: Any) -> Step:
     (place,) = tracked
     x = operands[place]
 
-    def function(v: Tensor) -> Tensor:
-        parts = [part.to(v.dtype) if isinstance(part, Tensor) else part for part in operands]
-        parts[place] = v
-        return torch.einsum(equation, *parts)
-
+    others = [part.detach() if isinstance(part, Tensor) else part for part in operands]
+    others[place] = None
+    function = functools.partial(_einsum, equation, others, place)
     return LinearMap(f"einsum {equation}", function, x[0].numel()), (x,)
+
+
+def _einsum(equation: str, operands: Sequence[Any], place: int, v: Tensor) -> Tensor:
+    parts = [part.to(v.dtype) if isinstance(part, Tensor) else part for part in operands]
+    parts[place] = v
+    return torch.einsum(equation, *parts)
 
 
 def _reduction(x: Tensor, dim: Any) -> list[int]:
@@ -440,17 +444,20 @@ def _(
     average = handler_of(call.function)[0] == "mean"
     name = "mean" if average else "sum"
 
-    def function(v: Tensor) -> Tensor:
-        return v.mean(dims, keepdim) if average else v.sum(dims, keepdim)
-
+    function = functools.partial(_reduced, average, dims, keepdim)
     norms = sum_norms(terms, 1 / terms if average else 1.0)
     return LinearMap(f"{name} {tuple(dims)}", function, terms, norms), (x,)
+
+
+# Functions of layers are named, so that networks of these layers can be pickled.
+def _reduced(average: bool, dims: list[int], keepdim: bool, v: Tensor) -> Tensor:
+    return v.mean(dims, keepdim) if average else v.sum(dims, keepdim)
 
 
 @_handles("cumsum")
 def _(call: Call, x: Tensor, dim: int) -> Step:
     _reduction(x, dim)
-    return LinearMap(f"cumsum {dim}", lambda v: v.cumsum(dim), x.shape[dim]), (x,)
+    return LinearMap(f"cumsum {dim}", functools.partial(torch.cumsum, dim=dim), x.shape[dim]), (x,)
 
 
 # ------------------------------------------------------------------------------ pooling
@@ -497,8 +504,14 @@ def _(
     antialias: bool = False,
 ) -> Step:
     if antialias:
-        function = lambda v: functional.interpolate(  # noqa: E731
-            v, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
+        function = functools.partial(
+            functional.interpolate,
+            size=size,
+            scale_factor=scale_factor,
+            mode=mode,
+            align_corners=align_corners,
+            recompute_scale_factor=recompute_scale_factor,
+            antialias=antialias,
         )
         return LinearMap("interpolate", function, x[0].numel()), (x,)
     return nn.Upsample(size, scale_factor, mode, align_corners, recompute_scale_factor), (x,)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -20,8 +20,22 @@ from lipbook.export import freeze
 from lipbook.lab import records
 from lipbook.lab.data import mnist
 from lipbook.orthogonal import OrthogonalLinear
+from lipbook.pooling import AveragePooling
+from lipbook.residual import AverageResidual, OrthogonalResidual
 
-__all__ = ["dense", "small", "large", "names", "load", "norm", "data", "packed", "rebuilt"]
+__all__ = [
+    "critic",
+    "data",
+    "dense",
+    "large",
+    "load",
+    "names",
+    "norm",
+    "packed",
+    "rebuilt",
+    "resnet",
+    "small",
+]
 
 WIDE = 128  # channels of the wide network, the Large one times four
 DATA = "data/"  # how the names of tensors begin that are no weights
@@ -154,6 +168,119 @@ def large(
 def _circular(c_in: int, c_out: int, size: int, stride: int) -> nn.Conv2d:
     padding = (size - stride) // 2
     return nn.Conv2d(c_in, c_out, size, stride, padding, padding_mode="circular")
+
+
+def resnet(
+    channels: int = 3,
+    size: int = 32,
+    outputs: int = 10,
+    width: int = 32,
+    depth: int = 2,
+    stages: int = 3,
+    block: Literal["average", "orthogonal"] = "average",
+    convolution: Convolution = OrthogonalConv2d,
+    linear: Linear = OrthogonalLinear,
+) -> nn.Sequential:
+    r"""Build a 1-Lipschitz residual network: strided stages of residual blocks, a mean, logits.
+
+    A stage doubles the channels and halves the image; its blocks are two convolutions with MaxMin
+    between them beside a skip. The skips of ``"average"`` blocks begin at one minus one over the
+    number of blocks, so that depth costs little (:class:`~lipbook.residual.AverageResidual`); those
+    of ``"orthogonal"`` blocks lose nothing, and their branches see half the channels
+    (:class:`~lipbook.residual.OrthogonalResidual`).
+
+    Parameters
+    ----------
+    channels : int
+        Of the image.
+    size : int
+        Height and width of the image, a multiple of :math:`2^{\mathrm{stages} - 1}`.
+    outputs : int
+        Logits.
+    width : int
+        Channels of the first stage; even, and a multiple of 4 with ``"orthogonal"`` blocks.
+    depth : int
+        Blocks of a stage.
+    stages : int
+        Sizes of the image on the way.
+    block : str
+        ``"average"`` or ``"orthogonal"``.
+    convolution, linear : callable
+        As in :func:`small`.
+
+    Returns
+    -------
+    torch.nn.Sequential
+
+    Raises
+    ------
+    ValueError
+        If there is no such block.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lipbook.composition import lipschitz_bound
+    >>> net = resnet(size=16, width=8, depth=1)
+    >>> net(torch.rand(2, 3, 16, 16)).shape, round(lipschitz_bound(net, (3, 16, 16)).value, 5)
+    (torch.Size([2, 10]), 1.0)
+    """
+    if block not in ("average", "orthogonal"):
+        raise ValueError(f"block: expected 'average' or 'orthogonal', got {block!r}")
+
+    def residual(c: int) -> nn.Module:
+        if block == "orthogonal":
+            half = c // 2
+            first, second = convolution(half, half, 3, 1), convolution(half, half, 3, 1)
+            return OrthogonalResidual(nn.Sequential(first, MaxMin(), second))
+        branch = nn.Sequential(convolution(c, c, 3, 1), MaxMin(), convolution(c, c, 3, 1))
+        return AverageResidual(branch, weight=1 / (depth * stages + 1))
+
+    layers: list[nn.Module] = [convolution(channels, width, 3, 1), MaxMin()]
+    for stage in range(stages):
+        if stage:
+            layers += [convolution(width, 2 * width, 2, 2), MaxMin()]
+            width *= 2
+        for _ in range(depth):
+            layers += [residual(width), MaxMin()]
+    pooled = [AveragePooling(size // 2 ** (stages - 1)), nn.Flatten()]
+    return nn.Sequential(*layers, *pooled, linear(width, outputs))
+
+
+def critic(
+    features: int, width: int = 128, depth: int = 3, linear: Linear = OrthogonalLinear
+) -> nn.Sequential:
+    """Build a critic: a dense 1-Lipschitz network with one output, each layer sorted as a whole.
+
+    Sorting whole layers (FullSort) serves distances in high dimension better than pairs do; the
+    value of a critic is :func:`~lipbook.wasserstein.kantorovich_dual`.
+
+    Parameters
+    ----------
+    features : int
+        Numbers of a sample, of any shape.
+    width : int
+        Units of a hidden layer.
+    depth : int
+        Hidden layers.
+    linear : callable
+        As in :func:`dense`.
+
+    Returns
+    -------
+    torch.nn.Sequential
+
+    Examples
+    --------
+    >>> import torch
+    >>> critic(6, width=8)(torch.rand(5, 2, 3)).shape
+    torch.Size([5, 1])
+
+    References
+    ----------
+    :cite:t:`anil2019sorting`.
+    """
+    return dense([features, *[width] * depth, 1], width, linear)
 
 
 _ARCHITECTURES: dict[str, Callable[..., nn.Sequential]] = {

@@ -7,6 +7,7 @@ no modules. In a graph each becomes one of the layers here, with its answers bes
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -498,12 +499,12 @@ def _(module: LinearMap, input_shape: Shape) -> Affine:
 
 def sum_norms(terms: int, factor: float) -> Callable[[float], float]:
     """Norms of a direct sum of rows of ``terms`` equal entries."""
+    return functools.partial(_sum_norm, terms, factor)
 
-    def norms(p: float) -> float:
-        dual: Any = {1.0: 1.0, 2.0: math.sqrt(terms), math.inf: float(terms)}
-        return abs(factor) * float(dual[p])
 
-    return norms
+def _sum_norm(terms: int, factor: float, p: float) -> float:
+    dual: Any = {1.0: 1.0, 2.0: math.sqrt(terms), math.inf: float(terms)}
+    return abs(factor) * float(dual[p])
 
 
 # ------------------------------------------------------------------- errors of programs
