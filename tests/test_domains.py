@@ -93,27 +93,26 @@ def test_ranges_and_jacobians_hold_samples(name: str, radius: float) -> None:
     interval = row_bounds(graph, ranges, rows, 2)
     assert interval is not None
     center, spread = interval
-    for _ in range(30):
-        z = x + radius * (2 * torch.rand_like(x) - 1)
-        for found, value in zip(ranges, graph.values(z), strict=True):
-            assert found.holds(value)
-            if found.center is None:
-                continue  # a product
-            assert found.radius is not None
-            off = (value - found.center).flatten(1).norm(dim=1)
-            assert (off <= found.radius).all()
-        jacobian = torch.stack(
-            [torch.autograd.functional.jacobian(lambda v: net(v[None])[0], v) for v in z]
-        )
-        assert ((jacobian - center).abs() <= spread + 1e-13).all()
-        for p in NORMS:
-            flat = jacobian.flatten(2)
-            truth = torch.linalg.vector_norm(flat, dual_exponent(p), dim=2)
-            assert (truth <= row_norms(interval, p)).all()
-            assert (truth <= row_constants(graph, ranges, rows, p)).all()
-            whole = torch.linalg.matrix_norm(flat, p)
-            assert (whole <= matrix_norms(interval, p)).all()
-            assert (whole <= stretches(graph, ranges, p)[graph.output]).all()
+    z = x + radius * (2 * torch.rand(30, 5, *shape, dtype=torch.float64) - 1)
+    for found, values in zip(ranges, graph.values(z.flatten(0, 1)), strict=True):
+        value = values.unflatten(0, (30, 5))
+        assert found.holds(value)
+        if found.center is None:
+            continue  # a product
+        assert found.radius is not None
+        off = (value - found.center).flatten(2).norm(dim=2)
+        assert (off <= found.radius).all()
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda v: net(v[None])[0]))(z.flatten(0, 1))
+    jacobian = jacobian.unflatten(0, (30, 5))
+    assert ((jacobian - center).abs() <= spread + 1e-13).all()
+    for p in NORMS:
+        flat = jacobian.flatten(3)
+        truth = torch.linalg.vector_norm(flat, dual_exponent(p), dim=3)
+        assert (truth <= row_norms(interval, p)).all()
+        assert (truth <= row_constants(graph, ranges, rows, p)).all()
+        whole = torch.linalg.matrix_norm(flat, p)
+        assert (whole <= matrix_norms(interval, p)).all()
+        assert (whole <= stretches(graph, ranges, p)[graph.output]).all()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -307,27 +307,34 @@ steps_of_graphs = st.lists(
 
 
 def jacobians_at(net: nn.Module, points: Tensor) -> Tensor:
-    return torch.stack(
-        [torch.autograd.functional.jacobian(lambda v: net(v[None])[0], x) for x in points]
-    )
+    """A sample's output depends on its input alone: one pass back for each output, for all."""
+    rows = torch.autograd.functional.jacobian(lambda x: net(x).sum(0), points)
+    assert isinstance(rows, Tensor)
+    return rows.transpose(0, 1)
 
 
-@settings(max_examples=300)
-@given(steps_of_graphs, st.integers(0, 2**31))
-def test_random_graphs_are_bounded(choices: list[tuple[int, int, int]], seed: int) -> None:
+@settings(max_examples=150)
+@given(steps_of_graphs, st.integers(0, 2**31), st.sampled_from(NORMS))
+def test_random_graphs_are_bounded(
+    choices: list[tuple[int, int, int]], seed: int, p: float
+) -> None:
     torch.manual_seed(seed)
     net = RandomGraph(choices, products=False).double().eval()
     points = torch.cat([0.1 * torch.randn(3, 6), 3 * torch.randn(3, 6)]).double()
-    found = jacobians_at(net, points)
-    for p in NORMS:
-        truth = torch.linalg.matrix_norm(found, p).max().item()
-        assert truth <= lipschitz_bound(net, (6,), p).value * (1 + 1e-12) + 1e-300
+    truth = torch.linalg.matrix_norm(jacobians_at(net, points), p).max().item()
+    assert truth <= lipschitz_bound(net, (6,), p).value * (1 + 1e-12) + 1e-300
 
 
-@settings(max_examples=200)
-@given(steps_of_graphs, st.integers(0, 2**31), st.floats(1e-3, 2.0), st.booleans())
+@settings(max_examples=100)
+@given(
+    steps_of_graphs,
+    st.integers(0, 2**31),
+    st.floats(1e-3, 2.0),
+    st.booleans(),
+    st.sampled_from(NORMS),
+)
 def test_random_graphs_are_bounded_on_domains(
-    choices: list[tuple[int, int, int]], seed: int, width: float, ball: bool
+    choices: list[tuple[int, int, int]], seed: int, width: float, ball: bool, p: float
 ) -> None:
     torch.manual_seed(seed)
     net = RandomGraph(choices, products=True).double().eval()
@@ -341,10 +348,8 @@ def test_random_graphs_are_bounded_on_domains(
     ranges = ranges_of(graph, domain.range((6,)))
     for values, found in zip(graph.values(points), ranges, strict=True):
         assert found.holds(values)
-    found = jacobians_at(net, points)
-    for p in NORMS:
-        truth = torch.linalg.matrix_norm(found, p).max().item()
-        assert truth <= lipschitz_bound(net, (6,), p, domain=domain).value * (1 + 1e-12)
+    truth = torch.linalg.matrix_norm(jacobians_at(net, points), p).max().item()
+    assert truth <= lipschitz_bound(net, (6,), p, domain=domain).value * (1 + 1e-12)
 
 
 # ------------------------------------------------------------------------------ bad input

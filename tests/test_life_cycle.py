@@ -16,14 +16,16 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from functorch.compile import default_partition, nop
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -298,7 +300,6 @@ trainable_rows = pytest.mark.parametrize(
 )
 # Tests that take long go through one row a layer and method: a comma names a variant.
 SELECTED = [name for name in TABLE if "," not in name or name == "bcop, stride, groups"]
-selected_rows = pytest.mark.parametrize("name", SELECTED)
 
 # Deviation that the library promises for matrices of up to 1024 rows, and so for tiny ones.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -603,25 +604,6 @@ def test_autocast_leaves_the_constraint_alone(name: str, dtype: torch.dtype) -> 
 # ------------------------------------------------------------------------ transformations
 
 
-@selected_rows
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
-def test_compiles_without_graph_breaks(name: str) -> None:
-    layer, shape = trained(name)
-    x = torch.randn(2, *shape, requires_grad=True)
-    torch.compiler.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    outputs, expected = compiled(x), layer(x)
-    torch.testing.assert_close(outputs, expected)
-    leaves = [x, *layer.parameters()]
-    cotangent = torch.randn_like(expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(outputs, leaves, cotangent),
-        torch.autograd.grad(expected, leaves, cotangent),
-        rtol=1e-4,
-        atol=1e-5,
-    )
-
-
 @every_row
 @pytest.mark.filterwarnings(
     "ignore:There is a performance drop:UserWarning"
@@ -778,44 +760,17 @@ def test_fx_traces(name: str) -> None:
         assert torch.equal(traced(x), layer(x))
 
 
-JOINED: dict[str, tuple[nn.Module, Shape]] = {
-    "sum": (Sum(OrthogonalLinear(4, 4), nn.Tanh()), (4,)),
-    "residual": (Residual(OrthogonalLinear(4, 4)), (4,)),
-}
-
-
-@pytest.mark.parametrize("name", [*SELECTED, *JOINED])
-@pytest.mark.parametrize("dynamic", [True, None])
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
-def test_one_compilation_serves_all_batches(name: str, dynamic: bool | None) -> None:
-    """Asked to, or, as torch does by itself, the second: after one for the first batch alone."""
-    layer, shape = JOINED[name] if name in JOINED else trained(name)
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, _: object) -> object:
-        graphs.append(graph)
-        return graph
-
-    torch.compiler.reset()
-    compiled = torch.compile(layer, backend=backend, dynamic=dynamic, fullgraph=True)
-    # Equal sizes are taken for the same, and no axis has these; from 16 on torch's own convolution
-    # is another.
-    for batch in (11, 13, 14) if dynamic else (11, 13, 14, 9, 8, 7, 10):
-        x = torch.randn(batch, *shape)
-        torch.testing.assert_close(compiled(x), layer(x))
-    assert len(graphs) <= (1 if dynamic else 2)
-
-
 # ---------------------------------------------------------------------------- rows in one net
 
 
 class Side(nn.Module):
     """Rows side by side: each reads its part of a vector and writes its part of the output."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], others: Sequence[tuple[nn.Module, Shape]] = ()) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(TABLE[name].make() for name in names)
-        self.shapes = [TABLE[name].shape for name in names]
+        pairs = [*((TABLE[name].make(), TABLE[name].shape) for name in names), *others]
+        self.layers = nn.ModuleList(layer for layer, _ in pairs)
+        self.shapes = [shape for _, shape in pairs]
         self.sizes = [math.prod(shape) for shape in self.shapes]
 
     def parts(self, x: Tensor) -> list[Tensor]:
@@ -824,6 +779,80 @@ class Side(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat(self.parts(x), 1)
+
+
+def joined() -> Side:
+    """All that is compiled, trained: tracing them in one graph takes half as long as one by one."""
+    net = Side(
+        SELECTED,
+        [
+            (Sum(OrthogonalLinear(4, 4), nn.Tanh()), (4,)),
+            (Residual(OrthogonalLinear(4, 4)), (4,)),
+        ],
+    )
+    for name, layer in zip(SELECTED, net.layers, strict=False):
+        layer.load_state_dict(trained_state(name)[1])
+    return net
+
+
+def compiled(net: nn.Module, **options: Any) -> tuple[nn.Module, list[torch.fx.GraphModule]]:
+    """A net as torch compiles it, and the graphs that it has been compiled to so far.
+
+    No backend makes kernels here. The first graph has its gradient traced, too.
+    """
+    graphs: list[torch.fx.GraphModule] = []
+    trace_gradient = aot_autograd(fw_compiler=nop, partition_fn=default_partition)
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        static = len(graphs) == 1 and not options
+        return trace_gradient(graph, inputs) if static else graph
+
+    torch.compiler.reset()
+    return torch.compile(net, backend=backend, fullgraph=True, **options), graphs
+
+
+# Equal sizes are taken for the same, and no axis has these; from 16 on torch's own convolution is
+# another.
+BATCHES = (11, 13, 14, 9, 8, 7, 10)
+# torch's own tracer trips over its own deprecation here
+compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+def assert_rows_agree(net: Side, found: Tensor, x: Tensor) -> None:
+    expected = net.parts(x)
+    parts = found.split([part.shape[1] for part in expected], 1)
+    for layer, part, other in zip(net.layers, expected, parts, strict=True):
+        torch.testing.assert_close(other, part, msg=lambda text, at=layer: f"{at}: {text}")
+
+
+@compiles
+def test_compiles_without_graph_breaks_and_for_a_second_batch_for_all() -> None:
+    """Outputs and gradients; as torch does by itself, the first batch is compiled for alone."""
+    net = joined()
+    program, graphs = compiled(net)
+    x = torch.randn(BATCHES[0], sum(net.sizes), requires_grad=True)
+    outputs, expected = program(x), net(x)
+    assert_rows_agree(net, outputs, x)
+    leaves = {"x": x, **dict(net.named_parameters())}
+    cotangent = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(y, [*leaves.values()], cotangent) for y in (outputs, expected))
+    for name, *pair in zip(leaves, *gradients, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5, msg=lambda text, at=name: at + text)
+    for batch in BATCHES[1:]:
+        x = torch.randn(batch, sum(net.sizes))
+        assert_rows_agree(net, program(x), x)
+    assert len(graphs) == 2
+
+
+@compiles
+def test_one_compilation_serves_all_batches() -> None:
+    net = joined()
+    program, graphs = compiled(net, dynamic=True)
+    for batch in BATCHES[:3]:
+        x = torch.randn(batch, sum(net.sizes))
+        assert_rows_agree(net, program(x), x)
+    assert len(graphs) == 1
 
 
 def test_onnxruntime_agrees(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
