@@ -26,6 +26,7 @@ import lipbook
 from lipbook import (
     activations,
     attacks,
+    attention,
     composition,
     convolutions,
     export,
@@ -662,6 +663,31 @@ TABLE: dict[str, Row] = {
     ),
     "residual.cpl_scale": row(residual.cpl_scale, weight=RAW),
     "residual.sll_scale": row(residual.sll_scale, weight=RAW, log_q=("raw", tensor(3))),
+    # attention
+    "attention.EnergyAttention": row(
+        attention.EnergyAttention,
+        embed_dim=("count", 4),
+        num_heads=("count", 2),
+        head_dim=("count", 3),
+        fine="head_dim: none",
+    ),
+    "attention.attention_energy": row(
+        attention.attention_energy,
+        x=("raw", tensor(2, 3, 4)),
+        query_weight=("raw", tensor(2, 3, 4)),
+        key_weight=("raw", tensor(2, 3, 4)),
+    ),
+    "attention.energy_attention": row(
+        attention.energy_attention,
+        x=("raw", tensor(2, 3, 4)),
+        query_weight=("raw", tensor(2, 3, 4)),
+        key_weight=("raw", tensor(2, 3, 4)),
+    ),
+    "attention.energy_curvature": row(
+        attention.energy_curvature,
+        query_weight=("raw", tensor(2, 3, 4)),
+        key_weight=("raw", tensor(2, 3, 4)),
+    ),
     # sequences
     "sequences.LosslessRNN": row(
         sequences.LosslessRNN,

@@ -29,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lipbook import (
     activations,
+    attention,
     convolutions,
     normalization,
     orthogonal,
@@ -37,6 +38,7 @@ from lipbook import (
     sequences,
 )
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
+from lipbook.attention import EnergyAttention, EnergyStep
 from lipbook.composition import Residual, Sum, check_layer, lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
@@ -269,6 +271,11 @@ TABLE = {
         lambda: Outputs(LosslessRNN(3, 5, batch_first=True)), (4, 3), "nonexpansive"
     ),
     "causal convolution": row(lambda: CausalOrthogonalConv1d(3, 4, 3), (3, 6), "nonexpansive"),
+    # attention
+    "energy attention": row(lambda: EnergyAttention(4, 2), (5, 4), "nonexpansive", EnergyStep),
+    "energy attention, one token": row(
+        lambda: EnergyAttention(3, 2, 5), (1, 3), "nonexpansive", EnergyStep
+    ),
     # normalisation
     "layer centering": row(LayerCentering, IMAGE, "nonexpansive"),
     "layer centering, pixels": row(lambda: LayerCentering((2, 3)), IMAGE, "nonexpansive"),
@@ -387,7 +394,8 @@ def test_the_table_has_every_layer_of_the_library() -> None:
         in_table |= set(type(layer).__mro__[:3])
         in_table |= {type(part) for part in layer.modules()}
     for module in (
-        *(activations, convolutions, normalization, orthogonal, pooling, residual, sequences),
+        *(activations, attention, convolutions, normalization),
+        *(orthogonal, pooling, residual, sequences),
     ):
         public = {getattr(module, name) for name in module.__all__}
         layers = {each for each in public if isinstance(each, type) and issubclass(each, nn.Module)}
