@@ -4,6 +4,10 @@ Softmax attention has no Lipschitz constant: with tokens of norm R its Jacobian 
 12). Three ways out, each with a proof:
 
 - :class:`EnergyAttention`, a gradient step on a convex energy of the tokens: 1-Lipschitz.
+- :class:`BallProjection` in front of torch's attention, which has a constant on balls.
+
+- :class:`L2MultiheadAttention`, whose weights fall with the distances of tied queries and keys: a
+  constant of the order :math:`\sqrt{n \log n}` for n tokens.
 
 Tokens are rows: (batch, tokens, features). Norms are of all entries of a sample.
 
@@ -38,11 +42,33 @@ Tokens are rows: (batch, tokens, features). Norms are of all entries of a sample
 #
 # A convex function with curvature of at most L has I - step d2E with eigenvalues in [-1, 1] for
 # 0 <= step <= 2/L.
+#
+# Note [L2 attention]
+# For one head let y_i = Q x_i, z_ij = y_j - y_i and s = sqrt(size of a head). The weights are
+# P_ij = exp(-r_ij) / sum_l exp(-r_il) with r_ij = ||z_ij||^2 / s, the output V/s sum_j P_ij y_j
+# with V = W_V Q^T. Write phi(t) = t e^(t+1), mu_n = phi^(-1)(n - 1), n the number of tokens.
+#
+# (1) sum_j P_ij r_ij <= mu_n =: mu. It says that sum_(j != i) (r_ij - mu) e^(-r_ij) <= mu, since
+#     r_ii = 0. Each term is largest at r = 1 + mu: at most e^(-1-mu), and (n - 1) e^(-1-mu) = mu.
+# (2) P_ij <= P_ii, so that P_ij <= 1/2 for j != i and sum_i P_ij <= (n + 1)/2; and P_ij r_ij <=
+#     r e^(-r) / (1 + e^(-r)) <= mu_2, by (1) for two tokens.
+#
+# A small change moves the average by
+#     sum_j P_ij dy_j - 2/s sum_j P_ij (z_ij - mean) <z_ij, dy_j - dy_i>.
+# The first term has the factor sqrt((n + 1)/2), as ||P||_2^2 <= ||P||_1 ||P||_inf. The part of dy_i
+# is 2/s Cov(z, z) dy_i, of factor 2 mu by (1). That of the dy_j is, by Cauchy, at most
+#     2/s (sum_j P_ij ||z_ij||^2)^(1/2) (sum_j P_ij ||z_ij||^2 ||dy_j||^2)^(1/2)
+#         <= 2 sqrt(mu) (sum_j P_ij r_ij ||dy_j||^2)^(1/2),
+# and squares sum over i to 4 mu (n - 1) mu_2 ||dY||^2, as r_jj = 0. Together
+#     kappa_n = sqrt((n + 1)/2) + 2 mu_n + 2 sqrt((n - 1) mu_2 mu_n).
+# Heads join by ||W_O|| (sum_h ||V_h||^2 ||Q_h dX||^2)^(1/2) kappa_n / s.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,18 +77,33 @@ from torch.nn import functional
 
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.convolutions import kernel_norm_bound
+from lipbook.errors import (
+    Analysis,
+    ForwardError,
+    _check_single,
+    _closed_form,
+    _norms,
+    _relative,
+    forward_error_rule,
+)
 from lipbook.freezing import computes_as, freeze_rule
+from lipbook.graphs.operations import traced_as
 from lipbook.norms import operator_norm
-from lipbook.norms.arguments import _floating, _integer
+from lipbook.norms.arguments import _floating, _integer, _real
 from lipbook.norms.rigorous import _UP
 from lipbook.orthogonal.orthonormality import power_of_two, without_autocast
-from lipbook.rules import Range, Shape, ball_range, outward, range_rule
+from lipbook.rules import Range, Shape, ball_range, image_rule, outward, range_rule
 
 __all__ = [
+    "BallProjection",
     "EnergyAttention",
+    "L2MultiheadAttention",
     "attention_energy",
+    "ball_projection",
     "energy_attention",
     "energy_curvature",
+    "l2_attention",
+    "l2_attention_bound",
 ]
 
 # tanh(sqrt t) / sqrt t near t = 0, and twice the integral of it is log cosh sqrt t.
@@ -165,7 +206,7 @@ def energy_curvature(query_weight: Tensor, key_weight: Tensor) -> Tensor:
         stacked = torch.cat((a * alpha.rsqrt(), b * beta.rsqrt()))
         norm = kernel_norm_bound(stacked.mT, squarings=6)
         curvature = (alpha + beta) * norm.square() * size * size
-        return curvature.clamp(min=math.sqrt(info.tiny)) * (1 + 64 * info.eps)
+        return curvature.clamp(min=math.sqrt(info.tiny)) * _margin(a.dtype)
 
 
 def energy_attention(
@@ -245,22 +286,219 @@ def energy_attention(
     return x - step * gradient
 
 
+def l2_attention(
+    x: Tensor, query_weight: Tensor, value_weight: Tensor, key_padding_mask: Tensor | None = None
+) -> Tensor:
+    r"""Attention by distances, with queries that are keys and values that are tied to them.
+
+    .. math:: o_i = \bigoplus_h \sum_j P^h_{ij}\, W^V_h A_h x_j, \qquad
+        P^h_{ij} = \operatorname{softmax}_j\Big({-\frac{\lVert Q_h x_i - Q_h x_j\rVert^2}{\sqrt k}}
+        \Big), \qquad A_h = \frac{Q_h^\top Q_h}{\sqrt k}
+
+    with k the size of a head. Lipschitz on all of space, see :func:`l2_attention_bound`.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Tokens, (batch, n, features).
+    query_weight, value_weight : torch.Tensor
+        :math:`Q` and :math:`W^V`, (heads, size of a head, features).
+    key_padding_mask : torch.Tensor, optional
+        Boolean, (batch, n): True for tokens that nobody reads and whose outputs are 0.
+
+    Returns
+    -------
+    torch.Tensor
+        Heads side by side, (batch, n, heads · size of a head).
+
+    Raises
+    ------
+    TypeError
+        If an argument is no tensor of floating-point numbers, or the mask is not Boolean.
+    ValueError
+        If shapes do not fit.
+
+    Examples
+    --------
+    >>> Q, x = torch.ones(1, 1, 1), torch.tensor([[[0.0], [1.0]]])
+    >>> l2_attention(x, Q, Q).flatten(), torch.tensor([-1.0, 1.0]).sigmoid()
+    (tensor([0.2689, 0.7311]), tensor([0.2689, 0.7311]))
+
+    References
+    ----------
+    :cite:t:`kim2021`, Section 3.2.
+    """
+    _check_weights(query_weight, value_weight, ("query_weight", "value_weight"))
+    _check_tokens(x, query_weight.shape[2], key_padding_mask)
+    root = math.sqrt(query_weight.shape[1])
+    if key_padding_mask is not None:
+        x = x.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
+    query = _heads(x, query_weight)
+    weights = _hidden(_squares(query, query, -1.0) / -root, key_padding_mask).softmax(-1)
+    values = query @ (query_weight @ value_weight.mT / root)
+    outputs = (weights @ values).transpose(1, 2).flatten(2)
+    if key_padding_mask is None:
+        return outputs
+    return outputs.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
+
+
+def l2_attention_bound(
+    query_weight: Tensor, value_weight: Tensor, out_weight: Tensor, tokens: int
+) -> Tensor:
+    r"""Bound of the Lipschitz constant of L2 attention and a matrix behind it, for n tokens.
+
+    .. math::
+        \operatorname{Lip}_2 \le \frac{\kappa_n}{\sqrt k}\, \lVert W^O\rVert_2\,
+        \big\lVert (\lVert W^V_h Q_h^\top\rVert_2\, Q_h)_h \big\rVert_2, \qquad
+        \kappa_n = \sqrt{\tfrac{n + 1}{2}} + 2 \mu_n + 2 \sqrt{(n - 1)\, \mu_2\, \mu_n}
+
+    with :math:`\mu_n = \varphi^{-1}(n - 1)`, :math:`\varphi(t) = t e^{t + 1}`. The proof is in Note
+    [L2 attention]. It begins as that of :cite:t:`kim2021`, whose factor is
+    :math:`\sqrt n\, (4 \mu_n + 1)`, and grows as :math:`\sqrt{n \log n}` instead of
+    :math:`\sqrt n \log n`: since a token is nearest to itself, it gives no other more than half of
+    its weight. Norms are from above, differentiably.
+
+    Parameters
+    ----------
+    query_weight, value_weight : torch.Tensor
+        :math:`Q` and :math:`W^V`, (heads, size of a head, features).
+    out_weight : torch.Tensor
+        :math:`W^O`, (outputs, heads · size of a head).
+    tokens : int
+        :math:`n`.
+
+    Returns
+    -------
+    torch.Tensor
+        A number, in float32 at least.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no tensor of floating-point numbers, or ``tokens`` no integer.
+    ValueError
+        If shapes do not fit, or ``tokens`` is not positive.
+
+    Examples
+    --------
+    >>> one = torch.ones(1, 1, 1)
+    >>> [round(l2_attention_bound(one, one, one[0], n).item(), 2) for n in (1, 2, 16, 256)]
+    [1.0, 2.34, 10.49, 48.79]
+
+    References
+    ----------
+    :cite:t:`kim2021`, Theorem 3.2.
+    """
+    _integer("tokens", tokens, 1)
+    factor = _l2_factor(query_weight, value_weight, out_weight, kernel_norm_bound)
+    return _kappa(tokens) * factor * _margin(factor.dtype)
+
+
+def _l2_factor(
+    query_weight: Tensor, value_weight: Tensor, out_weight: Tensor, norm: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Give what multiplies kappa, by upper bounds of norms of matrices."""
+    _check_weights(query_weight, value_weight, ("query_weight", "value_weight"))
+    _floating("out_weight", out_weight)
+    heads, size, _ = query_weight.shape
+    if out_weight.dim() != 2 or out_weight.shape[1] != heads * size:
+        raise ValueError(
+            f"out_weight must have shape (outputs, {heads * size}), got {tuple(out_weight.shape)}"
+        )
+    with without_autocast(query_weight):
+        query, value, out = (
+            _at_least_float32(each) for each in (query_weight, value_weight, out_weight)
+        )
+        inner = torch.stack([norm(each) for each in value @ query.mT])
+        stacked = (inner.view(-1, 1, 1) * query).flatten(0, 1)
+        return norm(out) * norm(stacked.mT) / math.sqrt(size)
+
+
+def _kappa(tokens: int) -> float:
+    """Factor of Note [L2 attention], rounded up."""
+
+    def inverse(target: float) -> float:
+        t = math.log1p(target)  # above the solution of t e^(t + 1) = target, and Newton stays there
+        for _ in range(64):
+            t -= (t * math.exp(t + 1) - target) / ((t + 1) * math.exp(t + 1))
+        return max(t, 0.0) * _UP
+
+    mu, pair = inverse(tokens - 1.0), inverse(1.0)
+    terms = math.sqrt((tokens + 1) / 2), 2 * mu, 2 * math.sqrt((tokens - 1) * pair * mu)
+    return sum(terms) * _UP
+
+
+@traced_as(lambda radius: BallProjection(radius))  # noqa: PLW0108 - which stands below
+def ball_projection(x: Tensor, radius: float) -> Tensor:
+    r"""Nearest point of a ball, for each token.
+
+    .. math:: x_i \mapsto x_i \min(1, r / \lVert x_i\rVert_2)
+
+    **Guaranteed**: 1-Lipschitz in the 2-norm, as every projection onto a convex set; norms of
+    outputs are at most r, up to rounding. In the 1-norm and the maximum norm the constant is
+    :math:`(1 + \sqrt d)/2` for d features.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (..., features).
+    radius : float
+        :math:`r > 0`.
+
+    Returns
+    -------
+    torch.Tensor
+        The shape of ``x``.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is no tensor of floating-point numbers, or ``radius`` no number.
+    ValueError
+        If ``x`` has no features, or ``radius`` is not positive and finite.
+
+    Examples
+    --------
+    >>> ball_projection(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0)
+    tensor([[0.6000, 0.8000],
+            [0.3000, 0.4000]])
+    """
+    _floating("x", x, 1)
+    radius = _radius(radius)
+    squares = (x / radius).square().sum(-1, keepdim=True)
+    return torch.where(squares > 1, x * squares.clamp(min=1.0).rsqrt(), x)
+
+
+def _radius(radius: float) -> float:
+    _real("radius", radius)
+    if not 0 < radius < math.inf:
+        raise ValueError(f"radius must be positive and finite, got {radius}")
+    return float(radius)
+
+
+def _margin(dtype: torch.dtype) -> float:
+    """Factor by which bounds are rounded up in layers, and more than their rules are."""
+    return 1 + 64 * torch.finfo(dtype).eps + 2.0**-38
+
+
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _check_weights(query_weight: Tensor, key_weight: Tensor) -> None:
-    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
+def _check_weights(
+    first: Tensor, second: Tensor, names: tuple[str, str] = ("query_weight", "key_weight")
+) -> None:
+    for name, weight in zip(names, (first, second), strict=True):
         _floating(name, weight)
         if weight.dim() != 3 or 0 in weight.shape:
             raise ValueError(
                 f"{name} must have shape (heads, size of a head, features), got "
                 f"{tuple(weight.shape)}"
             )
-    if query_weight.shape != key_weight.shape:
+    if first.shape != second.shape:
         raise ValueError(
-            f"key_weight must have the shape of query_weight {tuple(query_weight.shape)}, got "
-            f"{tuple(key_weight.shape)}"
+            f"{names[1]} must have the shape of {names[0]} {tuple(first.shape)}, got "
+            f"{tuple(second.shape)}"
         )
 
 
@@ -341,11 +579,27 @@ def _log_cosh(squares: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # torch.fx records a call of these as one step, since their checks depend on sizes.
+torch.fx.wrap("ball_projection")
 torch.fx.wrap("energy_attention")
 torch.fx.wrap("energy_curvature")
+torch.fx.wrap("l2_attention")
+torch.fx.wrap("_over_bound")
 
 
 # ---------------------------------------------------------------------------------- layers
+
+
+def _sizes(embed_dim: int, num_heads: int, head_dim: int | None) -> tuple[int, int, int]:
+    """Check the sizes of a layer: heads, size of a head, features."""
+    embed_dim = _integer("embed_dim", embed_dim, 1)
+    num_heads = _integer("num_heads", num_heads, 1)
+    if head_dim is None:
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"num_heads must divide embed_dim = {embed_dim}, or give head_dim, got {num_heads}"
+            )
+        head_dim = embed_dim // num_heads
+    return num_heads, _integer("head_dim", head_dim, 1), embed_dim
 
 
 class _EnergyLayer(nn.Module):
@@ -360,17 +614,8 @@ class _EnergyLayer(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.embed_dim = _integer("embed_dim", embed_dim, 1)
-        self.num_heads = _integer("num_heads", num_heads, 1)
-        if head_dim is None:
-            if embed_dim % num_heads:
-                raise ValueError(
-                    f"num_heads must divide embed_dim = {embed_dim}, or give head_dim, got "
-                    f"{num_heads}"
-                )
-            head_dim = embed_dim // num_heads
-        self.head_dim = _integer("head_dim", head_dim, 1)
-        shape = (self.num_heads, self.head_dim, self.embed_dim)
+        shape = _sizes(embed_dim, num_heads, head_dim)
+        self.num_heads, self.head_dim, self.embed_dim = shape
         self.query_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.key_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
@@ -471,6 +716,177 @@ class EnergyAttention(_EnergyLayer):
         return 2 / energy_curvature(self.query_weight, self.key_weight)
 
 
+class L2MultiheadAttention(nn.Module):
+    r"""Attention by distances, with tied weights and a Lipschitz constant on all of space.
+
+    .. math:: X \mapsto \mathrm{Att}(X)\, W^{O\top} + b \qquad\text{or}\qquad
+        \frac{\mathrm{Att}(X)\, W^{O\top}}{L_n} + b
+
+    with :func:`l2_attention` and the bound :math:`L_n` of :func:`l2_attention_bound`.
+    **Guaranteed**: the constant is at most :math:`L_n` for n tokens, and at most 1 with
+    ``nonexpansive``, for all parameters, in training and evaluation. The bound grows
+    as :math:`\sqrt{n \log n}`.
+
+    Parameters
+    ----------
+    embed_dim : int
+        Features of a token.
+    num_heads : int
+        Heads.
+    bias : bool
+        Whether to add :math:`b`.
+    nonexpansive : bool
+        Whether to divide by the bound.
+    head_dim : int, optional
+        Size of a head; ``embed_dim / num_heads`` if not given.
+    device, dtype
+        Of the parameters.
+
+    Attributes
+    ----------
+    query_weight, value_weight : torch.Tensor
+        :math:`Q` and :math:`W^V`, (heads, size of a head, features). The keys are the queries.
+    out_weight : torch.Tensor
+        :math:`W^O`, (features, heads · size of a head).
+    bias : torch.Tensor or None
+        :math:`b`, (features,).
+
+    Raises
+    ------
+    ValueError
+        If a size is not positive, or ``num_heads`` does not divide; when called, if shapes do not
+        fit.
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> layer = L2MultiheadAttention(8, 2, nonexpansive=True)
+    >>> bool(lipschitz_bound(layer, (5, 8)).value <= 1)
+    True
+
+    References
+    ----------
+    :cite:t:`kim2021`, Section 3.2; dividing by the bound: their Section 4.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int = 1,
+        bias: bool = True,
+        nonexpansive: bool = False,
+        head_dim: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        shape = _sizes(embed_dim, num_heads, head_dim)
+        self.num_heads, self.head_dim, self.embed_dim = shape
+        self.nonexpansive = bool(nonexpansive)
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.query_weight, self.value_weight = empty(*shape), empty(*shape)
+        self.out_weight = empty(self.embed_dim, self.num_heads * self.head_dim)
+        self.register_parameter("bias", empty(self.embed_dim) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights with orthonormal rows or columns; the bias is 0."""
+        for weight in (self.query_weight, self.value_weight):
+            nn.init.orthogonal_(weight.data.flatten(0, 1))
+        nn.init.orthogonal_(self.out_weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return (
+            f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"bias={self.bias is not None}, nonexpansive={self.nonexpansive}"
+        )
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        r"""Attend.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            Tokens, (batch, tokens, features).
+        key_padding_mask : torch.Tensor, optional
+            Boolean, (batch, tokens): True for tokens that nobody reads and whose outputs are 0,
+            or the bias.
+
+        Returns
+        -------
+        torch.Tensor
+            The shape of ``x``.
+        """
+        heads = l2_attention(x, self.query_weight, self.value_weight, key_padding_mask)
+        if self.nonexpansive:
+            weights = self.query_weight, self.value_weight, self.out_weight
+            heads = _over_bound(heads, weights, key_padding_mask)
+        return functional.linear(heads, self.out_weight, self.bias)
+
+
+def _over_bound(
+    heads: Tensor, weights: tuple[Tensor, Tensor, Tensor], mask: Tensor | None
+) -> Tensor:
+    """Divide by the bound for the number of tokens of each sample."""
+    tokens = heads.shape[1]
+    factor = _l2_factor(*weights, kernel_norm_bound)
+    factor = factor * _margin(factor.dtype)
+    if mask is None:
+        return heads / (factor * _kappa(tokens)).to(heads.dtype)
+    table = heads.new_tensor([_kappa(max(1, n)) for n in range(tokens + 1)])
+    return heads / (factor * table[mask.logical_not().sum(1)]).to(heads.dtype).view(-1, 1, 1)
+
+
+class BallProjection(nn.Module):
+    r"""Projection of each token onto a ball, behind which attention has a constant.
+
+    The module of :func:`ball_projection`. **Guaranteed**: 1-Lipschitz in the 2-norm, and the norm
+    of each token behind it is at most r. A layer that reads it works on a bounded set wherever the
+    input is, so that :func:`~lipbook.composition.lipschitz_bound` of torch's attention behind it is
+    finite on all of space.
+
+    Parameters
+    ----------
+    radius : float
+        :math:`r > 0`.
+
+    Raises
+    ------
+    ValueError
+        If ``radius`` is not positive and finite.
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> class Attend(nn.Module):
+    ...     def forward(self, x):
+    ...         return functional.scaled_dot_product_attention(x, x, x)
+    >>> net = nn.Sequential(BallProjection(1.0), Attend())
+    >>> round(lipschitz_bound(net, (5, 4)).value, 2)
+    2.63
+    """
+
+    def __init__(self, radius: float) -> None:
+        super().__init__()
+        self.radius = _radius(radius)
+
+    def extra_repr(self) -> str:
+        """Show the radius."""
+        return f"radius={self.radius:g}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project, (..., features) to the same."""
+        return ball_projection(x, self.radius)
+
+
 # --------------------------------------------------------------------- Lipschitz constants
 
 
@@ -501,6 +917,89 @@ def _(module: _EnergyLayer, values: Range) -> Range:
         around.center,
         around.radius,
     )
+
+
+@lipschitz_rule.register
+def _(module: L2MultiheadAttention, input_shape: Shape, p: float) -> Bound:
+    """Bound with norms in float64; what the layer divides by is what it computes."""
+    weights = module.query_weight, module.value_weight, module.out_weight
+    exact = _l2_factor(*(w.detach().double() for w in weights), lambda w: operator_norm(w, 2.0))
+    if module.nonexpansive:
+        used = _l2_factor(*weights, kernel_norm_bound).detach()
+        value = (exact / (used * _margin(used.dtype)).double()).item()
+    else:
+        value = exact.item() * _kappa(input_shape[0])
+    if p != 2:
+        value *= math.sqrt(math.prod(input_shape))
+    return Bound(value * _UP, "upper bound", p)
+
+
+# Note [projections onto a ball]
+# Behind the ball the Jacobian is r/|x| (I - n n^T) with n = x/|x|, of 2-norm r/|x| < 1. With t the
+# modulus of an entry of n, a row of I - n n^T has the sum of moduli
+#     1 - 2 t^2 + t ||n||_1 <= 1 - t^2 + sqrt(d - 1) t sqrt(1 - t^2) <= (1 + sqrt(d)) / 2,
+# attained next to the ball. The matrix is symmetric: the same for columns.
+
+
+@lipschitz_rule.register
+def _(module: BallProjection, input_shape: Shape, p: float) -> Bound:
+    return Bound(1.0 if p == 2 else (1 + math.sqrt(input_shape[-1])) / 2, "exact", p)
+
+
+def _in_ball(module: BallProjection, low: Tensor, high: Tensor, lengths: Tensor) -> Range:
+    """Tokens of at most these norms in a box; the ball of a sample is about 0."""
+    center, radius = torch.zeros_like(low), lengths.flatten(1).norm(dim=1) * _UP
+    return Range(low, high, center, radius, lengths)
+
+
+@image_rule.register
+def _(module: BallProjection, input_shape: Shape) -> Range:
+    high = torch.full((1, *input_shape), module.radius * _UP, dtype=torch.float64)
+    return _in_ball(module, -high, high, high[..., 0].clone())
+
+
+@range_rule.register
+def _(module: BallProjection, values: Range) -> Range:
+    """Shrink the box towards 0, and cut it at the radius; of two balls take the smaller."""
+    reach = module.radius * _UP
+    low, high = values.low.clamp(-reach, 0.0), values.high.clamp(0.0, reach)
+    low, high = outward(low, high)
+    lengths = torch.linalg.vector_norm(values.abs(), dim=-1) * _UP
+    if values.lengths is not None:
+        lengths = torch.minimum(lengths, values.lengths)
+    found = _in_ball(module, low, high, lengths.clamp(max=reach))
+    if values.center is None or values.radius is None:
+        return found
+    assert found.center is not None
+    assert found.radius is not None
+    center = module(values.center)
+    radius = values.radius * _UP + center.flatten(1).norm(dim=1) * 2.0**-36
+    nearer = radius < found.radius
+    view = nearer.view(-1, *[1] * (center.dim() - 1))
+    return dataclasses.replace(
+        found,
+        center=torch.where(view, center, found.center),
+        radius=torch.where(nearer, radius, found.radius),
+    )
+
+
+# ------------------------------------------------------------------- errors of programs
+
+
+@forward_error_rule.register
+def _(module: BallProjection, example: Tensor, p: float) -> Analysis:
+    """Round a quotient, a sum of d squares, a root and a product on the way."""
+    _check_single(example)
+    features = example.shape[-1]
+    lipschitz = _closed_form(module, example, p)
+    info = torch.finfo(example.dtype)
+
+    def analysis(x: Tensor) -> ForwardError:
+        found = _relative(module, x, p, lipschitz, features + 8)
+        room = min(1.0, module.radius) * math.sqrt(info.max) / 4 - _norms(x, 2)  # for the squares
+        return dataclasses.replace(found, limit=torch.minimum(found.limit, room))
+
+    return analysis
 
 
 # --------------------------------------------------------------------------- frozen layers

@@ -10,17 +10,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipbook.attention import (
+    BallProjection,
     EnergyAttention,
     EnergyStep,
+    L2MultiheadAttention,
     attention_energy,
+    ball_projection,
     energy_attention,
     energy_curvature,
+    l2_attention,
+    l2_attention_bound,
 )
-from lipbook.composition import lipschitz_bound, lipschitz_lower_bound
+from lipbook.composition import Ball, Box, lipschitz_bound, lipschitz_lower_bound
 from lipbook.freezing import freeze
+from lipbook.rules import image_rule, range_rule
 
 double = torch.float64
 shapes = st.tuples(
@@ -189,6 +195,222 @@ def test_the_rule_measures_the_step_of_a_frozen_layer() -> None:
     assert abs(above - expected) <= 1e-9
 
 
+# ------------------------------------------------------------------- projections onto a ball
+
+
+@given(st.integers(1, 4), st.integers(1, 5), scales, seeds)
+def test_the_projection_is_the_nearest_point(
+    tokens: int, features: int, size: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x, y = size * torch.randn(2, 3, tokens, features, dtype=double)
+    found = ball_projection(x, 0.5)
+    expected = x.clone()
+    for token in expected.flatten(0, 1):
+        length = math.sqrt(sum(entry**2 for entry in token.tolist()))
+        token.mul_(min(1.0, 0.5 / max(length, 0.1)))
+    torch.testing.assert_close(found, expected)
+    assert (found - ball_projection(y, 0.5)).norm() <= (x - y).norm() * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("features", [1, 2, 5, 9])
+def test_the_projection_stretches_the_maximum_norm_as_is_said(features: int) -> None:
+    """One row of the Jacobian next to the ball, where one entry is large and the others equal."""
+    share = (1 - 1 / math.sqrt(features)) / 2
+    rest = math.sqrt((1 - share) / max(1, features - 1))
+    x = torch.full((features,), rest, dtype=double)
+    x[0] = math.sqrt(share) if features > 1 else 1.0
+    layer = BallProjection(2.0)
+    jacobian: Any = torch.autograd.functional.jacobian(layer, 2 * (1 - 1e-9) ** -1 * x)
+    for p in (1, math.inf):
+        bound = lipschitz_bound(layer, (3, features), p)
+        assert (bound.kind, bound.value) == ("exact", (1 + math.sqrt(features)) / 2)
+        norm = max(torch.linalg.matrix_norm(jacobian, p).item(), 1.0)
+        assert abs(norm - bound.value) <= 1e-6
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1, 10.0])
+def test_gradients_of_the_projection_twice(size: float) -> None:
+    x = (size * torch.randn(2, 3, dtype=double)).requires_grad_()
+    assert torch.autograd.gradcheck(ball_projection, (x, 1.0))
+    assert torch.autograd.gradgradcheck(ball_projection, (x, 1.0))
+
+
+class SelfAttention(nn.Module):
+    """Torch's attention of tokens among each other, behind a ball and a position."""
+
+    def __init__(self, radius: float | None) -> None:
+        super().__init__()
+        self.ball = nn.Identity() if radius is None else BallProjection(radius)
+        self.position = nn.Parameter(torch.zeros(5, 4, dtype=double))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, dtype=double)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ball(x)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Positioned(SelfAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ball(x) + self.position
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("radius", [0.3, 3.0])
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_attention_behind_a_ball_has_a_constant(radius: float, p: float) -> None:
+    torch.manual_seed(0)
+    net = SelfAttention(radius).eval()
+    above = lipschitz_bound(net, (5, 4), p)
+    below = lipschitz_lower_bound(net, radius * torch.randn(8, 5, 4, dtype=double), p, steps=20)
+    assert below.value <= above.value < math.inf
+    bare = SelfAttention(None).eval()
+    bare.load_state_dict(net.state_dict())
+    with pytest.raises(ValueError, match=r"give a domain.* or put lipbook.attention.BallProj"):
+        lipschitz_bound(bare, (5, 4), p)
+    for domain in (Box(-radius, radius), Ball(torch.zeros(5, 4), math.sqrt(5) * radius)):
+        alone = lipschitz_bound(bare, (5, 4), p, domain=domain)
+        assert above.value <= (alone.parts[-1].value * (1 + math.sqrt(4)) / 2) * (1 + 1e-9)
+        if p == 2 and radius == 3:
+            assert above.value < 0.5 * alone.parts[-1].value  # lengths of tokens are known
+
+
+def test_projections_in_a_sequential_and_positions() -> None:
+    torch.manual_seed(0)
+    net = Positioned(1.0).eval()
+    chain = nn.Sequential(BallProjection(1.0), SelfAttention(1.0)).eval()
+    chain[1].load_state_dict(net.state_dict())
+    alone = lipschitz_bound(chain[1], (5, 4)).value
+    assert lipschitz_bound(net, (5, 4)).value == pytest.approx(alone, rel=1e-6)
+    assert lipschitz_bound(chain, (5, 4)).value == pytest.approx(alone, rel=1e-6)
+    with torch.no_grad():
+        net.position += torch.randn(5, 4, dtype=double)
+    assert lipschitz_bound(net, (5, 4)).value > alone
+
+
+@given(seeds, scales)
+def test_lengths_of_tokens_in_the_range_hold(seed: int, size: float) -> None:
+    torch.manual_seed(seed)
+    layer = BallProjection(0.7)
+    domain = Ball(size * torch.randn(3, 2, dtype=double), 0.5 * size)
+    found = range_rule(layer, domain.range((3, 2)))
+    x = domain.center + torch.randn(32, 3, 2, dtype=double) * 0.5 * size / 20
+    y = layer(x)
+    assert found.holds(y)
+    assert found.lengths is not None
+    assert bool((torch.linalg.vector_norm(y, dim=-1) <= found.lengths).all())
+    assert found.lengths.max() <= 0.7 * (1 + 1e-9)
+    assert found.center is not None
+    assert found.radius is not None
+    assert bool(((y - found.center).flatten(1).norm(dim=1) <= found.radius).all())
+    whole = image_rule(layer, (3, 2))
+    assert whole is not None
+    assert whole.holds(y)
+
+
+# -------------------------------------------------------------------------- L2 attention
+
+
+def distances_by_pairs(x: Tensor, query: Tensor, value: Tensor) -> Tensor:
+    """Of one sample, each weight an exponential of a distance."""
+    rows = []
+    for one in x:
+        heads = []
+        for q, v in zip(query, value, strict=True):
+            root = math.sqrt(len(q))
+            weights = torch.stack(
+                [(-(q @ (one - other)).square().sum() / root).exp() for other in x]
+            )
+            tied = v @ (q.mT @ q / root)
+            heads.append(tied @ (weights[:, None] * x).sum(0) / weights.sum())
+        rows.append(torch.cat(heads))
+    return torch.stack(rows)
+
+
+@settings(max_examples=20)
+@given(shapes, seeds)
+def test_l2_attention_is_that_of_all_pairs(shape: tuple[int, int, int, int], seed: int) -> None:
+    torch.manual_seed(seed)
+    x, query, value = draw(shape, 1.0, 1.0, 1.0)
+    expected = torch.stack([distances_by_pairs(sample, query, value) for sample in x])
+    torch.testing.assert_close(l2_attention(x, query, value), expected)
+
+
+@settings(max_examples=30)
+@given(shapes, scales, scales, seeds)
+def test_the_bound_of_l2_attention_holds(
+    shape: tuple[int, int, int, int], weight: float, size: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    tokens, heads, k, features = shape
+    layer = L2MultiheadAttention(features, heads, head_dim=k, dtype=double)
+    with torch.no_grad():
+        for each in layer.parameters():
+            each.copy_(torch.randn_like(each))
+        layer.query_weight *= weight
+    x = size * torch.randn(tokens, features, dtype=double)
+    jacobian: Any = torch.autograd.functional.jacobian(lambda z: layer(z[None])[0], x)
+    matrix = jacobian.reshape(x.numel(), x.numel())
+    for p in (1, 2, math.inf):
+        norm = torch.linalg.matrix_norm(matrix, p)
+        assert norm <= lipschitz_bound(layer, (tokens, features), p).value * (1 + 1e-9)
+    weights = layer.query_weight, layer.value_weight, layer.out_weight
+    assert torch.linalg.matrix_norm(matrix, 2) <= l2_attention_bound(*weights, tokens)
+
+
+def published_factor(tokens: int) -> float:
+    """sqrt(n) (4 t + 1) with t e^(t + 1) = n - 1, by bisection."""
+    low, high = 0.0, 20.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle * math.exp(middle + 1) < tokens - 1 else (low, middle)
+    return math.sqrt(tokens) * (4 * high + 1)
+
+
+def test_the_factor_of_the_tokens() -> None:
+    """Exact for one token, below that of the paper for more, and the better the more they are."""
+    one = torch.ones(1, 1, 1, dtype=double)
+    found = [l2_attention_bound(one, one, one[0], n).item() for n in (1, 2, 5, 50, 5000)]
+    assert found[0] == pytest.approx(1, rel=1e-9)
+    assert found == sorted(found)
+    for n, kappa, share in zip((2, 5, 50, 5000), found[1:], (0.79, 0.6, 0.31, 0.15), strict=True):
+        assert kappa < share * published_factor(n)
+    pair = 0.2784645427610738  # Lambert's W at 1/e
+    assert found[1] == pytest.approx(math.sqrt(1.5) + 4 * pair, rel=1e-9)
+
+
+def test_ascent_comes_near_the_bound_of_l2_attention() -> None:
+    """Two tokens, one feature; the layer that is divided by its bound is 1-Lipschitz."""
+    torch.manual_seed(0)
+    layer = L2MultiheadAttention(1, dtype=double)
+    with torch.no_grad():
+        layer.value_weight.copy_(layer.query_weight)
+        layer.out_weight.fill_(1.0)
+    x = torch.randn(16, 2, 1, dtype=double)
+    below, above = lipschitz_lower_bound(layer, x, steps=40), lipschitz_bound(layer, (2, 1))
+    assert 0.6 * above.value < below.value <= above.value
+    layer.nonexpansive = True
+    over = lipschitz_bound(layer, (2, 1)).value
+    assert 0.95 < over <= 1
+    assert lipschitz_lower_bound(layer, x, steps=40).value == pytest.approx(
+        below.value / above.value * over, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("nonexpansive", [False, True])
+def test_padding_of_l2_attention(nonexpansive: bool) -> None:
+    torch.manual_seed(0)
+    layer = L2MultiheadAttention(4, 2, nonexpansive=nonexpansive).double()
+    x = torch.randn(4, 6, 4, dtype=double)
+    counts = (6, 3, 1, 0)
+    mask = torch.arange(6) >= torch.tensor(counts)[:, None]
+    y = layer(x.masked_fill(mask[..., None], math.nan), mask)
+    for k, count in enumerate(counts):
+        assert bool((y[k, count:] == 0).all())
+        if count:
+            torch.testing.assert_close(y[k, :count], layer(x[k : k + 1, :count])[0])
+
+
 # --------------------------------------------------------------------------------- padding
 
 
@@ -248,11 +470,19 @@ def test_sizes_far_from_1(size: float) -> None:
 
 X, W = torch.randn(2, 3, 4), torch.randn(2, 2, 4)
 REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: BallProjection(0), ValueError, "radius must be positive and finite, got 0"),
+    (lambda: ball_projection(X[0, 0, 0], 1.0), ValueError, "x must have 1 or more dimensions"),
     (lambda: EnergyAttention(4, 3), ValueError, "num_heads must divide embed_dim = 4"),
     (lambda: EnergyAttention(4)(X, is_causal=True), ValueError, "is_causal must be False"),
     (lambda: EnergyAttention(3)(X), ValueError, r"x must have shape \(batch, tokens, 3\)"),
     (lambda: energy_attention(X[0], W, W), ValueError, "x must have shape"),
     (lambda: energy_attention(X[:, :0], W, W), ValueError, "a token or more"),
+    (lambda: l2_attention(X, W, W[:1]), ValueError, "value_weight must have the shape of query"),
+    (
+        lambda: l2_attention_bound(W, W, W[0, :, :3], 3),
+        ValueError,
+        r"out_weight must .* \(outputs, 4\)",
+    ),
     (lambda: energy_attention(X, W[0], W), ValueError, "query_weight must have shape"),
     (lambda: energy_attention(X, W, W[:1]), ValueError, "key_weight must have the shape"),
     (lambda: energy_attention(X, W, W, X[..., 0]), TypeError, "key_padding_mask must be a Boolean"),

@@ -38,7 +38,7 @@ from lipbook import (
     sequences,
 )
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
-from lipbook.attention import EnergyAttention, EnergyStep
+from lipbook.attention import BallProjection, EnergyAttention, EnergyStep, L2MultiheadAttention
 from lipbook.composition import Residual, Sum, check_layer, lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
@@ -276,6 +276,10 @@ TABLE = {
     "energy attention, one token": row(
         lambda: EnergyAttention(3, 2, 5), (1, 3), "nonexpansive", EnergyStep
     ),
+    "l2 attention": row(
+        lambda: L2MultiheadAttention(4, 2, nonexpansive=True), (5, 4), "nonexpansive"
+    ),
+    "ball projection": row(lambda: BallProjection(1.5), (5, 4), "nonexpansive"),
     # normalisation
     "layer centering": row(LayerCentering, IMAGE, "nonexpansive"),
     "layer centering, pixels": row(lambda: LayerCentering((2, 3)), IMAGE, "nonexpansive"),
