@@ -391,7 +391,8 @@ def l2_attention_bound(
     """
     _integer("tokens", tokens, 1)
     factor = _l2_factor(query_weight, value_weight, out_weight, kernel_norm_bound)
-    return _kappa(tokens) * factor * _margin(factor.dtype)
+    kappa = _kappa(torch.full((), tokens, dtype=torch.float64, device=factor.device))
+    return (kappa * _margin(factor.dtype)).to(factor.dtype) * factor
 
 
 def _l2_factor(
@@ -414,18 +415,19 @@ def _l2_factor(
         return norm(out) * norm(stacked.mT) / math.sqrt(size)
 
 
-def _kappa(tokens: int) -> float:
-    """Factor of Note [L2 attention], rounded up."""
+def _kappa(tokens: Tensor) -> Tensor:
+    """Factor of Note [L2 attention] for numbers of tokens in float64, rounded up."""
 
-    def inverse(target: float) -> float:
-        t = math.log1p(target)  # above the solution of t e^(t + 1) = target, and Newton stays there
-        for _ in range(64):
-            t -= (t * math.exp(t + 1) - target) / ((t + 1) * math.exp(t + 1))
-        return max(t, 0.0) * _UP
+    def inverse(target: Tensor) -> Tensor:
+        t = target.log1p()  # above the solution of t e^(t + 1) = target, and Newton stays there
+        for _ in range(16):
+            slope = (t + 1).exp()
+            t = t - (t * slope - target) / ((t + 1) * slope)
+        return t.clamp(min=0.0) * _UP
 
-    mu, pair = inverse(tokens - 1.0), inverse(1.0)
-    terms = math.sqrt((tokens + 1) / 2), 2 * mu, 2 * math.sqrt((tokens - 1) * pair * mu)
-    return sum(terms) * _UP
+    mu, pair = inverse(tokens - 1), inverse(torch.ones_like(tokens))
+    own = ((tokens + 1) / 2).sqrt()
+    return (own + 2 * mu + 2 * ((tokens - 1) * pair * mu).sqrt()) * _UP
 
 
 @traced_as(lambda radius: BallProjection(radius))  # noqa: PLW0108 - which stands below
@@ -836,13 +838,13 @@ def _over_bound(
     heads: Tensor, weights: tuple[Tensor, Tensor, Tensor], mask: Tensor | None
 ) -> Tensor:
     """Divide by the bound for the number of tokens of each sample."""
-    tokens = heads.shape[1]
     factor = _l2_factor(*weights, kernel_norm_bound)
-    factor = factor * _margin(factor.dtype)
     if mask is None:
-        return heads / (factor * _kappa(tokens)).to(heads.dtype)
-    table = heads.new_tensor([_kappa(max(1, n)) for n in range(tokens + 1)])
-    return heads / (factor * table[mask.logical_not().sum(1)]).to(heads.dtype).view(-1, 1, 1)
+        tokens = torch.full((1,), heads.shape[1], dtype=torch.float64, device=heads.device)
+    else:
+        tokens = mask.logical_not().sum(1).double().clamp(min=1.0)
+    bound = (_kappa(tokens) * _margin(factor.dtype)).to(factor.dtype) * factor
+    return heads / bound.to(heads.dtype).view(-1, 1, 1)
 
 
 class BallProjection(nn.Module):
@@ -926,9 +928,12 @@ def _(module: L2MultiheadAttention, input_shape: Shape, p: float) -> Bound:
     exact = _l2_factor(*(w.detach().double() for w in weights), lambda w: operator_norm(w, 2.0))
     if module.nonexpansive:
         used = _l2_factor(*weights, kernel_norm_bound).detach()
-        value = (exact / (used * _margin(used.dtype)).double()).item()
+        least = (
+            1 + 32 * torch.finfo(used.dtype).eps + 2.0**-39
+        )  # of what the layer multiplies it by
+        value = (exact / (used.double() * least)).item()
     else:
-        value = exact.item() * _kappa(input_shape[0])
+        value = (exact * _kappa(torch.tensor(input_shape[0]).double())).item()
     if p != 2:
         value *= math.sqrt(math.prod(input_shape))
     return Bound(value * _UP, "upper bound", p)
