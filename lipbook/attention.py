@@ -925,18 +925,19 @@ def _(module: _EnergyLayer, values: Range) -> Range:
 def _(module: L2MultiheadAttention, input_shape: Shape, p: float) -> Bound:
     """Bound with norms in float64; what the layer divides by is what it computes."""
     weights = module.query_weight, module.value_weight, module.out_weight
-    exact = _l2_factor(*(w.detach().double() for w in weights), lambda w: operator_norm(w, 2.0))
+    query, value, out = (weight.detach().double() for weight in weights)
+    exact = _l2_factor(query, value, out, lambda matrix: operator_norm(matrix, 2.0))
     if module.nonexpansive:
         used = _l2_factor(*weights, kernel_norm_bound).detach()
         least = (
             1 + 32 * torch.finfo(used.dtype).eps + 2.0**-39
         )  # of what the layer multiplies it by
-        value = (exact / (used.double() * least)).item()
+        number = (exact / (used.double() * least)).item()
     else:
-        value = (exact * _kappa(torch.tensor(input_shape[0]).double())).item()
+        number = (exact * _kappa(torch.tensor(input_shape[0]).double())).item()
     if p != 2:
-        value *= math.sqrt(math.prod(input_shape))
-    return Bound(value * _UP, "upper bound", p)
+        number *= math.sqrt(math.prod(input_shape))
+    return Bound(number * _UP, "upper bound", p)
 
 
 # Note [projections onto a ball]

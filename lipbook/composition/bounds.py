@@ -288,7 +288,7 @@ def _has_rule(module: nn.Module) -> bool:
         return False
     if registered not in CONTAINERS:
         return True
-    redefined = type(module).forward is not registered.forward  # type: ignore[attr-defined]
+    redefined = type(module).forward is not registered.forward
     return not (redefined or any(_bounds_values(child) for child in module.modules()))
 
 
