@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lipbook import activations as activations
     from lipbook import attacks as attacks
+    from lipbook import attention as attention
     from lipbook import cli as cli
     from lipbook import composition as composition
     from lipbook import conversion as conversion

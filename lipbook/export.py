@@ -30,6 +30,7 @@ from torch.nn.parameter import is_lazy
 
 import lipbook
 from lipbook._extras import imported
+from lipbook.attention import EnergyStep
 from lipbook.composition import _shape
 from lipbook.freezing import freeze, freeze_rule, located, plain_class
 from lipbook.residual import ConvolutionStep, DenseStep
@@ -37,6 +38,7 @@ from lipbook.residual import ConvolutionStep, DenseStep
 __all__ = [
     "ConvolutionStep",
     "DenseStep",
+    "EnergyStep",
     "export_onnx",
     "freeze",
     "freeze_rule",

@@ -68,6 +68,7 @@ def freeze(model: nn.Module) -> nn.Module:
     convolutions with zero padding           likewise, but for ``"same"`` with an even kernel
     all other convolutions, SOC, Cayley      the same class, with a constant kernel
     ``SLLLinear``, ``CPLConv2d``, ...        ``DenseStep``, ``ConvolutionStep``
+    ``EnergyAttention``                      ``EnergyStep``
     other modules with parametrizations      the same class, with constant weights
     attention, transformers and recurrent    a subclass, which keeps to the kernels of the original
     layers of torch

@@ -722,7 +722,7 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
         lipschitz = max(1.0, norm(view.sqrt() * weight.double(), 2) ** 2 * _UP - 1)
     else:
         lipschitz = (1 + back * absolute) * _UP
-    positions = 1 if dense else example[0, 0].numel()
+    positions = example[0, ..., 0].numel() if dense else example[0, 0].numel()
     bias_norm = _bias_norm(module.bias, dtype, positions, p)
     rows, columns = weight[0].numel() + 3, weight[:, 0].numel() + 3
     gamma = _gamma(rows + columns, dtype)

@@ -30,6 +30,7 @@ __all__ = [
     "Box",
     "Range",
     "affine_rule",
+    "image_rule",
     "lipschitz_rule",
     "local_lipschitz_rule",
     "outward",
@@ -487,12 +488,16 @@ class Range:
         Of a Euclidean ball that holds the values, (batch, \*shape).
     radius : torch.Tensor or None
         Of that ball, (batch,).
+    lengths : torch.Tensor or None
+        Upper bounds of the Euclidean norms along the last dimension, those of tokens,
+        (batch, \*shape without its last entry).
     """
 
     low: Tensor
     high: Tensor
     center: Tensor | None = None
     radius: Tensor | None = None
+    lengths: Tensor | None = None
 
     @property
     def shape(self) -> Shape:
@@ -676,6 +681,29 @@ def ball_range(module: nn.Module, values: Range) -> Range:
     reach = radius.view(-1, *[1] * (center.dim() - 1))
     near, far = outward(center - reach, center + reach)
     return Range(torch.maximum(low, near), torch.minimum(high, far), center, radius)
+
+
+@functools.singledispatch
+def image_rule(module: nn.Module, input_shape: Shape) -> Range | None:
+    r"""Image rule of a class of layers: the values that it can return, whatever it sees.
+
+    ``None`` for a layer whose outputs are not bounded, or not known to be. What stands behind a
+    layer with bounded outputs works on a bounded set, even if the input may be anywhere: a join
+    that is Lipschitz on bounded sets only, as attention is, has a constant there.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The layer, in float64.
+    input_shape : tuple of int
+        Shape of one sample.
+
+    Returns
+    -------
+    Range or None
+        Of one sample (batch 1), holds all outputs.
+    """
+    return None
 
 
 @functools.singledispatch

@@ -26,6 +26,7 @@ import lipbook
 from lipbook import (
     activations,
     attacks,
+    attention,
     composition,
     conversion,
     convolutions,
@@ -758,6 +759,57 @@ TABLE: dict[str, Row] = {
         words={"layer": "layers"},
         layer=("module", nn.Identity()),
     ),
+    # attention
+    "attention.BallProjection": row(attention.BallProjection, radius=("positive", 2.0)),
+    "attention.EnergyAttention": row(
+        attention.EnergyAttention,
+        embed_dim=("count", 4),
+        num_heads=("count", 2),
+        head_dim=("count", 3),
+        fine="head_dim: none",
+    ),
+    "attention.L2MultiheadAttention": row(
+        attention.L2MultiheadAttention,
+        embed_dim=("count", 4),
+        num_heads=("count", 2),
+        head_dim=("count", 3),
+        fine="head_dim: none",
+    ),
+    "attention.attention_energy": row(
+        attention.attention_energy,
+        x=("raw", tensor(2, 3, 4)),
+        query_weight=("raw", tensor(2, 3, 4)),
+        key_weight=("raw", tensor(2, 3, 4)),
+    ),
+    "attention.ball_projection": row(
+        attention.ball_projection,
+        x=("raw", tensor(2, 3, 4)),
+        radius=("positive", 2.0),
+    ),
+    "attention.energy_attention": row(
+        attention.energy_attention,
+        x=("raw", tensor(2, 3, 4)),
+        query_weight=("raw", tensor(2, 3, 4)),
+        key_weight=("raw", tensor(2, 3, 4)),
+    ),
+    "attention.l2_attention": row(
+        attention.l2_attention,
+        x=("raw", tensor(2, 3, 4)),
+        query_weight=("raw", tensor(2, 3, 4)),
+        value_weight=("raw", tensor(2, 3, 4)),
+    ),
+    "attention.l2_attention_bound": row(
+        attention.l2_attention_bound,
+        query_weight=("raw", tensor(2, 3, 4)),
+        value_weight=("raw", tensor(2, 3, 4)),
+        out_weight=("raw", tensor(4, 6)),
+        tokens=("count", 5),
+    ),
+    "attention.energy_curvature": row(
+        attention.energy_curvature,
+        query_weight=("raw", tensor(2, 3, 4)),
+        key_weight=("raw", tensor(2, 3, 4)),
+    ),
     # sequences
     "sequences.LosslessRNN": row(
         sequences.LosslessRNN,
@@ -927,7 +979,7 @@ RETURNED = {
     *("generalization.MarginBound", "generalization.SpectralComplexity"),
     *("interpretability.Counterfactual", "graphs.Graph", "graphs.Node", "rounding.ForwardError"),
     *("wasserstein.TransportBracket", "wasserstein.HeldOut", "wasserstein.CriticHistory"),
-    *("export.ConvolutionStep", "export.DenseStep"),
+    *("export.ConvolutionStep", "export.DenseStep", "export.EnergyStep"),
     *("composition.lipschitz_rule", "export.freeze_rule"),
 }
 INNER = {"rules", "errors", "units", "freezing", "layers"}  # rooms for those who add layers

@@ -31,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lipbook import (
     activations,
+    attention,
     convolutions,
     normalization,
     orthogonal,
@@ -39,6 +40,7 @@ from lipbook import (
     sequences,
 )
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
+from lipbook.attention import BallProjection, EnergyAttention, EnergyStep, L2MultiheadAttention
 from lipbook.composition import Residual, Sum, check_layer, lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
@@ -271,6 +273,15 @@ TABLE = {
         lambda: Outputs(LosslessRNN(3, 5, batch_first=True)), (4, 3), "nonexpansive"
     ),
     "causal convolution": row(lambda: CausalOrthogonalConv1d(3, 4, 3), (3, 6), "nonexpansive"),
+    # attention
+    "energy attention": row(lambda: EnergyAttention(4, 2), (5, 4), "nonexpansive", EnergyStep),
+    "energy attention, one token": row(
+        lambda: EnergyAttention(3, 2, 5), (1, 3), "nonexpansive", EnergyStep
+    ),
+    "l2 attention": row(
+        lambda: L2MultiheadAttention(4, 2, nonexpansive=True), (5, 4), "nonexpansive"
+    ),
+    "ball projection": row(lambda: BallProjection(1.5), (5, 4), "nonexpansive"),
     # normalisation
     "layer centering": row(LayerCentering, IMAGE, "nonexpansive"),
     "layer centering, pixels": row(lambda: LayerCentering((2, 3)), IMAGE, "nonexpansive"),
@@ -388,7 +399,8 @@ def test_the_table_has_every_layer_of_the_library() -> None:
         in_table |= set(type(layer).__mro__[:3])
         in_table |= {type(part) for part in layer.modules()}
     for module in (
-        *(activations, convolutions, normalization, orthogonal, pooling, residual, sequences),
+        *(activations, attention, convolutions, normalization),
+        *(orthogonal, pooling, residual, sequences),
     ):
         public = {getattr(module, name) for name in module.__all__}
         layers = {each for each in public if isinstance(each, type) and issubclass(each, nn.Module)}

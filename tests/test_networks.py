@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lipbook.activations import GroupSort, MaxMin
-from lipbook.composition import lipschitz_bound
+from lipbook.composition import lipschitz_bound, lipschitz_lower_bound
 from lipbook.lab import networks
 from lipbook.lab.augmentation import distorted, shifted_and_flipped
 from lipbook.lab.data import mnist
@@ -20,6 +20,25 @@ from lipbook.losses import multi_margin
 from lipbook.residual import AverageResidual
 
 # ------------------------------------------------------------------------------ architectures
+
+
+def test_a_transformer_learns_which_tokens_are_equal_and_stays_1_lipschitz() -> None:
+    """Nine pairs of three symbols: no sum of functions of single tokens tells all of them apart."""
+    torch.manual_seed(0)
+    net = networks.transformer(3, 2, 2, width=8, heads=1)
+    symbols = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    x, equal = nn.functional.one_hot(symbols, 3).float(), (symbols[:, 0] == symbols[:, 1]).long()
+    optimizer = torch.optim.Adam(net.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(10 * net(x), equal).backward()
+        optimizer.step()
+    assert torch.equal(net(x).argmax(1), equal)
+    above = lipschitz_bound(net.eval(), (2, 3)).value
+    assert above <= 1 + 1e-5
+    below = lipschitz_lower_bound(net, x, steps=10).value
+    assert 0.2 < below <= above
+    assert lipschitz_bound(networks.transformer(3, 50, 2).eval(), (50, 3)).value <= 1 + 1e-5
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ FLOORS = {
     "pooling": 6,
     "normalization": 6,
     "convolutions": 7,
+    "attention": 8,
     "residual": 8,
     "conversion": 9,
     "sequences": 8,

@@ -527,3 +527,13 @@ def test_what_a_rotation_costs_in_other_norms_is_attained(p: float) -> None:
 def test_rotations_of_halves_refuse(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("make", [SLLLinear, CPLLinear])
+def test_the_bias_is_rounded_at_each_token(make: type[nn.Module]) -> None:
+    """Equal tokens are off alike: the norm of their errors grows as the root of their number."""
+    layer, x = make(4), torch.randn(1, 1, 4)  # type: ignore[call-arg]
+    with torch.no_grad():
+        layer.bias += 100  # type: ignore[operator]
+    one, many = (forward_error(layer, x.expand(1, n, 4)).error.item() for n in (1, 64))
+    assert 8 * one * (1 - 1e-6) <= many <= 8 * one * (1 + 1e-6)

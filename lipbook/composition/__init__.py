@@ -25,6 +25,7 @@ from lipbook.rules import (
     _rule_of,
     _shape,
     affine_rule,
+    image_rule,
     lipschitz_rule,
     local_lipschitz_rule,
     outward,

@@ -22,7 +22,13 @@ import torch
 from torch import Tensor, nn
 
 import lipbook.layers  # which registers the answers of torch's layers
-from lipbook.composition.local import matrix_norms, ranges_of, row_bounds, stretches
+from lipbook.composition.local import (
+    images_of,
+    matrix_norms,
+    ranges_of,
+    row_bounds,
+    stretches,
+)
 from lipbook.composition.reading import compose, times
 from lipbook.graphs import Graph, Node, trace
 from lipbook.graphs.trace import unwrapped
@@ -33,6 +39,7 @@ from lipbook.rules import (
     Bound,
     Domain,
     Kind,
+    Range,
     Shape,
     _check,
     _exponent,
@@ -40,6 +47,7 @@ from lipbook.rules import (
     _plain_copy,
     _registered,
     _shape,
+    image_rule,
     lipschitz_rule,
 )
 
@@ -278,8 +286,15 @@ def _has_rule(module: nn.Module) -> bool:
     registered = _registered(module)
     if registered is object:
         return False
-    redefined = type(module).forward is not registered.forward  # type: ignore[attr-defined]
-    return not (registered in CONTAINERS and redefined)
+    if registered not in CONTAINERS:
+        return True
+    redefined = type(module).forward is not registered.forward
+    return not (redefined or any(_bounds_values(child) for child in module.modules()))
+
+
+def _bounds_values(module: nn.Module) -> bool:
+    """Whether the outputs of a layer are bounded, which what stands behind it may need."""
+    return image_rule.dispatch(type(module)) is not image_rule.dispatch(object)
 
 
 def _bound_by_rule(module: nn.Module, shape: Shape, p: float) -> Bound:
@@ -311,12 +326,16 @@ def _answers(graph: Graph, p: float) -> list[list[Bound]]:
     """Ask each layer of a graph, once for each shape that it is used on."""
     known: dict[tuple[int, Shape], Bound] = {}
     answers: list[list[Bound]] = [[]]
+    images: list[Range | None] = []
     for node in graph.nodes[1:]:
         layer = node.layer
         assert layer is not None
         with node.located():
             if isinstance(layer, Join):
-                factors = [f.max().item() for f in layer.factors(None, p)]
+                images = images or images_of(graph)
+                parts = [image for j in node.inputs if (image := images[j]) is not None]
+                whole = len(parts) == len(node.inputs)
+                factors = [f.max().item() for f in layer.factors(parts if whole else None, p)]
                 answers.append([Bound(f, "upper bound", p) for f in factors])
                 continue
             shape = graph.nodes[node.inputs[0]].shape

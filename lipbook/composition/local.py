@@ -31,6 +31,7 @@ from lipbook.rules import (
     Range,
     Shape,
     affine_rule,
+    image_rule,
     lipschitz_rule,
     local_lipschitz_rule,
     pullback_rule,
@@ -40,6 +41,7 @@ from lipbook.rules import (
 
 __all__ = [
     "answered",
+    "images_of",
     "matrix_norms",
     "ranges_of",
     "row_bounds",
@@ -119,6 +121,27 @@ def ranges_of(graph: Graph, domain: Range) -> list[Range]:
                 raise ValueError(f"its range rule returned an empty or NaN interval: {layer}")
         ranges.append(found)
     return ranges
+
+
+def images_of(graph: Graph) -> list[Range | None]:
+    """Range of every node of a graph for inputs anywhere, None where it is not bounded."""
+    nothing: list[Range | None] = [None] * len(graph.nodes)
+    bounded = [image_rule.dispatch(type(node.layer)) for node in graph.nodes[1:]]
+    if all(rule is image_rule.dispatch(object) for rule in bounded):
+        return nothing
+    images = nothing[:1]
+    for node in graph.double().nodes[1:]:
+        parts = [image for j in node.inputs if (image := images[j]) is not None]
+        layer = node.layer
+        assert layer is not None
+        with node.located():
+            if len(parts) < len(node.inputs):
+                images.append(image_rule(layer, graph.nodes[node.inputs[0]].shape))
+            elif isinstance(layer, Join):
+                images.append(layer.range(parts))
+            else:
+                images.append(range_rule(layer, parts[0]))
+    return images
 
 
 def stretches(graph: Graph, ranges: Sequence[Range], p: float) -> list[Tensor]:

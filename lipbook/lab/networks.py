@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lipbook.activations import GroupSort, MaxMin
+from lipbook.attention import EnergyAttention
 from lipbook.convolutions import OrthogonalConv2d
 from lipbook.export import freeze
 from lipbook.lab import records
 from lipbook.lab.data import mnist
 from lipbook.orthogonal import OrthogonalLinear
 from lipbook.pooling import AveragePooling
-from lipbook.residual import AverageResidual, OrthogonalResidual
+from lipbook.residual import AverageResidual, OrthogonalResidual, SLLLinear
 
 __all__ = [
     "critic",
@@ -35,6 +38,7 @@ __all__ = [
     "rebuilt",
     "resnet",
     "small",
+    "transformer",
 ]
 
 WIDE = 128  # channels of the wide network, the Large one times four
@@ -163,6 +167,65 @@ def large(
         MaxMin(),
         linear(512, 10),
     )
+
+
+def transformer(
+    features: int, tokens: int, outputs: int, width: int = 16, blocks: int = 2, heads: int = 2
+) -> nn.Sequential:
+    r"""Build a 1-Lipschitz transformer: an encoder of sequences with one answer for each.
+
+    Tokens are embedded by an orthogonal layer, and positions are learnt. A block is attention
+    (:class:`~lipbook.attention.EnergyAttention`) and a residual layer for each token
+    (:class:`~lipbook.residual.SLLLinear`). The sum of the tokens over :math:`\sqrt n` is read by an
+    orthogonal layer. Each part is 1-Lipschitz, and so is the network.
+
+    Parameters
+    ----------
+    features : int
+        Of a token.
+    tokens : int
+        Length of a sequence, n.
+    outputs : int
+        Of the network.
+    width : int
+        Features of a token inside, a multiple of ``heads``.
+    blocks : int
+        Pairs of attention and residual layer.
+    heads : int
+        Of the attention.
+
+    Returns
+    -------
+    torch.nn.Sequential
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> round(lipschitz_bound(transformer(4, 6, 2).eval(), (6, 4)).value, 5)
+    1.0
+    """
+    layers: list[nn.Module] = [OrthogonalLinear(features, width), _Positions(tokens, width)]
+    for _ in range(blocks):
+        layers += [EnergyAttention(width, heads), SLLLinear(width, 2 * width)]
+    return nn.Sequential(*layers, _Total(), OrthogonalLinear(width, outputs))
+
+
+class _Positions(nn.Module):
+    """Addition of a learnt vector to each place of a sequence."""
+
+    def __init__(self, tokens: int, features: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(tokens, features) / math.sqrt(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.positions
+
+
+class _Total(nn.Module):
+    """Sum of the tokens over the root of their number, with constant 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1) / math.sqrt(x.shape[1])
 
 
 def _circular(c_in: int, c_out: int, size: int, stride: int) -> nn.Conv2d:

@@ -116,7 +116,9 @@ class ScaledDotProduct(Join):
     def factors(self, ranges: Sequence[Range] | None, p: float) -> list[Tensor]:
         """Factors of the note."""
         if ranges is None:
-            raise ValueError(f"attention {NEEDS_DOMAIN}")
+            raise ValueError(
+                f"attention {NEEDS_DOMAIN}, or put lipbook.attention.BallProjection before it"
+            )
         scale = self.options.get("scale")
         s = 1 / math.sqrt(ranges[0].shape[-1]) if scale is None else abs(scale)
         mask = self.mask(ranges[0].shape[-2], ranges[1].shape[-2])
@@ -185,7 +187,7 @@ def column_sums(differences: Tensor, queries: int, keys: int, mask: Tensor | Non
 
 def token_norms(values: Range) -> Tensor:
     """Largest Euclidean norm of a token of each block, (batch, ...)."""
-    return _distances(values, torch.zeros((), dtype=torch.float64))
+    return _distances(values, torch.zeros(1, dtype=torch.float64))
 
 
 def token_radii(values: Range) -> Tensor:
@@ -201,6 +203,8 @@ def mean_token(values: Range) -> Tensor:
 def _distances(values: Range, origin: Tensor) -> Tensor:
     apart = torch.maximum((values.low - origin).abs(), (values.high - origin).abs())
     norms = torch.linalg.vector_norm(apart, dim=-1)
+    if values.lengths is not None:
+        norms = torch.minimum(norms, values.lengths + torch.linalg.vector_norm(origin, dim=-1))
     if values.center is not None and values.radius is not None:
         reach = torch.linalg.vector_norm(values.center - origin, dim=-1)
         reach = reach + values.radius.view(-1, *[1] * (reach.dim() - 1))
@@ -380,13 +384,21 @@ class MultiheadCall(Join):
                 nearer = (reach < radius).view(-1, 1, 1, 1)
                 center = torch.where(nearer, other.transpose(1, 2), center)
                 radius = torch.minimum(radius, reach)
+            if values.lengths is not None:  # a ball about the bias
+                reach = values.lengths.flatten(1).amax(1) * norms.amax() * _UP + slack
+                nearer = (reach < radius).view(-1, 1, 1, 1)
+                about = bias.view(count, 1, -1).expand_as(center)
+                center = torch.where(nearer, about, center)
+                radius = torch.minimum(radius, reach)
             found.append(Range(low, high, center, radius))
         return found
 
     def factors(self, ranges: Sequence[Range] | None, p: float) -> list[Tensor]:
         """Factor of each input."""
         if ranges is None:
-            raise ValueError(f"attention {NEEDS_DOMAIN}")
+            raise ValueError(
+                f"attention {NEEDS_DOMAIN}, or put lipbook.attention.BallProjection before it"
+            )
         parts = self.heads(ranges)
         s = 1 / math.sqrt(self.module.head_dim)
         mask = self.mask(parts[0].shape[-2], parts[1].shape[-2])

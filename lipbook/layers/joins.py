@@ -160,15 +160,26 @@ class Add(Join):
             (abs(w) * r.abs() for w, r in zip(self.weights, ranges, strict=True)), torch.zeros(())
         )
         low, high = outward(low, high, size * 2.0**-45)
+        lengths = self._lengths(ranges)
         if not _ball(ranges):
-            return Range(low, high)
+            return Range(low, high, lengths=lengths)
         center, radius = torch.zeros(()), torch.zeros(())
         for w, part in zip(self.weights, ranges, strict=True):
             assert part.center is not None
             assert part.radius is not None
             center, radius = center + w * part.center, radius + abs(w) * part.radius
         radius = radius * (1 + 2.0**-40) + size.flatten(1).norm(dim=1) * 2.0**-45
-        return Range(low, high, center, radius)
+        return Range(low, high, center, radius, lengths)
+
+    def _lengths(self, ranges: Sequence[Range]) -> Tensor | None:
+        """Lengths of tokens, where those of a part are known."""
+        if all(part.lengths is None for part in ranges):
+            return None
+        total = torch.zeros(())
+        for weight, part in zip(self.weights, ranges, strict=True):
+            own = torch.linalg.vector_norm(part.abs(), dim=-1)
+            total = total + abs(weight) * (own if part.lengths is None else part.lengths)
+        return total * (1 + 2.0**-40)
 
     def pullback(
         self, cotangent: tuple[Tensor, Tensor], ranges: Sequence[Range]

@@ -39,6 +39,7 @@ from lipbook.rules import (
     Range,
     Shape,
     affine_rule,
+    image_rule,
     lipschitz_rule,
     range_rule,
 )
@@ -165,6 +166,12 @@ def _(module: Constant, input_shape: Shape, p: float) -> Bound:
     if not module.value.isfinite().all():
         raise ValueError("is a constant with NaN or infinite entries")
     return Bound(0, "exact", p)
+
+
+@image_rule.register
+def _(module: Constant, input_shape: Shape) -> Range:
+    value = module.value.double()[None]
+    return Range(value, value)
 
 
 @affine_rule.register
@@ -307,6 +314,19 @@ def _(module: Shift, input_shape: Shape) -> Affine:
     sign = float(module.sign)
     bias = module.constant.double().expand(input_shape).clone()
     return Affine(lambda x: sign * x, _identity, _identity, bias, 2)
+
+
+@range_rule.register
+def _(module: Shift, values: Range) -> Range:
+    affine = affine_rule(module, values.shape)
+    assert affine is not None
+    image = affine.range(values)
+    radius, lengths = image.radius, values.lengths
+    if radius is not None and values.radius is not None:
+        radius = values.radius * (1 + 2.0**-40) + radius
+    if lengths is not None:
+        lengths = (lengths + torch.linalg.vector_norm(affine.bias, dim=-1)) * (1 + 2.0**-40)
+    return dataclasses.replace(image, radius=radius, lengths=lengths)
 
 
 class Clamp(nn.Module):

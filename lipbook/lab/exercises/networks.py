@@ -146,3 +146,19 @@ def inside() -> float:
     pixels[:600] = 0
     low, high = (pixels - 0.1).clamp(min=0), (pixels + 0.1).clamp(max=1)
     return ((high - low) / 0.2).log2().sum().item()
+
+
+@exercise(
+    "12.9",
+    level=2,
+    kind="compute",
+    mistakes={
+        "a token also answers those who read it": 0.5 - 0.25 * math.tanh(0.5),
+        "the derivative of log cosh is tanh, not 1": 0.5 - 0.5 * math.cosh(1) / (math.cosh(1) + 1),
+    },
+)
+def step() -> float:
+    x = torch.tensor([0.5, -0.5], dtype=torch.float64, requires_grad=True)
+    energy = (x[:, None] + x[None, :]).cosh().sum(1).log().sum()
+    (gradient,) = torch.autograd.grad(energy, x)
+    return (x - 0.25 * gradient)[0].item()
