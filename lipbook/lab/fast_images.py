@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -259,7 +259,7 @@ class ShiftNet(AbsoluteNet):
                 MaxMin(),
             ]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(*weights[-1].T.shape))
-        parts = zip((*model[::2][:-1], model[-1]), weights, biases, strict=True)
+        parts: Any = zip((*layers[::2], model[-1]), weights, biases, strict=True)
         with torch.no_grad():
             for module, weight, bias in parts:
                 if isinstance(module, ShiftConv2d):
