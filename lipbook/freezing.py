@@ -66,7 +66,8 @@ def freeze(model: nn.Module) -> nn.Module:
     ``OrthogonalLinear`` and its kin         :class:`torch.nn.Linear`
     convolutions, circular without a stride  :class:`torch.nn.Conv2d` and its kin
     convolutions with zero padding           likewise, but for ``"same"`` with an even kernel
-    all other convolutions, SOC, Cayley      the same class, with a constant kernel
+    all other convolutions, SOC, Cayley,     the same class, with a constant kernel
+    shift convolutions
     ``SLLLinear``, ``CPLConv2d``, ...        ``DenseStep``, ``ConvolutionStep``
     ``EnergyAttention``                      ``EnergyStep``
     other modules with parametrizations      the same class, with constant weights

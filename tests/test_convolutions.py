@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -37,11 +38,13 @@ from lipbook.convolutions import (
     OrthogonalConvTranspose1d,
     OrthogonalConvTranspose2d,
     OrthogonalConvTranspose3d,
+    ShiftConv2d,
     SkewOrthogonalConv2d,
     aol_kernel,
     bcop_kernel,
     block_convolution,
     cayley_kernel,
+    channel_shift,
     circular_fold,
     circular_pad,
     kernel_norm_bound,
@@ -590,6 +593,7 @@ FACTORIES: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "aol": (lambda **k: NonexpansiveConv2d(3, 4, 3, method="aol", **k), (3, 6, 6)),
     "soc": (lambda **k: SkewOrthogonalConv2d(3, 4, 3, **k), (3, 6, 6)),
     "cayley": (lambda **k: CayleyConv2d(3, 4, 3, (4, 6), **k), (3, 4, 6)),
+    "shift": (lambda **k: ShiftConv2d(3, 6, 2, **k), (3, 4, 6)),
 }
 every_layer = pytest.mark.parametrize("name", FACTORIES)
 
@@ -937,6 +941,99 @@ def test_cayley_is_the_formula_at_each_frequency() -> None:
         torch.testing.assert_close(found, expected)
 
 
+# --------------------------------------------------------------------------------- shifts
+
+
+def naive_shift(x: np.ndarray, offsets: Sequence[Sequence[int]]) -> np.ndarray:
+    y, groups = np.full_like(x, np.nan), np.array_split(np.arange(x.shape[1]), len(offsets))
+    for channels, offset in zip(groups, offsets, strict=True):
+        for place in itertools.product(*map(range, x.shape[2:])):
+            source = tuple((i - o) % n for i, o, n in zip(place, offset, x.shape[2:], strict=True))
+            y[(slice(None), channels, *place)] = x[(slice(None), channels, *source)]
+    return y
+
+
+@given(st.data())
+def test_channels_move_and_keep_all_norms(data: st.DataObject) -> None:
+    size = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    offset = st.tuples(*(st.integers(-5, 5) for _ in size))
+    offsets = data.draw(st.lists(offset, min_size=1, max_size=4))
+    x = torch.randn(2, data.draw(st.integers(len(offsets), 7)), *size)
+    y = channel_shift(x, offsets)
+    np.testing.assert_array_equal(y, naive_shift(x.numpy(), offsets))
+    for p in (1, 2, math.inf):
+        assert y.double().flatten().norm(p).item() == pytest.approx(x.double().flatten().norm(p))
+    back = channel_shift(y, [[-o for o in offset] for offset in offsets])
+    assert torch.equal(back, x)
+
+
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "stride", "size"), [(5, 6, 1, (3, 4)), (6, 5, 1, (1, 3)), (2, 7, 2, (4, 6))]
+)
+def test_a_shift_convolution_mixes_then_moves(
+    c_in: int, c_out: int, stride: int, size: tuple[int, int]
+) -> None:
+    layer = ShiftConv2d(c_in, c_out, stride, dtype=torch.float64)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, c_in, *size, dtype=torch.float64)
+    with torch.no_grad():
+        found, weight, bias = layer(x), layer.weight.numpy(), layer.bias.numpy()
+    h, w = (n // stride for n in size)
+    mixed = np.zeros((2, c_out, h, w))
+    for i, j in itertools.product(range(h), range(w)):
+        window = x[:, :, stride * i : stride * (i + 1), stride * j : stride * (j + 1)]
+        mixed[:, :, i, j] = window.reshape(2, -1).numpy() @ weight.T
+    moved = naive_shift(mixed, [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)])
+    np.testing.assert_allclose(found, moved + bias[:, None, None], atol=1e-12)
+    layer.bias = None
+    matrix = dense(layer, x.shape[1:], torch.float64)
+    assert (torch.linalg.svdvals(matrix) - 1).abs().max() <= 1e-13
+    for p in (1, 2, math.inf):
+        bound = lipschitz_bound(layer, x.shape[1:], p)
+        assert bound.kind == "exact"
+        assert bound.value == pytest.approx(np.linalg.norm(matrix, p))
+
+
+def keeps_norms(taps: Sequence[Any], size: int) -> bool:
+    """Whether a circulant matrix with these numbers in a row is orthogonal, with no rounding."""
+    circle = [*taps, *[0] * (size - len(taps))]
+    rows = [circle[-t:] + circle[:-t] for t in range(size)]
+    gram = [[sum(map(operator.mul, a, b)) for b in rows] for a in rows]
+    return gram == np.eye(size).tolist()
+
+
+def test_only_shifts_keep_norms_on_large_circles() -> None:
+    numbers = {Fraction(a, 3) for a in range(-3, 4)}
+    found = {
+        size: {taps for taps in itertools.product(numbers, repeat=3) if keeps_norms(taps, size)}
+        for size in (3, 5, 6)
+    }
+    assert len(found[5]) == 6
+    assert all(sorted(map(abs, taps)) == [0, 0, 1] for taps in found[5])
+    assert found[6] == found[5]
+    assert (Fraction(2, 3), Fraction(2, 3), Fraction(-1, 3)) in found[3] - found[5]
+    kernel = torch.tensor([[[2.0, 2.0, -1.0]]]) / 3
+    values = circular_convolution_singular_values(kernel, 3)
+    assert (values - 1).abs().max() < 1e-6
+    assert (circular_convolution_singular_values(kernel, 5) - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([], "offsets must be one or more sequences of 2 integers"),
+        ([(0, 1), (1,)], "offsets must be one or more sequences of 2 integers"),
+        ([(0, 0.5)], "offsets must be one or more sequences of 2 integers"),
+        ([(0, 0)] * 4, "offsets"),
+    ],
+)
+def test_shifts_refuse_other_offsets(offsets: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        channel_shift(torch.zeros(1, 3, 2, 2), offsets)
+    with pytest.raises(ValueError, match=message):
+        ShiftConv2d(3, 3, offsets=offsets)
+
+
 # --------------------------------------------------------------------------------- errors
 
 
@@ -980,6 +1077,7 @@ def test_cayley_is_the_formula_at_each_frequency() -> None:
         (lambda: SkewOrthogonalConv2d(3, 3, 3, terms=6), "terms must be a positive multiple of 4"),
         (lambda: skew_exponential(torch.zeros(1, 2, 4), torch.zeros(2, 2, 3), 0), "terms must be"),
         (lambda: skew_kernel(torch.zeros(2, 3, 3)), "weight must be"),
+        (lambda: ShiftConv2d(5, 5, method="gram"), "method must be one of"),  # type: ignore[arg-type]
         (lambda: CayleyConv2d(3, 3, 3, 8, stride=3), "image_size must be a multiple"),
         (lambda: CayleyConv2d(3, 3, 3, 4, stride=2), "image_size must be a multiple"),
         (lambda: CayleyConv2d(3, 3, 3, 8)(torch.zeros(1, 3, 8, 9)), "image size"),

@@ -344,6 +344,21 @@ TABLE: dict[str, Row] = {
     "convolutions.CayleyConv2d": row(
         convolutions.CayleyConv2d, **SIZES, stride=("size", 1), image_size=("size", 4)
     ),
+    "convolutions.channel_shift": row(
+        convolutions.channel_shift,
+        x=IMAGE,
+        others={"offsets": [(0, 1), (1, 0)]},
+        fine="x: integers",
+    ),
+    "convolutions.ShiftConv2d": row(
+        lambda in_channels, out_channels, stride, method: convolutions.ShiftConv2d(
+            in_channels, out_channels, stride, [(0, 1)], method=method
+        ),
+        in_channels=("size", 4),
+        out_channels=("size", 4),
+        stride=("size", 1),
+        method=("choice", "qr"),
+    ),
     # export
     "export.freeze": row(export.freeze, model=MODULE),
     "export.save_weights": row(export.save_weights, model=MODULE, others={"path": "never"}),

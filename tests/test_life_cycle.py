@@ -53,6 +53,7 @@ from lipbook.convolutions import (
     OrthogonalConvTranspose1d,
     OrthogonalConvTranspose2d,
     OrthogonalConvTranspose3d,
+    ShiftConv2d,
     SkewOrthogonalConv2d,
 )
 from lipbook.export import (
@@ -249,6 +250,10 @@ TABLE = {
     "cayley convolution": row(lambda: CayleyConv2d(3, 4, 3, (4, 6)), (3, 4, 6), "orthogonal"),
     "cayley convolution, stride": row(
         lambda: CayleyConv2d(2, 5, 2, 6, stride=2), (2, 6, 6), "orthogonal"
+    ),
+    "shift convolution": row(lambda: ShiftConv2d(3, 5), IMAGE, "orthogonal"),
+    "shift convolution, stride": row(
+        lambda: ShiftConv2d(2, 5, 2, [(0, 1), (-1, 2)], method="polar"), (2, 4, 6), "orthogonal"
     ),
     # residual layers
     "sll": row(lambda: SLLLinear(5, 7), (5,), "nonexpansive", DenseStep),
@@ -452,6 +457,7 @@ NUMPY: dict[str, tuple[Callable[[Any], nn.Module], Shape]] = {
     "aol": (lambda i: NonexpansiveConv2d(i(2), i(3), i(3), stride=i(2)), (2, 4, 4)),
     "soc": (lambda i: SkewOrthogonalConv2d(i(2), i(3), i(3), i(1), terms=i(4)), (2, 4, 4)),
     "cayley": (lambda i: CayleyConv2d(i(2), i(3), i(3), i(4)), (2, 4, 4)),
+    "shift": (lambda i: ShiftConv2d(i(2), i(3), i(2), [(i(0), i(1))]), (2, 4, 4)),
     "sll": (lambda i: SLLLinear(i(4), i(5)), (4,)),
     "cpl": (lambda i: CPLConv2d(i(2), i(3), i(3)), (2, 4, 4)),
     "groupsort": (lambda i: GroupSort(i(2)), (4,)),

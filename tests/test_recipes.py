@@ -53,6 +53,7 @@ from lipbook.lab.recipes import (
     recipes,
     smoothing,
     speedrun,
+    speedrun_cifar10,
     tightness,
     transport_scaling,
     waterfall,
@@ -90,7 +91,7 @@ def test_every_recipe_has_its_record(name: str) -> None:
     assert "rows" in parameters
     longest = {
         "ablation": 1200, "cifar10": 900, "equal_budget": 1200, "mnist_small": 1800,
-        "speedrun": 3600, "waterfall": 1200,
+        "speedrun": 3600, "speedrun_cifar10": 2400, "waterfall": 1200,
     }  # fmt: skip
     assert 0 < record.facts["seconds"] <= longest.get(name, 600)
     assert record.facts["threads"] >= 1
@@ -838,6 +839,119 @@ def test_the_settings_of_the_speedrun_are_the_best_on_validation_digits() -> Non
         assert entry.setting == speedrun.Setting(**best["setting"])
         assert entry.within
         assert all(one["test"]["count"] == 10_000 for one in record.results["rows"])
+
+
+# ---------------------------------------------------------------------------- speedrun_cifar10
+
+
+def few_images() -> Cifar10:
+    rng = np.random.default_rng(0)
+    labels = torch.arange(480) % 10
+    images = torch.from_numpy(0.2 * rng.random((480, 3, 8, 8))).float()
+    images += torch.from_numpy(rng.random((10, 3, 1, 1)) * 0.8).float()[labels]
+    return Cifar10(images[:400], labels[:400], images[400:], labels[400:], "patches")
+
+
+LIVELY = speedrun_cifar10.Setting([[16, 2, 1], [16, 2, 1]], batch_size=32)
+SPRINTING = (dataclasses.replace(LIVELY, lr=1e-4), LIVELY)
+
+
+def test_the_speedrun_on_colours_chooses_on_held_out_images_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, seen = few_images(), []
+
+    def fit(images: Tensor, *rest: Any, **sizes: Any) -> Any:
+        seen.append((images, sizes["epochs"], sizes["seed"]))
+        return real(images, *rest, **sizes)
+
+    real = speedrun_cifar10.fit
+    monkeypatch.setattr(speedrun_cifar10, "cifar10", lambda jpeg: few)
+    monkeypatch.setattr(speedrun_cifar10, "fit", fit)
+    sizes: dict[str, Any] = {
+        "candidates": SPRINTING, "epochs": 4, "short": 2, "validation": 80, "attack": 4,
+        "precision": "float32", "rows": Rows(tmp_path),
+    }  # fmt: skip
+    results, tensors = speedrun_cifar10.run(**sizes)
+    assert speedrun_cifar10.run(**sizes) == (results, tensors)
+    worse, better = (one["clean"] + one["certified"] for one in results["judged"])
+    assert worse < better
+    assert [one[1:] for one in seen] == [(2, 0), (2, 0), *((4, seed) for seed in range(5))]
+    whole = {*map(bytes, few.train_images.flatten(1).numpy())}
+    held_out, fitted = waterfall.halves(*few[:2], 80, 0)
+    for images, *_ in seen[:2]:
+        assert torch.equal(images, fitted[0])
+        assert {*map(bytes, held_out[0].flatten(1).numpy())} == whole - {
+            *map(bytes, images.flatten(1).numpy())
+        }
+    assert all(images is few.train_images for images, *_ in seen[2:])
+    made = records.facts("lipbook reproduce speedrun_cifar10", 0, 1.0)
+    found = speedrun_cifar10.entry(records.Record("speedrun_cifar10", made, results, tensors))
+    assert (found.setting, found.epochs, found.seeds) == (LIVELY, 4, (0, 1, 2, 3, 4))
+    assert found.within
+    values = [one["test"]["certified"][0] for one in results["rows"]]
+    assert found.certified == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert 0.4 < found.certified[0] <= found.clean[0]
+    assert found.certified_of_attacked <= found.attacked
+
+
+def test_the_record_of_the_speedrun_on_colours_keeps_its_budget_and_its_choice() -> None:
+    record = records.read("speedrun_cifar10")
+    results, found = record.results, speedrun_cifar10.entry(record)
+    judged = {
+        speedrun_cifar10.Setting(**one["setting"]): one["clean"] + one["certified"]
+        for one in results["judged"]
+    }
+    assert (*judged,) == speedrun_cifar10.CANDIDATES
+    assert found.setting == max(judged, key=lambda setting: judged[setting])
+    assert all(
+        (one["count"], one["epochs"]) == (5000, speedrun_cifar10.SHORT) for one in results["judged"]
+    )
+    assert found.epochs == speedrun_cifar10.EPOCHS
+    assert found.within
+    assert results["budget"] == speedrun_cifar10.BUDGET
+    for one in results["rows"]:
+        test = one["test"]
+        assert test["count"] == 10_000
+        assert test["epsilons"] == pytest.approx([speedrun_cifar10.EPSILON])
+        assert test["certified_of_attacked"][0] <= test["attacked"][0]
+        for share in (test["clean"], *test["certified"]):  # a number of images
+            assert share * 10_000 == pytest.approx(round(share * 10_000))
+    assert found.seconds * len(found.seeds) < record.facts["seconds"]
+
+
+def test_a_few_steps_of_the_speedrun_on_colours_learn_images_that_ship() -> None:
+    """With the setting of the record; what is certified is less, and the norms are 1."""
+    found = speedrun_cifar10.entry(records.read("speedrun_cifar10"))
+    images, labels = networks.data("cifar10")
+    setting = dataclasses.replace(found.setting, batch_size=96)
+    model = setting.fit(images[:192], labels[:192], 8, "float32", 0)
+    bound = lipschitz_bound(torch.nn.Sequential(*model[:-1]), (3, 32, 32))
+    assert bound.value == pytest.approx(1, abs=1e-5)  # ten layers, a millionth each
+    learnt = certificate(model, images[:192], labels[:192])
+    clean, certified = (
+        learnt.certified_accuracy(epsilon).value for epsilon in (0, speedrun_cifar10.EPSILON)
+    )
+    assert 0.05 < certified < clean
+    assert clean > 0.2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows.pop(),
+        lambda rows: rows[0].update(seed=1),
+        lambda rows: rows[0].update(epochs=99),
+        lambda rows: rows[0]["setting"].update(lr=0.01),
+    ],
+)
+def test_a_speedrun_on_colours_without_all_its_rows_is_refused(
+    change: Callable[[list[dict[str, Any]]], object],
+) -> None:
+    record = copy.deepcopy(records.read("speedrun_cifar10"))
+    change(record.results["rows"])
+    with pytest.raises(ValueError, match="expected 5 seeds or more, each once, at one setting"):
+        speedrun_cifar10.entry(record)
 
 
 SHORT = dict.fromkeys(itertools.product(*[*ablation.FACTORS.values()][::2]), 3)

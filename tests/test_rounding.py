@@ -29,6 +29,7 @@ from lipbook.convolutions import (
     NonexpansiveConv2d,
     OrthogonalConv2d,
     OrthogonalConvTranspose2d,
+    ShiftConv2d,
     SkewOrthogonalConv2d,
 )
 from lipbook.errors import (
@@ -348,6 +349,13 @@ def _(module: Any, x: np.ndarray) -> np.ndarray:
     return x - (matrix @ hidden.reshape(-1)).reshape(x.shape)
 
 
+@exact.register(ShiftConv2d)
+def _(module: ShiftConv2d, x: np.ndarray) -> np.ndarray:  # without a stride
+    y = np.einsum("ij,jkl->ikl", rational(module.weight), x) + rational(module.bias)[:, None, None]
+    parts = zip(np.array_split(y, len(module.offsets)), module.offsets, strict=True)
+    return np.concatenate([np.roll(part, offset, (1, 2)) for part, offset in parts])
+
+
 @exact.register(SkewOrthogonalConv2d)
 def _(module: SkewOrthogonalConv2d, x: np.ndarray) -> np.ndarray:  # without a stride
     convolution = nn.Conv2d(*module.weight.shape[1::-1], 3, padding=1, bias=False)
@@ -624,6 +632,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "CPLConv2d": (lambda: CPLConv2d(1, 1, padding_mode="zeros"), (1, 3, 3)),
     "SLLLinear frozen": (lambda: freeze(SLLLinear(3, 4)), (3,)),
     "CPLConv2d frozen": (lambda: freeze(CPLConv2d(1, 1)), (1, 3, 3)),
+    "ShiftConv2d": (lambda: ShiftConv2d(2, 3, offsets=[(0, 1), (1, -1)]), (2, 2, 3)),
     "SkewOrthogonalConv2d": (lambda: SkewOrthogonalConv2d(1, 2, 3, terms=4), (1, 3, 3)),
     "deep": (deep, (1, 4, 4)),
 }

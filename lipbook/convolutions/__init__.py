@@ -14,6 +14,7 @@ layer                          singular values (circular padding)  kernel
 ``NonexpansiveConv``: RKO      at most 1; all 1 if k = stride      any size
 ``NonexpansiveConv``: AOL      at most 1                           any size
 ``SkewOrthogonalConv2d``: SOC  between 1 - 3e-6 and 1              odd size; not explicit
+``ShiftConv2d``                all 1                               a matrix, then shifts
 ``CayleyConv2d``               all 1                               as large as the image
 =============================  ==================================  ======================
 
@@ -46,6 +47,7 @@ from lipbook.convolutions.nonexpansive import (
     kernel_norm_bound,
     rko_kernel,
 )
+from lipbook.convolutions.shift import ShiftConv2d, channel_shift
 from lipbook.convolutions.skew import SOC, SkewOrthogonalConv2d, skew_exponential, skew_kernel
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "skew_kernel",
     "skew_exponential",
     "cayley_kernel",
+    "channel_shift",
     "circular_pad",
     "circular_fold",
     "BCOP",
@@ -75,4 +78,5 @@ __all__ = [
     "NonexpansiveConv3d",
     "SkewOrthogonalConv2d",
     "CayleyConv2d",
+    "ShiftConv2d",
 ]

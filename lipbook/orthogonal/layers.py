@@ -39,7 +39,7 @@ __all__ = [
 Method = Literal["qr", "cholesky_qr", "polar", "cayley", "exp", "householder", "bjorck"]
 
 
-_METHODS: dict[str, Callable[[], nn.Module]] = {
+METHODS: dict[str, Callable[[], nn.Module]] = {
     "qr": QR,
     "cholesky_qr": CholeskyQR,
     "polar": Polar,
@@ -175,9 +175,9 @@ class OrthogonalLinear(_ConstrainedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if method not in tuple(_METHODS):
-            raise ValueError(f"method must be one of {tuple(_METHODS)}, got {method!r}")
-        self._constraint = _METHODS[method]
+        if method not in tuple(METHODS):
+            raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
+        self._constraint = METHODS[method]
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
 
 
