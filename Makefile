@@ -49,7 +49,7 @@ lint: $(READY) ## static checks: ruff, types, floors, notebook normal form
 	$(BIN)/python tools/notebooks.py check $(CHAPTERS)
 
 test: lint ## static checks, the library's tests, and every chapter against its stored outputs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"
 	rm -rf $(ALONE) && mkdir -p $(ALONE) && cp $(CHAPTERS) $(ALONE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
 	  --nbval-cell-timeout 120 --nbval-sanitize-with book/nbval_sanitize.cfg \
@@ -70,8 +70,10 @@ bench: ## measure the layers beside their peers, in an environment of its own
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[bench,lab]'
 	$(BENCH)/bin/python -m benchmarks
 
-pages: $(READY) ## open every built page in Chromium: no outside request, no console error
-	$(BIN)/python -m pytest -n 2 --dist load tests/test_pages.py
+pages: $(READY) ## in Chromium: every built page, the figures to touch, the drawings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/test_pages.py \
+	  tests/test_figures.py tests/test_figures_digits.py \
+	  tests/test_plots.py::test_a_compact_drawing_looks_the_same
 
 lab: $(READY) ## JupyterLab on the chapters
 	$(BIN)/jupyter trust --log-level=WARN $(CHAPTERS)

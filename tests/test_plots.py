@@ -337,6 +337,7 @@ PIXELS = """async (svg) => {
 }"""
 
 
+@pytest.mark.browser
 def test_a_compact_drawing_looks_the_same() -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -397,83 +398,126 @@ def test_half_precision_trains_float32_parameters(precision: Any) -> None:
 # ------------------------------------------------------------------------------- checkpoints
 
 LONG_RUN = """
-import sys, time
+import json, os, signal, sys, time, traceback
+from pathlib import Path
 import torch
 from torch import nn
 from lipbook.lab.data import mnist
 from lipbook.lab.training import train
 
-torch.manual_seed(0)
-digits = mnist()
-net = nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10))
+digits, folder = mnist(), Path(sys.argv[1])
 images, labels = digits.train_images[:400], digits.train_labels[:400]
-checkpoint = None if sys.argv[1] == "none" else sys.argv[1]
-pause = float(sys.argv[3])
+save, saved = torch.save, []
+torch.optim.Adam(nn.Linear(1, 1).parameters())  # imports what optimisers need, for all forks
 
 
-def score(model, images, labels):
-    time.sleep(pause)  # so that there is time to be killed
-    return time.time()  # the last epoch is the best
+def run(result, checkpoint=None, waits=False, halves=False):
+    def score(model, images, labels):
+        if waits and checkpoint.exists():
+            time.sleep(600)  # until it is killed
+        return time.time()  # the last epoch is the best
+
+    def half(state, file):
+        save(state, file)
+        saved.append(file)
+        if len(saved) == 3:
+            os.truncate(file, 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if halves:
+        torch.save = half
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Dropout(0.1), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10)
+    )
+    train(
+        net, images, labels, epochs=4, lr=0.01, optimizer=torch.optim.Adam, schedule="cosine",
+        validation=50, score=score, checkpoint=checkpoint,
+    )
+    torch.save(net.state_dict(), folder / result)
 
 
-train(
-    net, images, labels, epochs=4, lr=0.01, optimizer=torch.optim.Adam, schedule="cosine",
-    validation=50, score=score, checkpoint=checkpoint,
-)
-torch.save(net.state_dict(), sys.argv[2])
+def forked(*arguments, **options):
+    process = os.fork()
+    if process == 0:
+        try:
+            run(*arguments, **options)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return process
+
+
+def ended(process):
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+"""
+KILLED = """
+whole = forked("whole")
+waiting, halving = folder / "waiting.pt", folder / "halving.pt"
+process = forked("waited", waiting, waits=True)
+deadline = time.monotonic() + 60
+while not waiting.exists() and time.monotonic() < deadline:
+    time.sleep(0.005)
+os.kill(process, signal.SIGKILL)
+codes = {"whole": ended(whole), "waiting": ended(process)}
+codes["halving"] = ended(forked("halved", halving, halves=True))
+print(json.dumps(codes))
+"""
+RESUMED = """
+run("waited", folder / "waiting.pt")
+run("halved", folder / "halving.pt")
 """
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", LONG_RUN, *arguments])
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Runs that were killed, what was there then, and what they came to in another process."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def ran(program: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", LONG_RUN + program, str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    codes = json.loads(ran(KILLED))
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    epochs = {
+        name: len(torch.load(folder / f"{name}.pt", weights_only=True)["losses"])
+        for name in ("waiting", "halving")
+    }
+    ran(RESUMED)
+    ends = {
+        name: torch.load(folder / name, weights_only=True) for name in ("whole", "waited", "halved")
+    }
+    return {"codes": codes, "names": names, "epochs": epochs, "ends": ends}
 
 
-def test_a_run_that_is_killed_and_started_again_ends_with_the_same_bits(tmp_path: Path) -> None:
-    checkpoint, resumed, whole = (tmp_path / name for name in ("run.pt", "resumed", "whole"))
-    uninterrupted = start("none", str(whole), "0")
-    process = start(str(checkpoint), str(resumed), "1")
-    deadline = time.monotonic() + 60
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    done = len(torch.load(checkpoint, weights_only=True)["losses"])
-    assert 1 <= done < 4
-    assert not resumed.exists()
-    assert start(str(checkpoint), str(resumed), "0").wait() == 0
-    assert uninterrupted.wait() == 0
-    expected = torch.load(whole, weights_only=True)
-    got = torch.load(resumed, weights_only=True)
+def test_a_run_that_is_killed_and_started_again_ends_with_the_same_bits(
+    killed: dict[str, Any],
+) -> None:
+    assert killed["codes"]["whole"] == 0
+    assert killed["codes"]["waiting"] == -signal.SIGKILL
+    assert "waited" not in killed["names"]
+    assert 1 <= killed["epochs"]["waiting"] < 4
+    expected, got = killed["ends"]["whole"], killed["ends"]["waited"]
+    assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
-HALF = """
-import os, signal
-save, saved = torch.save, []
-
-def half(state, file):
-    save(state, file)
-    saved.append(file)
-    if len(saved) == 3:
-        os.truncate(file, 100)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-torch.save = half
-"""
-
-
 def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(
-    tmp_path: Path,
+    killed: dict[str, Any],
 ) -> None:
-    checkpoint, resumed, whole = (tmp_path / name for name in ("run.pt", "resumed", "whole"))
-    program = LONG_RUN.replace("\ntorch.manual_seed", HALF + "\ntorch.manual_seed", 1)
-    killed = [sys.executable, "-c", program, str(checkpoint), str(resumed), "0"]
-    assert subprocess.run(killed, check=False).returncode == -signal.SIGKILL
-    assert len(torch.load(checkpoint, weights_only=True)["losses"]) == 2
-    assert start(str(checkpoint), str(resumed), "0").wait() == 0
-    assert start("none", str(whole), "0").wait() == 0
-    expected = torch.load(whole, weights_only=True)
-    got = torch.load(resumed, weights_only=True)
+    assert killed["codes"]["halving"] == -signal.SIGKILL
+    assert "halved" not in killed["names"]
+    assert killed["epochs"]["halving"] == 2
+    expected, got = killed["ends"]["whole"], killed["ends"]["halved"]
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
@@ -488,35 +532,47 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------- several processes
 
-SCRIPT = """
-import sys
+SHARES = """
+import os, sys
 import torch
-from tests.test_training import linear, problem
-from lipbook.lab.training import train
+from tests.test_training import linear, trained
 
-(x, y), model = problem(), linear()
-history = train(model, x, y, epochs=3, lr=0.1, batch_size=7, validation=1, score=lambda *_: 0.0)
-if int(__import__("os").environ.get("RANK", "0")) == 0:
-    torch.save({"losses": history.losses, **model.state_dict()}, sys.argv[1])
+torch.optim.SGD(linear().parameters())  # imports what optimisers need, for both
+rank = 0 if os.fork() else 1
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+result = trained()
+torch.distributed.destroy_process_group()
+if rank == 1:
+    os._exit(0)
+assert os.wait()[1] == 0
+torch.save(result, sys.argv[1])
 """
 
 
+def trained() -> dict[str, Any]:
+    (x, y), model = problem(), linear()
+    history = train(model, x, y, epochs=3, lr=0.1, batch_size=7, validation=1, score=lambda *_: 0.0)
+    return {"losses": history.losses, **model.state_dict()}
+
+
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
-    """49 examples in batches of 7: no share is half, and the best epoch is the first."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {
-        **os.environ,
+    """49 examples in batches of 7: no share is half, and the best epoch is the first.
+
+    The processes know of each other by the variables that torchrun sets.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    results = []
-    for command in ([sys.executable], [*torchrun, "2"]):
-        out = tmp_path / f"result-{len(results)}"
-        subprocess.run([*command, str(script), str(out)], env=environment, check=True, timeout=120)
-        results.append(torch.load(out, weights_only=True))
-    single, double = results
+    out = tmp_path / "result"
+    command = [sys.executable, "-c", SHARES, str(out)]
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    single, double = trained(), torch.load(out, weights_only=True)
     atol = 1e4 * np.finfo(np.float64).eps  # as above: the sums are in another order
     assert double["losses"] == pytest.approx(single["losses"], rel=0, abs=atol)
     for name in ("weight", "bias"):
