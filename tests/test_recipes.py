@@ -926,6 +926,10 @@ def test_the_record_of_the_speedrun_on_colours_keeps_its_budget_and_its_choice()
         for share in (test["clean"], *test["certified"]):  # a number of images
             assert share * 10_000 == pytest.approx(round(share * 10_000))
     assert found.seconds * len(found.seeds) < record.facts["seconds"]
+    reached = (found.clean[0], found.certified[0])  # above the Small network, below the Large one
+    assert all(low < mean for low, mean in zip(results["published"]["small"], reached, strict=True))
+    large = results["published"]["large"]
+    assert all(high > mean + 0.06 for high, mean in zip(large, reached, strict=True))
 
 
 def test_a_few_steps_of_the_speedrun_on_colours_learn_images_that_ship() -> None:

@@ -578,3 +578,25 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     for name in ("weight", "bias"):
         assert torch.allclose(double[name], single[name], rtol=0, atol=atol)
     assert not torch.equal(single["weight"], linear().weight)
+
+
+STARTED = """
+import os, sys
+import torch
+from tests.test_training import trained
+
+result = trained()
+if os.environ["RANK"] == "0":
+    torch.save(result, sys.argv[1])
+"""
+
+
+def test_torchrun_starts_a_training_of_two(tmp_path: Path) -> None:
+    script, out = tmp_path / "script.py", tmp_path / "result"
+    script.write_text(STARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    top = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": top, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, script, out], env=environment, check=True, timeout=120)
+    single, double = trained(), torch.load(out, weights_only=True)
+    assert torch.allclose(double["weight"], single["weight"], rtol=0, atol=1e-9)
