@@ -423,7 +423,7 @@ def _kappa(tokens: Tensor) -> Tensor:
         for _ in range(16):
             slope = (t + 1).exp()
             t = t - (t * slope - target) / ((t + 1) * slope)
-        return t.clamp(min=0.0) * _UP
+        return t.clamp(min=0.0)
 
     mu, pair = inverse(tokens - 1), inverse(torch.ones_like(tokens))
     own = ((tokens + 1) / 2).sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from typing import Any
 
 import pytest
@@ -234,6 +235,37 @@ def test_gradients_of_the_projection_twice(size: float) -> None:
     x = (size * torch.randn(2, 3, dtype=double)).requires_grad_()
     assert torch.autograd.gradcheck(ball_projection, (x, 1.0))
     assert torch.autograd.gradgradcheck(ball_projection, (x, 1.0))
+
+
+def test_the_smaller_of_two_balls_is_kept_and_its_centre_rounded() -> None:
+    """A small domain far outside: its image is as small, but for the rounding of the centre."""
+    layer, radius = BallProjection(1.0), 1e-12
+    far = 7 * torch.randn(3, 2, dtype=double)
+    found = range_rule(layer, Ball(far, radius).range((3, 2)))
+    assert found.center is not None
+    assert found.radius is not None
+    assert torch.equal(found.center[0], layer(far))
+    rounding = 8 * 2.0**-53 * found.center.norm()
+    assert rounding <= found.radius.item() - radius <= 1e-9
+
+
+@pytest.mark.parametrize("n", [2, 3, 16, 5000])
+def test_the_factor_of_l2_attention_in_decimal_numbers(n: int) -> None:
+    def inverse(target: int) -> Decimal:
+        low, high = Decimal(0), Decimal(target)
+        for _ in range(150):
+            middle = (low + high) / 2
+            low, high = (middle, high) if middle * (middle + 1).exp() < target else (low, middle)
+        return high
+
+    with localcontext() as context:
+        context.prec = 50
+        mu, pair = inverse(n - 1), inverse(1)
+        own, rest = (Decimal(n + 1) / 2).sqrt(), ((n - 1) * mu * pair).sqrt()
+        exact = own + 2 * mu + 2 * rest
+        one = torch.ones(1, 1, 1, dtype=double)
+        found = Decimal(l2_attention_bound(one, one, one[0], n).item())
+        assert exact < found < exact * (1 + Decimal(2) ** -20)
 
 
 class SelfAttention(nn.Module):

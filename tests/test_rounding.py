@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
+from lipbook.attention import BallProjection
 from lipbook.composition import Ball, Box, Residual, Sum, lipschitz_bound
 from lipbook.convolutions import (
     NonexpansiveConv2d,
@@ -1266,7 +1267,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     tested = {type(module) for name in SMALL for module in small(name, 0)[0].modules()}
     tested = {c for kind in tested for c in kind.__mro__}
     by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU, Sine, UnitNormalize}
-    by_float64 |= {nn.Softmax2d, nn.LocalResponseNorm}
+    by_float64 |= {nn.Softmax2d, nn.LocalResponseNorm, BallProjection}
     by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}
     by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU, _Lossless}
     by_float64 |= {BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias}

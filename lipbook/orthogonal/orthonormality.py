@@ -57,7 +57,7 @@ def power_of_two(matrix: Tensor, dim: int | tuple[int, ...] | None = None) -> Te
     no gradient flows through it.
     """
     size = matrix.detach().abs()
-    size = size.amax() if dim is None else size.amax(dim, keepdim=True)
+    size = size.max() if dim is None else size.amax(dim, keepdim=True)
     info = torch.finfo(size.dtype)
     exponent = size.clamp(min=info.tiny).where(size > 0, 1).log2().round()
     near = math.log2(info.max) / 8  # of which eighth powers are in range
