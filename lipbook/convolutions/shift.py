@@ -47,7 +47,7 @@ def channel_shift(x: Tensor, offsets: Sequence[Sequence[int]]) -> Tensor:
     .. math:: y_{c, i} = x_{c,\, i - o_{g(c)}} \qquad (i - o \text{ modulo the size of the image})
 
     Channel c is in the group g(c) of G, which follow each other and are as equal as possible, as
-    :func:`torch.tensor_split` makes them.
+    ``torch.tensor_split`` makes them.
 
     **Guaranteed**: a permutation of the entries, hence norms are kept for every p, those of
     gradients too.
