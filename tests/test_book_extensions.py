@@ -305,10 +305,18 @@ def test_rules_of_a_design_that_is_not_used_are_dropped(extension: Any) -> None:
         ":root{--sd-red:red}.sd-card{a:b}.sd-tab,.sd-row{c:d}.sd-card .sd-tab{e:f}"
         "@media (width>9px){.sd-row>p{g:h}.sd-tab{i:j}}"
     )
-    kept = extension("offline").with_design(style, {"sd-card", "sd-row"})
+    offline = extension("offline")
+    kept = offline.with_used(style, {"sd-card", "sd-row"}, offline.DESIGN)
     assert kept == (
         ":root{--sd-red:red}.sd-card{a:b}.sd-tab,.sd-row{c:d}@media (width>9px){.sd-row>p{g:h}}"
     )
+
+
+def test_rules_of_parts_that_no_page_has_are_dropped(extension: Any) -> None:
+    style = ".form-control{a:b}.form-check,.toast{c:d}.former,.bd-row{e:f}.p:not(.toast){g:h}"
+    offline = extension("offline")
+    kept = offline.with_used(style, {"form-control"}, offline.PARTS)
+    assert kept == ".form-control{a:b}.former,.bd-row{e:f}.p:not(.toast){g:h}"
 
 
 def test_icons_that_no_page_shows_are_dropped(extension: Any) -> None:

@@ -61,7 +61,7 @@ def test_the_recipes_of_the_page_on_choosing_run(capsys: pytest.CaptureFixture[s
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for code in codes:
-        assert max(map(len, code.splitlines())) <= 100
+        assert max(map(len, code.splitlines())) <= 80
         exec(code, names)
     table = capsys.readouterr().out
     assert "certified accuracy" in table

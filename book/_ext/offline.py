@@ -6,8 +6,9 @@
   declares it twice, an error in every console. Its scripts are dropped.
 - sphinx-tippy names its data files at random and never removes the old ones below a folder.
 - The theme draws its icons by a script of 1.5 MB, though its style sheet draws the same ones with
-  a font, with a rule for each of 1,900 icons, of which the pages use a dozen; and it loads an
-  index by page on every page, where `search.py` makes one by section.
+  a font, with a rule for each of 1,900 icons, of which the pages use a dozen, and with all of
+  Bootstrap and sphinx-design; and it loads an index by page on every page, where `search.py` makes
+  one by section.
 - Pygments marks each name, bracket and space in code, and colours none of them. These marks, a
   quarter of a chapter, go once sphinx-codeautolink has found its names by them.
 """
@@ -86,29 +87,43 @@ def drop_icons(app: Sphinx, exception: Exception | None) -> None:
     sheet.write_text(with_icons(sheet.read_text("utf-8"), used), "utf-8")
 
 
-# A rule without rules in it, and the classes of sphinx-design that a selector names.
+# A rule without rules in it; and in its selector the classes of sphinx-design, and those of parts
+# of Bootstrap that a page may do without.
 RULE = re.compile(r"([^{}]+)\{[^{}]*\}")
 DESIGN = re.compile(r"\.(sd-[\w-]+)")
+PARTS = re.compile(
+    r"\.((?:accordion|alert|border|carousel|col|form|list-group|modal|offcanvas|offset|pagination|"
+    r"placeholder|progress|rounded|row|spinner|toast)(?:-[\w-]+)?)(?![\w-])"
+)
+SHEETS = {"sphinx-design.min.css": DESIGN, "styles/pydata-sphinx-theme.css": PARTS}
 
 
-def with_design(style: str, used: set[str]) -> str:
-    """Style sheet with the rules of the classes that are used, of all that it has."""
+def with_used(style: str, used: set[str], classes: re.Pattern[str]) -> str:
+    """Style sheet without the rules of classes of this form that are not used."""
 
     def kept(rule: re.Match[str]) -> str:
-        selectors = (set(DESIGN.findall(selector)) for selector in rule[1].split(","))
+        if ":not(" in rule[1]:
+            return rule[0]
+        selectors = (set(classes.findall(selector)) for selector in rule[1].split(","))
         return rule[0] if any(named <= used for named in selectors) else ""
 
     return RULE.sub(kept, style)
 
 
-def drop_design(app: Sphinx, exception: Exception | None) -> None:
+def drop_unused_rules(app: Sphinx, exception: Exception | None) -> None:
+    """Keep the rules of classes that a page has or a script may give; Bootstrap's names all."""
     if exception is not None or app.builder.format != "html":
         return
+    static = Path(app.outdir) / "_static"
     used: set[str] = set()
     for page in Path(app.outdir).rglob("*.html"):
-        used |= set(re.findall(r"\bsd-[\w-]+", page.read_text("utf-8")))
-    sheet = Path(app.outdir) / "_static" / "sphinx-design.min.css"
-    sheet.write_text(with_design(sheet.read_text("utf-8"), used), "utf-8")
+        for names in re.findall(r'\bclass="([^"]*)"', page.read_text("utf-8")):
+            used |= set(names.split())
+    for script in (*static.glob("*.js"), static / "scripts" / "pydata-sphinx-theme.js"):
+        used |= set(re.findall(r"[\w-]+", script.read_text("utf-8")))
+    for name, classes in SHEETS.items():
+        sheet = static / name
+        sheet.write_text(with_used(sheet.read_text("utf-8"), used, classes), "utf-8")
 
 
 # Names, modules, punctuation and spaces: in both styles they have the colour of all code.
@@ -146,6 +161,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("html-page-context", offer_lighter)
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", drop_icons)
-    app.connect("build-finished", drop_design)
+    app.connect("build-finished", drop_unused_rules)
     app.connect("build-finished", drop_plain_marks, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
