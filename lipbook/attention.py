@@ -632,8 +632,8 @@ class _EnergyLayer(nn.Module):
         return f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"
 
     def step(self) -> Tensor:
-        r"""Length of the step, a number."""
-        raise NotImplementedError
+        r"""Length of the step, :math:`2 / L`."""
+        return 2 / energy_curvature(self.query_weight, self.key_weight)
 
     def forward(
         self, x: Tensor, key_padding_mask: Tensor | None = None, is_causal: bool = False
@@ -712,10 +712,6 @@ class EnergyAttention(_EnergyLayer):
     ----------
     As :func:`energy_attention`.
     """
-
-    def step(self) -> Tensor:
-        r"""Length of the step, :math:`2 / L`."""
-        return 2 / energy_curvature(self.query_weight, self.key_weight)
 
 
 class L2MultiheadAttention(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class _Loss(nn.Module):
     """A loss with weights of classes, which travel with the module, and a reduction."""
 
     class_weight: Tensor | None
+    _shown: ClassVar[tuple[str, ...]]  # arguments in the text of the module
 
     def __init__(self, class_weight: Tensor | None, reduction: Reduction) -> None:
         super().__init__()
@@ -33,13 +34,11 @@ class _Loss(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the arguments."""
-        shown = self._arguments()
+        values = [(name, getattr(self, name)) for name in self._shown]
+        shown = ", ".join(f"{n}={v if isinstance(v, bool) else format(v, 'g')}" for n, v in values)
         if self.class_weight is not None:
             shown += f", class_weight={self.class_weight.tolist()}"
         return shown if self.reduction == "mean" else f"{shown}, reduction={self.reduction!r}"
-
-    def _arguments(self) -> str:
-        raise NotImplementedError
 
 
 def _reduced(

@@ -406,6 +406,8 @@ class OffsetCrossEntropyLoss(_Loss):
     '0.5000'
     """
 
+    _shown = ("offset", "temperature")
+
     def __init__(
         self,
         offset: float,
@@ -428,9 +430,6 @@ class OffsetCrossEntropyLoss(_Loss):
             self.temperature,
             **self._options(),
         )
-
-    def _arguments(self) -> str:
-        return f"offset={self.offset:g}, temperature={self.temperature:g}"
 
 
 class OffsetBinaryCrossEntropyLoss(_Loss):
@@ -456,6 +455,8 @@ class OffsetBinaryCrossEntropyLoss(_Loss):
     '0.5000'
     """
 
+    _shown = ("offset", "temperature")
+
     def __init__(
         self,
         offset: float,
@@ -474,9 +475,6 @@ class OffsetBinaryCrossEntropyLoss(_Loss):
         return offset_binary_cross_entropy(
             outputs, labels, self.offset, self.temperature, **self._options()
         )
-
-    def _arguments(self) -> str:
-        return f"offset={self.offset:g}, temperature={self.temperature:g}"
 
 
 class EMMALoss(_Loss):
@@ -514,6 +512,8 @@ class EMMALoss(_Loss):
     True
     """
 
+    _shown = ("radius", "temperature", "lipschitz", "p")
+
     def __init__(
         self,
         radius: float,
@@ -544,10 +544,6 @@ class EMMALoss(_Loss):
             **self._options(),
         )
 
-    def _arguments(self) -> str:
-        shown = f"radius={self.radius:g}, temperature={self.temperature:g}"
-        return f"{shown}, lipschitz={self.lipschitz:g}, p={self.p:g}"
-
 
 class LogitAnnealingLoss(_Loss):
     r"""Offset cross-entropy that lets go of samples with a margin, -t (1 - q)^β log q.
@@ -575,6 +571,8 @@ class LogitAnnealingLoss(_Loss):
     '0.5000'
     """
 
+    _shown = ("offset", "temperature", "beta")
+
     def __init__(
         self,
         offset: float = 2.0,
@@ -595,7 +593,3 @@ class LogitAnnealingLoss(_Loss):
         return logit_annealing_loss(
             logits, labels, self.offset, self.temperature, self.beta, **self._options()
         )
-
-    def _arguments(self) -> str:
-        shown = f"offset={self.offset:g}, temperature={self.temperature:g}"
-        return f"{shown}, beta={self.beta:g}"

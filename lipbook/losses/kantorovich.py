@@ -349,6 +349,8 @@ class HingeKRLoss(_Loss):
     -2.0
     """
 
+    _shown = ("alpha", "margin")
+
     def __init__(
         self,
         alpha: float = 10.0,
@@ -364,9 +366,6 @@ class HingeKRLoss(_Loss):
     def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Loss of a batch."""
         return hinge_kr(outputs, labels, self.alpha, self.margin, **self._options())
-
-    def _arguments(self) -> str:
-        return f"alpha={self.alpha:g}, margin={self.margin:g}"
 
 
 class SoftHingeKRLoss(_Loss):
@@ -394,6 +393,8 @@ class SoftHingeKRLoss(_Loss):
     -2.0
     """
 
+    _shown = ("alpha", "margin", "temperature")
+
     def __init__(
         self,
         alpha: float = 10.0,
@@ -412,10 +413,6 @@ class SoftHingeKRLoss(_Loss):
         return soft_hinge_kr(
             logits, labels, self.alpha, self.margin, self.temperature, **self._options()
         )
-
-    def _arguments(self) -> str:
-        shown = f"alpha={self.alpha:g}, margin={self.margin:g}"
-        return f"{shown}, temperature={self.temperature:g}"
 
 
 class LogSumExpHingeKRLoss(_Loss):
@@ -442,6 +439,8 @@ class LogSumExpHingeKRLoss(_Loss):
     -2.0
     """
 
+    _shown = ("alpha", "margin", "temperature")
+
     def __init__(
         self,
         alpha: float = 10.0,
@@ -460,7 +459,3 @@ class LogSumExpHingeKRLoss(_Loss):
         return log_sum_exp_hinge_kr(
             logits, labels, self.alpha, self.margin, self.temperature, **self._options()
         )
-
-    def _arguments(self) -> str:
-        shown = f"alpha={self.alpha:g}, margin={self.margin:g}"
-        return f"{shown}, temperature={self.temperature:g}"

@@ -238,6 +238,8 @@ class MultiMarginLoss(_Loss):
     0.25
     """
 
+    _shown = ("margin", "divide_by_classes")
+
     def __init__(
         self,
         margin: float = 1.0,
@@ -259,9 +261,6 @@ class MultiMarginLoss(_Loss):
             self.divide_by_classes,
             **self._options(),
         )
-
-    def _arguments(self) -> str:
-        return f"margin={self.margin:g}, divide_by_classes={self.divide_by_classes}"
 
 
 class CertificateLoss(_Loss):
@@ -289,6 +288,8 @@ class CertificateLoss(_Loss):
     True
     """
 
+    _shown = ("weight", "lipschitz", "p")
+
     def __init__(
         self,
         weight: float = 0.5,
@@ -313,6 +314,3 @@ class CertificateLoss(_Loss):
             self.p,
             **self._options(),
         )
-
-    def _arguments(self) -> str:
-        return f"weight={self.weight:g}, lipschitz={self.lipschitz:g}, p={self.p:g}"

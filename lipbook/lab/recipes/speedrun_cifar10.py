@@ -25,9 +25,10 @@ with one such layer and a fifth of 128 channels, half a point less; where all ch
 point less.
 
 The aim was 69 % and 56 %, and it is missed. Epochs were fixed when the machine was busy, so that a
-third of the budget is left. That is not the reason: on the validation images of the choice 25
-epochs, 244 seconds, come to 66.9 % and 52.4 %. So it is the network, or how it is trained: the
-setting of the earlier one was not kept, and two epochs favour networks that learn soon.
+third of the budget is left. That is hardly the reason: one training of 25 epochs, 244 seconds,
+which is no part of the record, came to 66.9 % and 52.4 % on the validation images of the choice. So
+it is the network, or how it is trained: the setting of the earlier one was not kept, and two epochs
+favour networks that learn soon.
 """
 
 from __future__ import annotations
