@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import email
 import functools
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -319,6 +321,45 @@ def test_the_wheel_holds_the_library_and_its_data(tmp_path: Path) -> None:
     shape, chapters = ran.stdout.splitlines()
     assert shape == "(12000, 1, 28, 28)"
     assert chapters.split() == sorted(path.name for path in (TOP / "book").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("host", [None, "github", "gitlab"])
+def test_the_package_links_to_what_its_build_knows(host: str | None, tmp_path: Path) -> None:
+    """Without an address it has no link; with one, its README's links work away from the tree."""
+    jobs = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_REF", "CI_PROJECT_URL", "LIPBOOK_URL")
+    known = {name: value for name, value in os.environ.items() if name not in jobs}
+    known["GIT_DIR"] = str(tmp_path / "none")  # the remote of this very checkout says nothing here
+    if host == "github":
+        known |= {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "a/lipbook"}
+        known |= {"GITHUB_REF": "refs/tags/v1", "LIPBOOK_URL": "https://example.org/book/"}
+    elif host == "gitlab":
+        known["CI_PROJECT_URL"] = "https://gitlab.com/a/lipbook"
+    code = (
+        f"import hatchling.build as b; print(b.prepare_metadata_for_build_wheel({str(tmp_path)!r}))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=TOP, env=known, check=True, capture_output=True, text=True
+    )
+    described = email.message_from_string((tmp_path / ran.stdout.strip() / "METADATA").read_text())
+    urls = dict(line.split(", ") for line in described.get_all("Project-URL", []))
+    text = described.get_payload()
+    links = set(re.findall(r"\]\((?!#)([^)\s]+)\)", text))
+    assert text.startswith("# ")
+    assert len(links) >= 4
+    if host is None:
+        assert not urls
+        assert all((TOP / link).exists() for link in links)
+        return
+    assert all(link.startswith("https://") for link in links)
+    if host == "github":
+        assert urls.pop("Documentation") == "https://example.org/book/"
+        base = "https://github.com/a/lipbook"
+        assert f"{base}/blob/v1/CONTRIBUTING.md" in links
+    else:
+        base = "https://gitlab.com/a/lipbook"
+        assert f"{base}/-/blob/main/CONTRIBUTING.md" in links
+    assert set(urls) == {"Source", "Issues", "Changelog"}
+    assert urls["Source"] == base
 
 
 def test_the_source_distribution_is_whole(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from sphinx.application import Sphinx
-from sphinx.config import Config
-from sphinx.errors import ExtensionError
+if TYPE_CHECKING:  # the package's build asks for the addresses too, without Sphinx
+    from sphinx.application import Sphinx
+    from sphinx.config import Config
 
 CARD = "card.png"  # in html_static_path; tools/stills.py draws it
 CARD_ALT = (
@@ -66,6 +66,14 @@ def repository(environment: dict[str, str], folder: str) -> Repository | None:
     return Repository(f"https://{remote['host']}/{remote['path']}", HOSTS[remote["host"]], branch)
 
 
+def published(environment: dict[str, str]) -> str:
+    """Address of the published book, "" if it is not known."""
+    site = environment.get("LIPBOOK_URL", "").rstrip("/")
+    if site and urlsplit(site).scheme not in ("http", "https"):
+        raise ValueError(f"LIPBOOK_URL: expected http(s)://..., got {site!r}")
+    return f"{site}/" if site else ""
+
+
 def configure(app: Sphinx, config: Config) -> None:
     environment = dict(os.environ)
     options = config.html_theme_options
@@ -82,16 +90,14 @@ def configure(app: Sphinx, config: Config) -> None:
         if known.provider != "github":
             buttons["colab_url"] = ""
 
-    site = environment.get("LIPBOOK_URL", "").rstrip("/")
-    if site and urlsplit(site).scheme not in ("http", "https"):
-        raise ExtensionError(f"LIPBOOK_URL: expected http(s)://..., got {site!r}")
-    config.html_baseurl = config.ogp_site_url = f"{site}/" if site else ""
+    site = published(environment)
+    config.html_baseurl = config.ogp_site_url = site
     if site:
         config.ogp_image, config.ogp_image_alt = f"_static/{CARD}", CARD_ALT
         large = '<meta name="twitter:card" content="summary_large_image" />'
         config.ogp_custom_meta_tags = [*config.ogp_custom_meta_tags, large]
     # The page for missing pages is served at any depth, so its links start at the host.
-    config.notfound_urls_prefix = f"{urlsplit(site).path}/"
+    config.notfound_urls_prefix = urlsplit(site).path or "/"
 
 
 def no_unknown_address(
