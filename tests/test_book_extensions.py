@@ -17,6 +17,8 @@ pytest.importorskip("sphinx", reason="no Sphinx: pip install -e .[book]")
 from docutils import nodes
 from sphinx.application import Sphinx
 
+from lipbook.lab.exercises import check
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -176,6 +178,17 @@ def test_punctuation_stays_with_its_formula(
         for part, word in zip(paragraph.children, words, strict=True)
     ]
     assert "|".join(part for part in parts if part) == expected
+
+
+def test_a_page_does_not_say_that_a_cell_is_unanswered(extension: Any) -> None:
+    """The words are those that the notebook prints; any other output stays."""
+    said = str(check("1.1", ...))
+    document = nodes.document(None, None)
+    for text in (said, f"{said} Or not."):
+        box = nodes.container("", nodes.literal_block(text, text), nb_element="cell_code_output")
+        document.append(nodes.container("", box, nb_element="cell_code"))
+    extension("boxes").drop_unanswered(None, document)
+    assert document.astext().strip() == f"{said} Or not."
 
 
 # -------------------------------------------------------------------------------------- routes

@@ -6,6 +6,8 @@
   page counts its ids from one again. An id may occur once in a page: only the first stays.
 - Figures are numbered by chapter. Outside the chapters they would be "Fig. 1" and "Fig. 2" of the
   whole book, so there they go without.
+- In the notebook an exercise's empty cell says "No answer yet". A page cannot be answered, and
+  does not say so.
 - A browser may break the line between a formula and the comma behind it. The two are tied.
 """
 
@@ -19,6 +21,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx_proof.nodes import proof_node
 
 LEAD = "Proof. "
+UNANSWERED = "No answer yet: replace the dots."  # of lipbook.lab.exercises
 OPENING = re.compile(r"[(\[“‘]+$")
 CLOSING = re.compile(r"[.,;:!?)\]”’]+|-\w+[.,;:!?)]*")
 
@@ -34,6 +37,12 @@ def dress_proofs(app: Sphinx, doctree: nodes.document) -> None:
         if first is not None and first.startswith(LEAD):
             first.parent.replace(first, nodes.Text(first.removeprefix(LEAD)))
         box.insert(0, nodes.title(text="Proof"))
+
+
+def drop_unanswered(app: Sphinx, doctree: nodes.document) -> None:
+    for box in list(doctree.findall(nodes.container)):
+        if box.get("nb_element") == "cell_code_output" and box.astext() == UNANSWERED:
+            box.parent.remove(box)
 
 
 def drop_repeated_ids(app: Sphinx, doctree: nodes.document, docname: str) -> None:
@@ -72,6 +81,7 @@ def tie_punctuation(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-read", dress_proofs)
+    app.connect("doctree-read", drop_unanswered)
     app.connect("env-get-updated", drop_stray_numbers, priority=900)
     app.connect("doctree-resolved", drop_repeated_ids)
     app.connect("doctree-resolved", tie_punctuation)
