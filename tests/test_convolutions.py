@@ -717,18 +717,28 @@ def test_functional_call_vmap_and_jacrev(name: str) -> None:
     torch.testing.assert_close(jacobian, forward, rtol=1e-4, atol=1e-6)
 
 
-@every_layer
+class Each(nn.ModuleList):
+    """Layers side by side, an input for each."""
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return [layer(x) for layer, x in zip(self, inputs, strict=True)]
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch
-def test_compiles_without_graph_breaks(name: str) -> None:
-    layer, shape = build(name)
-    x = torch.randn(2, *shape)
+def test_other_geometries_compile_in_one_graph() -> None:
+    """Those that test_life_cycle.py does not compile."""
+    names = ("isometry", "unshuffle", "1-D", "3-D", "depthwise")
+    layers, shapes = zip(*(build(f"bcop, {name}") for name in names), strict=True)
+    net, inputs = Each(layers), [torch.randn(2, *shape) for shape in shapes]
     torch.compiler.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    outputs = compiled(x)
-    torch.testing.assert_close(outputs, layer(x))
-    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
-    found = torch.autograd.grad(outputs.square().sum(), list(layer.parameters()))
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(*inputs), net(*inputs)
     torch.testing.assert_close(found, expected)
+    gradients = (
+        torch.autograd.grad(sum(y.square().sum() for y in outputs), list(net.parameters()))
+        for outputs in (found, expected)
+    )
+    torch.testing.assert_close(*gradients)
 
 
 @every_layer

@@ -649,21 +649,6 @@ def test_jacobian_is_the_weight(trained: tuple[str, nn.Linear]) -> None:
 
 # torch's own tracer trips over its own deprecation here
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_all_layers_compile_in_one_graph() -> None:
-    network = nn.Sequential(*(make(6, 6) for make in LAYERS.values()))
-    x = torch.randn(3, 6)
-    network(x).square().sum().backward()
-    expected = [parameter.grad for parameter in network.parameters()]
-    network.zero_grad(set_to_none=True)
-    torch._dynamo.reset()
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    outputs = compiled(x)
-    outputs.square().sum().backward()
-    assert torch.allclose(outputs, network(x), atol=1e-6)
-    for parameter, gradient in zip(network.parameters(), expected, strict=True):
-        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_reach_the_constraint(
     trained: tuple[str, nn.Linear], dtype: torch.dtype

@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -275,18 +274,20 @@ def execute(job: Job) -> str:
 
 
 def execute_all(jobs: list[Job], workers: int) -> Iterator[tuple[Job, str]]:
-    """Run the jobs, `workers` at a time, each in its own process, under a progress bar."""
-    context = multiprocessing.get_context("spawn")
+    """Run the jobs, `workers` at a time, each in a kernel of its own, under a progress bar."""
     bar = tqdm(total=len(jobs), desc="chapters", unit="chapter", disable=not jobs)
-    with bar, ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+    with bar, ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(execute, job): job for job in jobs}
-        for future in as_completed(futures):
-            job, error = futures[future], future.result()
-            if error:
-                tqdm.write(f"\n{job.source}: FAILED\n{error}", file=sys.stderr)
-            bar.set_postfix_str(job.source.stem)
-            bar.update()
-            yield job, error
+        try:
+            for future in as_completed(futures):
+                job, error = futures[future], future.result()
+                if error:
+                    tqdm.write(f"\n{job.source}: FAILED\n{error}", file=sys.stderr)
+                bar.set_postfix_str(job.source.stem)
+                bar.update()
+                yield job, error
+        finally:  # interrupted: what has not begun does not begin
+            pool.shutdown(cancel_futures=True)
 
 
 def private_folders(folder: Path) -> None:
