@@ -49,11 +49,11 @@ lint: $(READY) ## static checks: ruff, types, floors, notebook normal form
 	$(BIN)/python tools/notebooks.py check $(CHAPTERS)
 
 test: lint ## static checks, the library's tests, and every chapter against its stored outputs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"
 	rm -rf $(ALONE) && mkdir -p $(ALONE) && cp $(CHAPTERS) $(ALONE)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
-	  --nbval-cell-timeout 120 --nbval-sanitize-with book/nbval_sanitize.cfg \
-	  --junitxml=$(ALONE)/times.xml $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser" \
+	  --nbval --nbval-current-env --nbval-cell-timeout 120 \
+	  --nbval-sanitize-with book/nbval_sanitize.cfg --junitxml=$(ALONE)/times.xml \
+	  tests lipbook $(ALONE)
 	$(BIN)/python tools/notebooks.py times $(ALONE)/times.xml
 
 faults: $(READY) ## plant faults in a copy of the library and see the tests catch them

@@ -1117,7 +1117,7 @@ class Attending(nn.Module):
 def test_radii_on_a_domain_hold_for_neighbours_outside_it(make: Any, p: float, method: Any) -> None:
     torch.manual_seed(6)
     net = make().eval()
-    x, y = predicted(net, 12)
+    x, y = predicted(net, 6)
     x[0], x[1] = 0, 1  # corners of the box, most of whose neighbours lie outside
     with torch.no_grad():
         y = net(x).argmax(1)
@@ -1130,7 +1130,7 @@ def test_radii_on_a_domain_hold_for_neighbours_outside_it(make: Any, p: float, m
     assert (ours.radius > 0.9 * real.radius).all()
     assert (ours.radius <= real.radius * 1.01).all()  # the tries differ near an input
     assert (real.radius > 0).all()
-    assert str(ours).splitlines()[0].endswith("12 inputs in Box(low=0, high=1)")
+    assert str(ours).splitlines()[0].endswith("6 inputs in Box(low=0, high=1)")
     moved = pgd(net, x, y, torch.maximum(ours.radius, real.radius * (1 - 1e-6)), p, steps=20)
     with torch.no_grad():
         assert torch.equal(net(moved).argmax(1), y)
@@ -1171,7 +1171,7 @@ def test_errors_on_balls_keep_most_of_a_radius(make: Any, p: float) -> None:
     """
     torch.manual_seed(3)
     net = make().eval()
-    x, y = predicted(net, 8)
+    x, y = predicted(net, 5)
     if make is transformer:
         net, x = net.double(), x.double()
         with torch.no_grad():

@@ -298,10 +298,10 @@ def test_on_a_domain_ranges_hold() -> None:
 
 def test_it_exports_with_a_batch_of_any_size(tmp_path: Path) -> None:
     net = Reader(LosslessRNN(3, 5, 2, batch_first=True), "last").eval()
-    export_onnx(net, tmp_path / "net.onnx", (6, 3))
+    export_onnx(net, tmp_path / "net.onnx", (3, 3))
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     for batch in (1, 4):
-        x = torch.randn(batch, 6, 3)
+        x = torch.randn(batch, 3, 3)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), net(x), atol=1e-5, rtol=0)
 
