@@ -996,11 +996,13 @@ RETURNED = {
     *("wasserstein.TransportBracket", "wasserstein.HeldOut", "wasserstein.CriticHistory"),
     *("export.ConvolutionStep", "export.DenseStep", "export.EnergyStep"),
     *("composition.lipschitz_rule", "export.freeze_rule"),
+    "rounding.ieee_cuda",  # has no argument
 }
 INNER = {"rules", "errors", "units", "freezing", "layers"}  # rooms for those who add layers
 SAME = {  # names that stand in two rooms
     "rounding.forward_error_rule": "errors",
     "rounding.range_error_rule": "errors",
+    "rounding.cuda_rule": "errors",
     "rounding.rigorous_matrix_norm": "norms.rigorous_matrix_norm",
     "rounding.rigorous_convolution_norm": "norms.rigorous_convolution_norm",
 }

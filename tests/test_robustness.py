@@ -711,7 +711,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "device": (
         lambda: forward_error(nn.Identity(), torch.empty(2, 3, device="meta")),
         ValueError,
-        "device must be the CPU",
+        "device must be the CPU or CUDA for a sound certificate, got meta",
     ),
     "softplus": (
         lambda: forward_error(SLLLinear(6, activation="softplus"), X),

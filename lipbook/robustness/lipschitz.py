@@ -2,11 +2,12 @@ r"""Certificates from a Lipschitz bound: the margin, less the errors of the prog
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import platform
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -141,9 +142,11 @@ def certify(
     TypeError
         If a module has no rule, or an argument is of another type.
     ValueError
-        If the model is in training mode, is on an accelerator (``sound`` only), inputs or labels do
-        not fit, inputs lie outside the domain, an output is NaN or infinite, or autocast is on for
-        a sound certificate with a domain or ``method="local"``: it rounds the weights.
+        If the model is in training mode, inputs or labels do not fit, inputs lie outside the
+        domain, an output is NaN or infinite, the device or its settings are not those of the model
+        of rounding (``sound`` only; on a GPU of NVIDIA enter
+        :func:`~lipbook.rounding.ieee_cuda`), or autocast is on for a sound certificate with a
+        domain or ``method="local"``: it rounds the weights.
 
     Notes
     -----
@@ -247,6 +250,7 @@ def certify(
         "autocast": _autocast_name(),
         "torch": torch.__version__,
         "machine": platform.machine(),
+        **(_of_gpu(reader.weight.device) if reader.weight.device.type == "cuda" else {}),
     }
     return Certificate(radius, predictions, truth, float(p), sound, facts)
 
@@ -254,6 +258,15 @@ def certify(
 def _autocast_name() -> str | None:
     on = torch.is_autocast_enabled("cpu")
     return str(torch.get_autocast_dtype("cpu")).removeprefix("torch.") if on else None
+
+
+def _of_gpu(device: torch.device) -> dict[str, Any]:
+    """Facts of a certificate about a program on a GPU."""
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "assumed": list(errors.CUDA_HYPOTHESES),
+    }
 
 
 def _weight_of(model: nn.Module) -> Tensor:
@@ -317,6 +330,11 @@ class Reader:
         self.domain, self.local = domain, method == "local"
         self.double: Graph | None = None
         if domain is not None or self.local:
+            if self.weight.device.type == "cuda":
+                raise ValueError(
+                    "domain and method='local' are for networks on the CPU, got one on CUDA: call "
+                    ".cpu()"
+                )
             if sound and _autocast_name() is not None:
                 raise ValueError(
                     "autocast rounds the weights, so that bounds on a domain or near an input "
@@ -345,8 +363,11 @@ class Reader:
                 return graph_bound(self.body, self.p).value, bound.table()
             except (TypeError, ValueError):  # not Lipschitz on all of space
                 return math.inf, bound.table()
+        body = self.body
+        if self.weight.device.type != "cpu":  # where factorisations are faster and more accurate
+            model, body = copy.deepcopy(unwrapped(model)).cpu(), body.cpu()
         whole = lipschitz_bound(model, self.shape, self.p, output=output)
-        return graph_bound(self.body, self.p).value, str(whole)
+        return graph_bound(body, self.p).value, str(whole)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, radius, and radius in real arithmetic of a batch."""
@@ -684,7 +705,7 @@ class _Differences:
         return total
 
     def __call__(self, outputs: Tensor) -> _DifferenceErrors:
-        logits = class_logits(outputs)
+        logits = class_logits(outputs).cpu()
         norms = self.pairs[logits.argmax(1)]
         zero = torch.zeros_like(norms)
         return _DifferenceErrors(logits, norms, zero, zero, zero[:, 0] + math.inf)
@@ -701,12 +722,12 @@ class _HeadDifferences:
         if len(weight) == 1:  # the logits 0 and z
             weight, bias = (torch.cat([torch.zeros_like(part), part]) for part in (weight, bias))
         slack = 1 + (weight.shape[1] + 8) * torch.finfo(torch.float64).eps
-        self.pairs = pair_norms(weight.double(), p) * slack + 2.0**-500 * weight.shape[1]
+        self.pairs = pair_norms(weight.double().cpu(), p) * slack + 2.0**-500 * weight.shape[1]
         self.rows = self.pairs.new_tensor(
             [errors._norms(row[None], dual_exponent(p)) for row in weight]
         )
         self.absolute = weight.abs().to(torch.promote_types(self.dtype, torch.float32))
-        self.bias = bias.to(self.dtype).double().abs()
+        self.bias = bias.to(self.dtype).double().abs().cpu()
 
     def arrive(self, total: ForwardError) -> ForwardError:
         if total.outputs.dtype == self.dtype:
@@ -714,14 +735,14 @@ class _HeadDifferences:
         return errors._then(total, errors._cast(total.outputs, self.dtype, self.p))
 
     def __call__(self, features: Tensor) -> _DifferenceErrors:
-        logits = class_logits(self.head(features))
+        logits = class_logits(self.head(features)).cpu()
         half, working = errors._is_half(logits.dtype), self.absolute.dtype
         terms = (features.shape[1] + 2) * (2 if half else 1)
         gamma = _gamma(terms, working)
         inside = errors._exactly(functional.linear, features.abs().to(working), self.absolute)
-        inside = inside.double() * (1 + 2 * gamma) + self.bias  # |W||x| + |b|
+        inside = inside.double().cpu() * (1 + 2 * gamma) + self.bias  # |W||x| + |b|
         underflow = 2 * terms * torch.finfo(working).tiny
-        largest = self.absolute.max().double() + errors._norms(features, self.p)[:, None]
+        largest = self.absolute.max().item() + errors._norms(features, self.p)[:, None]
         off_by = gamma * inside + underflow * (1 + largest)
         slopes = gamma * self.rows + underflow
         if half:  # as in _Affine
