@@ -208,7 +208,7 @@ def convolution_kernels(module: Any, example: Tensor) -> None:
     Torch is asked which of its algorithms it takes for such a geometry.
     """
     dims = example.dim() - 2
-    padding = module.padding if module.padding_mode == "zeros" else 0
+    padding: Any = module.padding if module.padding_mode == "zeros" else 0
     if isinstance(padding, str):  # whose zeros torch adds before, or on both sides
         padding = 0
     weight = module.weight.detach()
