@@ -878,6 +878,17 @@ TABLE: dict[str, Row] = {
         preprocess=("module", robustness.Standardize([0.5] * 4, [0.5] * 4)),
         fine="preprocess: none",
     ),
+    "robustness.Certifier": row(
+        lambda loader, **options: robustness.Certifier(**options)(loader),
+        model=MODULE,
+        words={"loader": "loader or inputs"},
+        loader=LOADER,
+        input_shape=SHAPE,
+        p=TWO,
+        method=("choice", "product"),
+        preprocess=("module", robustness.Standardize([0.5] * 4, [0.5] * 4)),
+        fine="preprocess: none",
+    ),
     "robustness.certify_by_smoothing": row(
         robustness.certify_by_smoothing,
         model=MODULE,

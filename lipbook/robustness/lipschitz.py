@@ -2,7 +2,6 @@ r"""Certificates from a Lipschitz bound: the margin, less the errors of the prog
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import platform
@@ -37,7 +36,7 @@ from lipbook.robustness.certificate import (
 from lipbook.rounding import graph_error, range_error_rule, range_errors
 from lipbook.rules import Ball, Box, Domain, Range, Shape, outward
 
-__all__ = ["certify"]
+__all__ = ["Certifier", "certify"]
 
 
 @torch.no_grad()
@@ -197,67 +196,214 @@ def certify(
     >>> bool((boxed.radius > 0).all()), boxed.facts["domain"]
     (True, 'Box(low=0, high=1)')
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if model.training:
-        raise ValueError("model must be in evaluation mode: call .eval()")
-    if method not in ("product", "local"):
-        raise ValueError(f"method must be 'product' or 'local', got {method!r}")
-    if preprocess is not None:
-        if not isinstance(preprocess, nn.Module):
-            raise TypeError(
-                "preprocess must be a torch.nn.Module with a Lipschitz rule, since it changes what "
-                f"a radius means, got {type(preprocess).__name__}"
+    certifier = Certifier(
+        model,
+        input_shape,
+        p,
+        sound=sound,
+        preprocess=preprocess,
+        domain=domain,
+        method=method,
+        lipschitz=lipschitz,
+        output=output,
+    )
+    return certifier(loader)
+
+
+class Certifier:
+    r"""A network that is read once and certified many times, batch by batch.
+
+    ``Certifier(model, input_shape, ...)(loader)`` is ``certify(model, loader, input_shape, ...)``.
+    Norms, factors of rounding and the graph are computed at the beginning and kept, with a copy of
+    the network. Each call compares the network with what it was, all parameters, buffers, numbers
+    and texts by value and objects of other classes by identity, and refuses if anything has
+    changed, in whatever way (``weight.data.mul_(2)`` leaves no trace in the counters of torch).
+    The comparison reads each weight once, which is less than what one input costs the network.
+
+    Parameters
+    ----------
+    model, input_shape, p, sound, preprocess, domain, method, lipschitz, output
+        As in :func:`certify`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`certify`; in a call, also if the network, autocast or the algorithms that
+        torch may choose are no longer those of the beginning.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
+    >>> certifier = Certifier(net, (8,))
+    >>> x, y = torch.randn(100, 8), torch.randint(3, (100,))
+    >>> one = certifier([(x[:50], y[:50])]), certifier([(x[50:], y[50:])])
+    >>> whole = certify(net, [(x[:50], y[:50]), (x[50:], y[50:])], (8,))
+    >>> bool((torch.cat([part.radius for part in one]) == whole.radius).all())
+    True
+    >>> _ = net[0].weight.data.mul_(2)
+    >>> certifier([(x, y)])
+    Traceback (most recent call last):
+    ...
+    ValueError: model must be as it was when it was read, but 0.weight has changed: make another
+        Certifier
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: Sequence[int],
+        p: float = 2,
+        *,
+        sound: bool = True,
+        preprocess: nn.Module | None = None,
+        domain: Domain | None = None,
+        method: Literal["product", "local"] = "product",
+        lipschitz: float | None = None,
+        output: str | int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if model.training:
+            raise ValueError("model must be in evaluation mode: call .eval()")
+        if method not in ("product", "local"):
+            raise ValueError(f"method must be 'product' or 'local', got {method!r}")
+        self._read = {"": model}
+        if preprocess is not None:
+            if not isinstance(preprocess, nn.Module):
+                raise TypeError(
+                    "preprocess must be a torch.nn.Module with a Lipschitz rule, since it changes "
+                    f"what a radius means, got {type(preprocess).__name__}"
+                )
+            self._read["preprocess"] = preprocess
+            model = nn.Sequential(preprocess, unwrapped(model))
+        self._shape = rules._shape(input_shape)
+        self._p = rules._exponent(p)
+        if lipschitz is not None and (sound or domain is not None or method != "product"):
+            raise ValueError(
+                "lipschitz is a number that the caller vouches for: it needs sound=False, and goes "
+                "with no domain and no method"
             )
-        model = nn.Sequential(preprocess, unwrapped(model))
-    shape = rules._shape(input_shape)
-    p = rules._exponent(p)
-    if lipschitz is not None and (sound or domain is not None or method != "product"):
-        raise ValueError(
-            "lipschitz is a number that the caller vouches for: it needs sound=False, and goes "
-            "with no domain and no method"
-        )
-    with torch.inference_mode(False), torch.no_grad():
-        reader = Reader(
-            model,
-            shape,
-            p,
-            sound=sound,
-            domain=domain,
-            method=method,
-            lipschitz=lipschitz,
-            output=output,
-        )
+        self._sound, self._domain = sound, domain
+        self._method = method if lipschitz is None else VOUCHED
+        self._before = _snapshot(self._read)
+        with torch.inference_mode(False), torch.no_grad():
+            self._reader = Reader(
+                model,
+                self._shape,
+                self._p,
+                sound=sound,
+                domain=domain,
+                method=method,
+                lipschitz=lipschitz,
+                output=output,
+            )
+        self._settings = _settings(self._reader.weight)
+
+    @torch.no_grad()
+    def __call__(self, loader: Batches) -> Certificate:
+        """Certify the predictions on the batches of a loader, see :func:`certify`."""
+        reader = self._reader
+        self._check_unchanged()
         columns: list[list[Tensor]] = [[], [], [], []]
-        for inputs, labels in pairs(loader):
-            x = _check_inputs(inputs, shape, reader.weight)
-            logits, radius, real = reader(x)
-            check_logits(logits, labels)
-            for column, value in zip(
-                columns, (radius, logits.argmax(1), labels.long(), real), strict=True
-            ):
-                column.append(value.detach().cpu().clone())
-    radius, predictions, truth, real = (torch.cat(column) for column in columns)
-    positive = real > 0
-    kept = (radius[positive] / real[positive]).nan_to_num(1.0)  # infinite for both
-    facts = {
-        "lost_to_rounding": 1 - kept.median().item() if positive.any() else 0.0,
-        "layers": reader.layers,
-        "method": method if lipschitz is None else VOUCHED,
-        "domain": None if domain is None else " ".join(repr(domain).split()),
-        "input_shape": list(shape),
-        "dtype": str(reader.weight.dtype).removeprefix("torch."),
-        "autocast": _autocast_name(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        **(_of_gpu(reader.weight.device) if reader.weight.device.type == "cuda" else {}),
-    }
-    return Certificate(radius, predictions, truth, float(p), sound, facts)
+        with torch.inference_mode(False), torch.no_grad():
+            for inputs, labels in pairs(loader):
+                x = _check_inputs(inputs, self._shape, reader.weight)
+                logits, radius, real = reader(x)
+                check_logits(logits, labels)
+                for column, value in zip(
+                    columns, (radius, logits.argmax(1), labels.long(), real), strict=True
+                ):
+                    column.append(value.detach().cpu().clone())
+        radius, predictions, truth, real = (torch.cat(column) for column in columns)
+        positive = real > 0
+        kept = (radius[positive] / real[positive]).nan_to_num(1.0)  # infinite for both
+        domain = self._domain
+        facts = {
+            "lost_to_rounding": 1 - kept.median().item() if positive.any() else 0.0,
+            "layers": reader.layers,
+            "method": self._method,
+            "domain": None if domain is None else " ".join(repr(domain).split()),
+            "input_shape": list(self._shape),
+            "dtype": str(reader.weight.dtype).removeprefix("torch."),
+            "autocast": _autocast_name(reader.weight.device.type),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            **(_of_gpu(reader.weight.device) if reader.weight.device.type == "cuda" else {}),
+        }
+        return Certificate(radius, predictions, truth, float(self._p), self._sound, facts)
+
+    def _check_unchanged(self) -> None:
+        """Refuse a network or settings other than those that were read."""
+        now = _snapshot(self._read, copied=False)
+        for name in (*self._before, *now):
+            both = name in self._before and name in now
+            if not (both and _same(self._before[name], now[name])):
+                raise ValueError(
+                    f"model must be as it was when it was read, but {name} has changed: make "
+                    "another Certifier"
+                )
+        if self._settings != _settings(self._reader.weight):
+            raise ValueError(
+                "autocast, oneDNN, NNPACK and cuDNN must be switched on or off as they were when "
+                "the model was read: make another Certifier"
+            )
+        if self._sound:
+            errors._check_arithmetic(self._reader.weight)
 
 
-def _autocast_name() -> str | None:
-    on = torch.is_autocast_enabled("cpu")
-    return str(torch.get_autocast_dtype("cpu")).removeprefix("torch.") if on else None
+def _snapshot(modules: dict[str, nn.Module], copied: bool = True) -> dict[str, Any]:
+    """Everything that a network computes with: classes, tensors, attributes, hooks."""
+    found: dict[str, Any] = {}
+    for prefix, whole in modules.items():
+        for path, module in whole.named_modules(prefix=prefix, remove_duplicate=False):
+            place = f"{path}." if path else ""
+            found[f"{place}class"] = type(module)
+            for name, value in vars(module).items():
+                if name in ("_parameters", "_buffers"):
+                    found |= {f"{place}{own}": _kept(part, copied) for own, part in value.items()}
+                elif name != "_modules":
+                    found[f"{place}{name}"] = _kept(value, copied)
+    return found
+
+
+def _kept(value: Any, copied: bool) -> Any:
+    """Value of an attribute, which later changes in place leave alone if it is copied."""
+    if isinstance(value, Tensor):
+        return value.detach().clone() if copied else value.detach()
+    if isinstance(value, (tuple, list)):
+        return tuple(_kept(part, copied) for part in value)
+    if isinstance(value, dict):
+        return tuple((key, _kept(part, copied)) for key, part in value.items())
+    return value
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether an attribute has the value that it had; of unknown classes, is the same object."""
+    if type(before) is not type(now):
+        return False
+    if isinstance(before, Tensor):
+        alike = (before.dtype, before.device) == (now.dtype, now.device)
+        return alike and torch.equal(before, now)
+    if isinstance(before, tuple):
+        return len(before) == len(now) and all(map(_same, before, now))
+    if isinstance(before, (int, float, complex, str)):
+        return before is now or before == now
+    return before is now
+
+
+def _settings(weight: Tensor) -> tuple[Any, ...]:
+    """Name what else decides on the program: autocast, and the libraries that may convolve."""
+    return (
+        _autocast_name(weight.device.type),
+        torch._C._get_mkldnn_enabled(),
+        torch._C._get_nnpack_enabled(),
+        torch.backends.cudnn.enabled,
+    )
+
+
+def _autocast_name(device: str) -> str | None:
+    on = torch.is_autocast_enabled(device)
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if on else None
 
 
 def _of_gpu(device: torch.device) -> dict[str, Any]:
@@ -335,7 +481,7 @@ class Reader:
                     "domain and method='local' are for networks on the CPU, got one on CUDA: call "
                     ".cpu()"
                 )
-            if sound and _autocast_name() is not None:
+            if sound and _autocast_name("cpu") is not None:
                 raise ValueError(
                     "autocast rounds the weights, so that bounds on a domain or near an input "
                     "would be those of another function: certify the model in that dtype, or "
@@ -363,9 +509,9 @@ class Reader:
                 return graph_bound(self.body, self.p).value, bound.table()
             except (TypeError, ValueError):  # not Lipschitz on all of space
                 return math.inf, bound.table()
-        body = self.body
+        body, model = self.body, rules._plain_copy(unwrapped(model))  # weights computed once
         if self.weight.device.type != "cpu":  # where factorisations are faster and more accurate
-            model, body = copy.deepcopy(unwrapped(model)).cpu(), body.cpu()
+            model, body = model.cpu(), body.cpu()
         whole = lipschitz_bound(model, self.shape, self.p, output=output)
         return graph_bound(body, self.p).value, str(whole)
 
