@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
@@ -78,7 +79,8 @@ class Pretended(Tensor):
         kwargs = kwargs or {}
         if func in FUNCTIONS or (func is Tensor.__getitem__ and not isinstance(args[1], Tensor)):
             args, kwargs = held((args, kwargs))  # for which torch wants CUDA's library
-            found = FUNCTIONS.get(func, func)(*args, **kwargs)
+            with _disable_current_modes():
+                found = FUNCTIONS.get(func, func)(*args, **kwargs)
             return Pretended(found) if isinstance(found, Tensor) else found
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -137,24 +139,30 @@ class Sums:
         if self.largest_first:
             order = products.abs().flatten(0, -2).amax(0).argsort(descending=True).tolist()
             starts = [0, k]
-        partial = [] if bias is None else [bias.double().expand(shape)]
+        terms = np.moveaxis(products.numpy(), -1, 0)
+        partial = [] if bias is None else [np.broadcast_to(bias.double().numpy(), shape)]
         for start, end in itertools.pairwise(starts):
-            total = torch.zeros(shape, dtype=torch.float64)
+            total = np.zeros(shape)
             for j in order[start:end]:
-                term = products[..., j]
-                total = rounded(total + (term if chance.random() < 0.5 else rounded(term)))
+                fused = chance.random() < 0.5
+                total = rounded(total + (terms[j] if fused else rounded(terms[j])))
             partial.append(total)
         while len(partial) > 1:
             one = partial.pop(chance.randrange(len(partial)))
             other = chance.randrange(len(partial))
             partial[other] = rounded(partial[other] + one)
-        return partial[0].float()
+        return torch.from_numpy(partial[0].astype(np.float32))
 
 
-def rounded(x: Tensor) -> Tensor:
+def rounded(x: np.ndarray) -> np.ndarray:
     """To float32, with small numbers flushed to zero."""
-    x = x.float().double()
-    return x.where(x.abs() >= TINY, 0.0)
+    x = x.astype(np.float32).astype(np.float64)
+    return np.where(np.abs(x) >= TINY, x, 0.0)
+
+
+def read(x: Tensor) -> Tensor:
+    """Numbers in float64, as the GPU reads them."""
+    return torch.from_numpy(rounded(x.numpy()))
 
 
 SUMS = Sums()
@@ -163,7 +171,7 @@ SUMS = Sums()
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if a.dtype != torch.float32:
         return a @ b
-    return SUMS(rounded(a)[..., :, None, :] * rounded(b).mT[..., None, :, :], bias)
+    return SUMS(read(a)[..., :, None, :] * read(b).mT[..., None, :, :], bias)
 
 
 def summed(function: Any, transposed: bool) -> Callable[..., Tensor]:
@@ -180,8 +188,8 @@ def summed(function: Any, transposed: bool) -> Callable[..., Tensor]:
             channels = (slice(channel, None, reads), slice(None), *tap)
             at = channels if transposed else (slice(None), channel, *tap)
             kernel = torch.zeros_like(weight, dtype=torch.float64)
-            kernel[at] = rounded(weight)[at]
-            terms.append(function(rounded(x), kernel, None, *geometry))
+            kernel[at] = read(weight)[at]
+            terms.append(function(read(x), kernel, None, *geometry))
         if bias is not None:
             bias = bias.view(-1, *[1] * (weight.dim() - 2))
         return SUMS(torch.stack(terms, -1), bias)
