@@ -292,7 +292,7 @@ def _analysis(module: nn.Module, example: Tensor, p: float, name: str) -> Analys
 # on the algorithm; Strassen's would break it), and that torch was compiled without fast math.
 
 CUDA_HYPOTHESES = (
-    "cuBLAS sums the products of the definition, in any order, and no others",
+    "cuBLAS sums the products of the definition, in any order, and no others, and emulates none",
     "torch's CUDA kernels are compiled without fast math",
 )
 _EMULATION = (

@@ -85,10 +85,11 @@ def ieee_cuda() -> Iterator[None]:
     A certificate speaks of a program that runs with them.
 
     **Not promised by anybody**, and named as ``assumed`` in the facts of a certificate: that cuBLAS
-    forms no other sums (its manual says nothing of algorithms; Strassen's would break the bound),
-    and that torch's kernels are compiled without fast math. Numbers below the least normal one
-    count as lost. Functions such as exp and tanh are refused: NVIDIA gives errors of these from
-    tests, with no guarantee.
+    forms no other sums (its manual says nothing of algorithms; Strassen's would break the bound)
+    and emulates no products unasked, and that torch's kernels are compiled without fast math.
+    Numbers below the least normal one count as lost. Functions such as exp and tanh are refused:
+    NVIDIA gives errors of these from tests, with no guarantee. A network that ``torch.compile``
+    has wrapped is read as its original: the certificate is about that program.
 
     References
     ----------

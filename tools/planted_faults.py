@@ -612,7 +612,7 @@ FAULTS = (
     ),
     Fault(
         "robustness/lipschitz",
-        "if sound and _autocast_name() is not None:",
+        'if sound and _autocast_name("cpu") is not None:',
         "if False:",
         "local bounds of weights that autocast rounds",
     ),
