@@ -37,7 +37,7 @@ from lipbook.layers.joins import Add, Concatenate, Join, Maximum, Subtract
 from lipbook.layers.rearrangements import Clamp, Constant, Diagonal, MatrixProduct, Shift
 from lipbook.orthogonal import OrthogonalLinear, Scale
 from lipbook.pooling import AveragePooling, NormPooling
-from lipbook.robustness import Standardize, certify
+from lipbook.robustness import Certifier, Standardize, certify
 from lipbook.rounding import cuda_rule, forward_error, forward_error_rule, graph_error, ieee_cuda
 
 aten: Any = torch.ops.aten
@@ -296,7 +296,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def small(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     make, shape = SMALL[name]
-    return make().eval(), torch.randn(4, *shape)
+    return freeze(make().eval()), torch.randn(4, *shape)  # whose weights no device computes anew
 
 
 @pytest.mark.parametrize(("name", "p"), [*zip(SMALL, itertools.cycle([1, 2, INF]))])
@@ -367,6 +367,16 @@ def test_a_certificate_of_a_program_on_a_gpu(machine: Machine) -> None:
     assert "assumed" not in at_home.facts
     real = certify(there(net), [batch], (2, 4, 4), sound=False)
     assert torch.allclose(real.radius, certify(net, [batch], (2, 4, 4), sound=False).radius, 1e-4)
+
+
+def test_a_prepared_network_keeps_to_ieee_cuda(machine: Machine) -> None:
+    net = nn.Linear(2, 2).eval()
+    batch = torch.ones(1, 2), torch.zeros(1, dtype=torch.long)
+    with ieee_cuda():
+        certifier = Certifier(there(net), (2,))
+        assert torch.allclose(certifier([batch]).radius, certify(net, [batch], (2,)).radius)
+    with pytest.raises(ValueError, match=r"enter lipbook\.rounding\.ieee_cuda"):
+        certifier([batch])
 
 
 def test_logits_without_a_head(machine: Machine) -> None:
@@ -535,7 +545,7 @@ def test_a_divisor_whose_reciprocal_vanishes(machine: Machine) -> None:
 
 def test_every_answer_is_tested() -> None:
     """No class is vouched for that neither only moves numbers nor meets the sums above."""
-    tested = {type(m) for name in SMALL for m in small(name)[0].modules()}
+    tested = {type(m) for make, _ in SMALL.values() for m in make().modules()}
     tested |= {Add, Subtract, Concatenate, Maximum}  # of Joined
     tested |= {Clamp, Constant, Shift, Diagonal, MatrixProduct}  # of Moved
     names = {c.__name__ for kind in tested for c in kind.__mro__}

@@ -342,13 +342,13 @@ class Certifier:
                     f"model must be as it was when it was read, but {name} has changed: make "
                     "another Certifier"
                 )
+        if self._sound:
+            errors._check_arithmetic(self._reader.weight)
         if self._settings != _settings(self._reader.weight):
             raise ValueError(
                 "autocast, oneDNN, NNPACK and cuDNN must be switched on or off as they were when "
                 "the model was read: make another Certifier"
             )
-        if self._sound:
-            errors._check_arithmetic(self._reader.weight)
 
 
 def _snapshot(modules: dict[str, nn.Module], copied: bool = True) -> dict[str, Any]:
