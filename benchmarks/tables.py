@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from benchmarks.timing import Step, Table
+from lipbook.activations import MaxMin
 from lipbook.composition import lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
@@ -39,6 +40,7 @@ from lipbook.norms import (
 )
 from lipbook.orthogonal import OrthogonalLinear
 from lipbook.residual import CPLConv2d, SLLConv2d
+from lipbook.robustness import Certifier, certify
 
 AOC = "orthogonium AOC, Björck (default)"
 PLAIN = "torch Conv2d, circular"
@@ -444,6 +446,33 @@ def bound_of_a_chain(depth: int = 50, n: int = 512) -> Table:
     )
 
 
+def certificates(inputs: int) -> Table:
+    """Certificates of a dense network, prepared or not, beside its plain copy on the inputs."""
+    sizes = OrthogonalLinear(784, 256), OrthogonalLinear(256, 256), nn.Linear(256, 10)
+    network = nn.Sequential(sizes[0], MaxMin(), sizes[1], MaxMin(), sizes[2]).eval()
+    plain, shape = freeze(network), (784,)
+    batch = [(x, torch.zeros(len(x), dtype=torch.long)) for x in torch.rand(inputs, 784).split(500)]
+    certifiers = {sound: Certifier(network, shape, sound=sound) for sound in (False, True)}
+
+    def alone() -> object:
+        with torch.no_grad():
+            return [plain(x) for x, _ in batch]
+
+    return Table(
+        "Certificates",
+        f"784-256-256-10, MaxMin, {inputs:,} inputs in batches of 500, 2-norm",
+        "the plain network alone",
+        {
+            "the plain network alone": alone,
+            "lipbook Certifier, real arithmetic": lambda: certifiers[False](batch),
+            "lipbook Certifier, sound": lambda: certifiers[True](batch),
+            "lipbook certify, real arithmetic": lambda: certify(network, batch, shape, sound=False),
+            "lipbook certify, sound": lambda: certify(network, batch, shape),
+        },
+        {},
+    )
+
+
 def tables() -> Iterator[Table]:
     """Build all tables, one after the other."""
     for c, stride in ((64, 1), (128, 1), (256, 1), (64, 2), (128, 2)):
@@ -457,6 +486,8 @@ def tables() -> Iterator[Table]:
     yield bounds_of_resnet18()
     yield bound_of_a_resnet()
     yield bound_of_a_chain()
+    for inputs in (2_000, 10_000):
+        yield certificates(inputs)
     for stride in (1, 2):
         yield memory(64, 16, stride)
     yield networks()

@@ -24,11 +24,13 @@ from lipbook.errors import (
     Analysis,
     ForwardError,
     _closed_form,
+    _cuda_rule_of,
     _entries,
     _error_rule_of,
     _norms,
     _quantum,
     moved_error,
+    plain_kernels,
 )
 from lipbook.graphs.operations import traced_as
 from lipbook.layers.elementwise import Absolute, register_like
@@ -706,6 +708,7 @@ def _(module: Householder, input_shape: Shape) -> Units:
 # ------------------------------------------------------------------- errors of programs
 
 _error_rule_of(GroupSort, MaxMin, FullSort, AbsoluteValue)(moved_error)
+_cuda_rule_of(GroupSort, MaxMin, FullSort, AbsoluteValue)(plain_kernels)
 
 
 # Note [a reflection in floating point]

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from lipbook.norms.rigorous import _FLOOR, _UP, _gamma, _mean
 from lipbook.rules import _COMPUTATION, LEAVES, Range, _located, _rule_of, lipschitz_rule
 
-__all__ = ["Analysis", "ForwardError", "RangeAnalysis", "forward_error_rule", "range_error_rule"]
+__all__ = [
+    "Analysis",
+    "ForwardError",
+    "RangeAnalysis",
+    "cuda_rule",
+    "forward_error_rule",
+    "range_error_rule",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +50,11 @@ class ForwardError:
     lipschitz : float
         :math:`L`.
     error : torch.Tensor
-        :math:`a`, float64, (batch,).
+        :math:`a`, float64, (batch,), on the CPU wherever the program runs.
     slope : float
         :math:`c`.
     limit : torch.Tensor
-        :math:`d`, up to which nothing overflows, float64, (batch,).
+        :math:`d`, up to which nothing overflows, float64, (batch,), on the CPU.
     """
 
     outputs: Tensor
@@ -159,6 +166,72 @@ def range_error_rule(module: nn.Module, example: Tensor, p: float) -> RangeAnaly
     return on_range
 
 
+@functools.singledispatch
+def cuda_rule(module: nn.Module, example: Tensor) -> None:
+    r"""Rule of a class of layers: whether its bound holds for torch's kernels on an NVIDIA GPU.
+
+    A :func:`functools.singledispatch` on the class of ``module``, which does nothing where the
+    kernels of the class only move numbers, or add, multiply and divide them as the definition of
+    the layer says, in any order: Note [arithmetic of CUDA]. It refuses otherwise. Nothing is known
+    of a class without a rule, which is refused. That holds for every function that IEEE 754 does
+    not define: of exp, tanh, rsqrt and their kin NVIDIA gives the largest errors that its tests
+    have met and says that they are not guaranteed.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The layer, on the GPU.
+    example : torch.Tensor
+        A batch as it arrives at the layer.
+
+    Raises
+    ------
+    ValueError
+        If the kernels are others.
+
+    References
+    ----------
+    :cite:t:`nvidia2025cuda`, section *Mathematical Functions*, which gives x + y, x y, x / y and
+    the square root the error of IEEE 754.
+
+    Examples
+    --------
+    >>> class Reverse(nn.Module):
+    ...     def forward(self, x):
+    ...         return x.flip(1)
+    >>> cuda_rule(Reverse(), torch.zeros(1, 2))
+    Traceback (most recent call last):
+    ...
+    ValueError: nobody promises how far the kernels of Reverse on a GPU are off: certify on the CPU,
+        by .cpu(), or use sound=False
+    >>> _ = cuda_rule.register(Reverse, lambda module, example: None)
+    >>> cuda_rule(Reverse(), torch.zeros(1, 2))
+    """
+    raise ValueError(
+        f"nobody promises how far the kernels of {type(module).__qualname__} on a GPU are off: "
+        "certify on the CPU, by .cpu(), or use sound=False"
+    )
+
+
+def plain_kernels(module: nn.Module, example: Tensor) -> None:
+    """Answer to :func:`cuda_rule`: numbers are moved, added, multiplied and divided only."""
+
+
+def _check_kernels(module: nn.Module, example: Tensor) -> None:
+    """Refuse layers whose kernels on a GPU are not in the model of rounding."""
+    if example.device.type != "cuda":
+        return
+    registered = next(c for c in type(module).__mro__ if c in cuda_rule.registry)
+    for method in _COMPUTATION if registered is not object else ():
+        own, known = (getattr(c, method, None) for c in (type(module), registered))
+        if own is not known or method in vars(module):
+            raise TypeError(
+                f"{method} is redefined, so that what is known of the kernels of "
+                f"{registered.__name__} on a GPU does not apply: register @cuda_rule for it"
+            )
+    cuda_rule(module, example)
+
+
 def _range_analysis(module: nn.Module, example: Tensor, p: float) -> RangeAnalysis:
     """Analysis on ranges, after the checks of :func:`_analysis`."""
     default = range_error_rule.dispatch(object)
@@ -186,16 +259,103 @@ def _analysis(module: nn.Module, example: Tensor, p: float, name: str) -> Analys
                     "not apply: register @forward_error_rule for it"
                 )
         _check_arithmetic(example)
+        _check_kernels(module, example)
         return forward_error_rule(module, example, p)
     except (TypeError, ValueError) as error:
         raise _located(error, name, module) from (error.__cause__ or error)
 
 
+# Note [arithmetic of CUDA]
+# On an NVIDIA GPU the sums, products, fused products and quotients of float32 and float64, and the
+# square root, are those of IEEE 754, rounded to nearest (CUDA C++ Programming Guide, Floating-Point
+# Standard and Mathematical Functions), as long as a program is not compiled with fast math. With
+# these, Note [the model of rounding] holds for every algorithm that forms the sums of the products
+# of the definition and no others: its gamma_n counts the roundings on a path from a product to the
+# result, which no order of n terms exceeds: n, with the product (a fused one saves a rounding, and
+# a sum that is split among blocks, threads or lanes is a tree, whose paths are shorter). So a GPU
+# has the constants of the CPU where those count operations. Those that rest on how a CPU's kernel
+# goes about it (normalisation, softmax, interpolation) have no answer to cuda_rule, nor have
+# functions that IEEE 754 does not define. What may form other sums is switched off, and checked:
+#
+# - TF32, which reads ten bits of a factor: torch.backends.cuda.matmul.fp32_precision = "ieee", and
+#   NVIDIA_TF32_OVERRIDE unset or 0;
+# - cuDNN, whose convolutions may go by Winograd's or Fourier's algorithm, and which allows TF32:
+#   torch.backends.cudnn.enabled = False. Then torch copies windows into a matrix and multiplies
+#   (aten/src/ATen/native/cuda/ConvolutionMM2d.cu and its kin), or sums the window of a channel
+#   (DepthwiseConv2d.cu); which it takes is asked of torch itself;
+# - products emulated by bfloat16 or integers on newer GPUs: the variables of _EMULATION;
+# - float16 and bfloat16, whose products need not be summed in float32.
+#
+# Numbers below the least normal one are kept by default, and may be flushed by what is compiled
+# with -ftz=true: they count as lost, as on a CPU. Two things nobody promises, and a certificate
+# names both: that cuBLAS forms no other sums (its manual promises the number of bits and is silent
+# on the algorithm; Strassen's would break it), and that torch was compiled without fast math.
+
+CUDA_HYPOTHESES = (
+    "cuBLAS sums the products of the definition, in any order, and no others, and emulates none",
+    "torch's CUDA kernels are compiled without fast math",
+)
+_EMULATION = (
+    "NVIDIA_TF32_OVERRIDE",
+    "CUBLAS_EMULATE_SINGLE_PRECISION",
+    "CUBLAS_EMULATE_DOUBLE_PRECISION",
+    "CUBLAS_EMULATION_STRATEGY",
+)
+
+
+def matmul_setting() -> tuple[str, Any]:
+    """Name of the setting of torch.backends.cuda.matmul by which TF32 is off, and that value."""
+    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since torch 2.9
+    return ("fp32_precision", "ieee") if new else ("allow_tf32", False)
+
+
+def _check_cuda(example: Tensor) -> None:
+    """Refuse settings under which a GPU computes otherwise than Note [arithmetic of CUDA] says."""
+    if torch.version.hip is not None:
+        raise ValueError(
+            "device must be a CPU or a GPU of NVIDIA for a sound certificate, got one of AMD: "
+            "certify on the CPU, by .cpu()"
+        )
+    if example.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"dtype must be float32 or float64 on a GPU, got {example.dtype}, whose sums nobody "
+            "promises: call .float(), or use sound=False"
+        )
+    if torch.is_autocast_enabled("cuda"):
+        raise ValueError(
+            "autocast computes in half precision, whose sums on a GPU nobody promises: switch it "
+            "off, or use sound=False"
+        )
+    name, value = matmul_setting()
+    enter = "enter lipbook.rounding.ieee_cuda()"
+    found = getattr(torch.backends.cuda.matmul, name)
+    if found != value:
+        raise ValueError(
+            f"torch.backends.cuda.matmul.{name} must be {value!r}, got {found!r}: {enter}"
+        )
+    if torch.backends.cudnn.enabled:
+        raise ValueError(
+            "torch.backends.cudnn.enabled must be False, since cuDNN may convolve by Winograd's or "
+            f"Fourier's algorithm, got True: {enter}"
+        )
+    for variable in _EMULATION:
+        if os.environ.get(variable, "0") not in ("", "0"):
+            raise ValueError(
+                f"{variable} must be unset or 0, since products may be those of another precision, "
+                f"got {os.environ[variable]!r}: start Python without it"
+            )
+
+
 def _check_arithmetic(example: Tensor) -> None:
     """Refuse settings under which products are not what the model of rounding says."""
     device = example.device.type
+    if device == "cuda":
+        return _check_cuda(example)
     if device != "cpu":
-        raise ValueError(f"device must be the CPU for a sound certificate, got {device}")
+        raise ValueError(
+            f"device must be the CPU or CUDA for a sound certificate, got {device}: certify on the "
+            "CPU, by .cpu(), or use sound=False"
+        )
     if torch.get_float32_matmul_precision() != "highest":
         raise ValueError(
             "torch.set_float32_matmul_precision must be 'highest', "
@@ -253,7 +413,7 @@ def _norms(x: Tensor, p: float) -> Tensor:
         working = torch.float64
         norm = torch.linalg.vector_norm(flat, p, dim=1, dtype=working)
     lost = n * math.sqrt(torch.finfo(working).tiny)  # squares that underflow
-    return (norm * (1 + 2 * _gamma(n + 8, working)) + lost) * _UP
+    return ((norm * (1 + 2 * _gamma(n + 8, working)) + lost) * _UP).cpu()
 
 
 def _entries(x: Tensor, p: float) -> float:
@@ -331,7 +491,7 @@ def _then(first: ForwardError, second: ForwardError) -> ForwardError:
 
 
 def _unrounded(x: Tensor, outputs: Tensor, lipschitz: float = 1.0) -> ForwardError:
-    zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    zero = torch.zeros(len(x), dtype=torch.float64)
     return ForwardError(outputs, lipschitz, zero, 0.0, zero + math.inf)
 
 
@@ -472,13 +632,14 @@ def _computing_dtype(example: Tensor, weight: Tensor) -> torch.dtype:
 
 def _exactly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Call a function of the analysis, which autocast must not touch."""
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False):  # on a GPU it is off: see _check_cuda
         return function(*arguments)
 
 
 # ------------------------------------------------------------------ parts of many answers
 
 _error_rule_of = functools.partial(_rule_of, dispatch=forward_error_rule)
+_cuda_rule_of = functools.partial(_rule_of, dispatch=cuda_rule)
 
 
 def _after_cast(affine: _Affine, dtype: torch.dtype, p: float) -> Analysis:

@@ -35,11 +35,13 @@ from lipbook.errors import (
     ForwardError,
     _Affine,
     _closed_form,
+    _cuda_rule_of,
     _entries,
     _error_rule_of,
     _norms,
     _relative,
     moved_error,
+    plain_kernels,
 )
 from lipbook.graphs.operations import traced_as
 from lipbook.norms.arguments import _floating, _tensor
@@ -423,6 +425,7 @@ for _layer, _powers in _EXPONENTS.items():
 # ------------------------------------------------------------------- errors of programs
 
 _error_rule_of(InvertibleDownsampling, InvertibleUpsampling)(moved_error)
+_cuda_rule_of(InvertibleDownsampling, InvertibleUpsampling, AveragePooling)(plain_kernels)
 
 
 @_error_rule_of(Upsampling)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,13 @@ from lipbook.errors import (
     RangeAnalysis,
     _analysis,
     _check_arithmetic,
+    _check_kernels,
     _range_analysis,
     _then,
     _unrounded,
+    cuda_rule,
     forward_error_rule,
+    matmul_setting,
     range_error_rule,
 )
 from lipbook.graphs import Graph, trace
@@ -45,12 +49,70 @@ from lipbook.rules import (
 
 __all__ = [
     "ForwardError",
+    "cuda_rule",
     "forward_error",
     "forward_error_rule",
+    "ieee_cuda",
     "range_error_rule",
     "rigorous_convolution_norm",
     "rigorous_matrix_norm",
 ]
+
+
+@contextmanager
+def ieee_cuda() -> Iterator[None]:
+    r"""Have a GPU of NVIDIA compute as IEEE 754 says, by the sums of the definition.
+
+    .. math::
+        |\mathrm{fl}(w^\top x) - w^\top x| \le \gamma_n |w|^\top |x|, \qquad
+        \gamma_n = \frac{n u}{1 - n u}
+
+    for n products in any order of summation, fused or not, split among blocks and threads in any
+    way: a product meets at most n roundings on its way to the result, each of which multiplies by
+    :math:`1 + t` with :math:`|t| \le u`, and :math:`\prod_{k \le n} (1 + t_k)` is within
+    :math:`\gamma_n` of 1. That needs that each operation is a rounded sum, product or fused
+    product of the definition. So this switches off
+
+    - TF32, whose factors have ten bits (``torch.backends.cuda.matmul.fp32_precision = "ieee"``,
+      before torch 2.9 ``allow_tf32 = False``);
+    - cuDNN (``torch.backends.cudnn.enabled = False``), whose convolutions may go by the algorithms
+      of Winograd or Fourier. Torch's own copy windows into a matrix and multiply, image by image,
+      which is slower.
+
+    Outside, or where an environment variable has cuBLAS emulate products
+    (``CUBLAS_EMULATE_SINGLE_PRECISION``, ``NVIDIA_TF32_OVERRIDE``, ...), certificates of networks
+    on a GPU are refused. The settings are torch's, of the whole process; they come back at the end.
+    A certificate speaks of a program that runs with them.
+
+    **Not promised by anybody**, and named as ``assumed`` in the facts of a certificate: that cuBLAS
+    forms no other sums (its manual says nothing of algorithms; Strassen's would break the bound)
+    and emulates no products unasked, and that torch's kernels are compiled without fast math.
+    Numbers below the least normal one count as lost. Functions such as exp and tanh are refused:
+    NVIDIA gives errors of these from tests, with no guarantee. A network that ``torch.compile``
+    has wrapped is read as its original: the certificate is about that program.
+
+    References
+    ----------
+    :cite:t:`higham2002`, section 3.1, for :math:`\gamma_n`. :cite:t:`nvidia2025cuda`,
+    *Mathematical Functions*: x + y, x y, x / y and the square root have the errors of IEEE 754; all
+    other bounds "are not guaranteed". :cite:t:`nvidia2025cublas`, *Floating Point Emulation*.
+
+    Examples
+    --------
+    >>> with ieee_cuda():
+    ...     print(torch.backends.cudnn.enabled)
+    False
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    name, value = matmul_setting()
+    before, enabled = getattr(matmul, name), cudnn.enabled
+    try:
+        setattr(matmul, name, value)
+        cudnn.enabled = False
+        yield
+    finally:
+        setattr(matmul, name, before)
+        cudnn.enabled = enabled
 
 
 @torch.no_grad()
@@ -79,7 +141,8 @@ def forward_error(
     rounding of the sum and one of the bias), and that elementary functions (exp, tanh, ...) are
     accurate to 32 units in the last place. torch computes so on CPUs: its convolutions are direct
     or matrix products, never by Winograd's algorithm, which NNPACK would use. What is known to
-    break the model is refused.
+    break the model is refused. On a GPU of NVIDIA it holds within :func:`ieee_cuda`, for layers
+    that add, multiply, divide and move numbers (:func:`cuda_rule`).
 
     Parameters
     ----------
@@ -103,7 +166,8 @@ def forward_error(
     TypeError
         If a module has no rule.
     ValueError
-        If reduced precision is allowed, or the device is not the CPU.
+        If reduced precision is allowed, the device is another than the CPU or CUDA, or on CUDA a
+        setting of :func:`ieee_cuda` is missing, a layer has other kernels or a domain is given.
 
     References
     ----------
@@ -122,6 +186,11 @@ def forward_error(
     p = _exponent(p)
     _floating("inputs", inputs, 2)
     _check_arithmetic(inputs)
+    if domain is not None and inputs.device.type == "cuda":
+        raise ValueError(
+            "errors on a domain are bounded on the CPU only, got inputs on CUDA: call .cpu() of "
+            "both, or give no domain"
+        )
     if not len(inputs) or not inputs.isfinite().all():
         raise ValueError(
             "inputs must be finite, one sample or more, got NaN, infinity or shape "
@@ -157,6 +226,7 @@ def graph_error(graph: Graph, example: Tensor, p: float) -> Analysis:
             if isinstance(layer, Join):
                 if type(layer).errors is Join.errors:
                     layer.errors((), examples[0], p)  # which refuses
+                _check_kernels(layer, examples[node.inputs[0]])
                 steps.append(layer)
             else:
                 steps.append(_analysis(layer, examples[node.inputs[0]], p, ""))

@@ -878,6 +878,17 @@ TABLE: dict[str, Row] = {
         preprocess=("module", robustness.Standardize([0.5] * 4, [0.5] * 4)),
         fine="preprocess: none",
     ),
+    "robustness.Certifier": row(
+        lambda loader, **options: robustness.Certifier(**options)(loader),
+        model=MODULE,
+        words={"loader": "loader or inputs"},
+        loader=LOADER,
+        input_shape=SHAPE,
+        p=TWO,
+        method=("choice", "product"),
+        preprocess=("module", robustness.Standardize([0.5] * 4, [0.5] * 4)),
+        fine="preprocess: none",
+    ),
     "robustness.certify_by_smoothing": row(
         robustness.certify_by_smoothing,
         model=MODULE,
@@ -996,11 +1007,13 @@ RETURNED = {
     *("wasserstein.TransportBracket", "wasserstein.HeldOut", "wasserstein.CriticHistory"),
     *("export.ConvolutionStep", "export.DenseStep", "export.EnergyStep"),
     *("composition.lipschitz_rule", "export.freeze_rule"),
+    "rounding.ieee_cuda",  # has no argument
 }
 INNER = {"rules", "errors", "units", "freezing", "layers"}  # rooms for those who add layers
 SAME = {  # names that stand in two rooms
     "rounding.forward_error_rule": "errors",
     "rounding.range_error_rule": "errors",
+    "rounding.cuda_rule": "errors",
     "rounding.rigorous_matrix_norm": "norms.rigorous_matrix_norm",
     "rounding.rigorous_convolution_norm": "norms.rigorous_convolution_norm",
 }

@@ -34,6 +34,7 @@ from lipbook.residual import SLLLinear
 from lipbook.robustness import (
     Accuracy,
     Certificate,
+    Certifier,
     Standardize,
     certified_radius,
     certify,
@@ -711,7 +712,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "device": (
         lambda: forward_error(nn.Identity(), torch.empty(2, 3, device="meta")),
         ValueError,
-        "device must be the CPU",
+        "device must be the CPU or CUDA for a sound certificate, got meta",
     ),
     "softplus": (
         lambda: forward_error(SLLLinear(6, activation="softplus"), X),
@@ -1341,3 +1342,119 @@ def test_bounds_near_an_input_have_the_scales_that_this_run_computes() -> None:
     with torch.no_grad():
         assert torch.equal(scale(), step.scale().double())
         assert not torch.equal(scale(), copy.deepcopy(step).double().scale())
+
+
+# ----------------------------------------------------------------------- prepared networks
+
+
+class Scaled(nn.Module):
+    """A layer whose number, tensor and list stand in no state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.shifts, self.table = 0.5, [0.1, 0.2], torch.ones(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor * self.table + self.shifts[0]
+
+
+def prepared() -> tuple[nn.Sequential, Certifier, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    layers = Scaled(), OrthogonalLinear(6, 6), nn.LeakyReLU(0.5), nn.Linear(6, 3)
+    net = nn.Sequential(*layers).eval()
+    return net, Certifier(net, (6,)), (torch.randn(4, 6), torch.zeros(4, dtype=torch.long))
+
+
+def test_a_prepared_network_gives_the_certificates_of_certify() -> None:
+    net, certifier, (x, y) = prepared()
+    for batch in ([(x, y)], [(x[:1], y[:1]), (x[1:], y[1:])], [(x, y)]):
+        found, whole = certifier(batch), certify(net, batch, (6,))
+        assert torch.equal(found.radius, whole.radius)
+        assert torch.equal(found.predictions, whole.predictions)
+        assert found.facts == whole.facts
+
+
+def test_the_network_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, certifier, batch = prepared()
+    certifier([batch])
+    refuse = pytest.fail
+    monkeypatch.setattr("lipbook.robustness.lipschitz.trace", refuse)
+    monkeypatch.setattr("lipbook.robustness.lipschitz.graph_error", refuse)
+    monkeypatch.setattr("lipbook.robustness.lipschitz.lipschitz_bound", refuse)
+    certifier([batch])
+
+
+def set_element(net: Any) -> None:
+    net[0].shifts[0] = 3.0
+
+
+def set_attribute(net: Any) -> None:
+    net[0].factor = 2.0
+
+
+def replace_weight(net: Any) -> None:
+    net[3].weight = nn.Parameter(2 * net[3].weight.detach())
+
+
+def optimise(net: nn.Sequential) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    net(torch.ones(1, 6)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "step": (optimise, "1.bias"),
+    "in place, unseen by torch": (lambda net: net[3].bias.data.add_(1e-6), "3.bias"),
+    "another tensor": (replace_weight, "3.weight"),
+    "raw parameter": (
+        lambda net: net[1].parametrizations.weight.original.data.neg_(),
+        "1.parametrizations.weight.original",
+    ),
+    "attribute": (set_attribute, "0.factor"),
+    "element of a list": (set_element, "0.shifts"),
+    "tensor that is no buffer": (lambda net: net[0].table.mul_(2), "0.table"),
+    "slope": (lambda net: setattr(net[2], "negative_slope", 3.0), "2.negative_slope"),
+    "layer": (lambda net: net.__setitem__(2, nn.ReLU()), "2."),
+    "one more": (lambda net: net.append(nn.Linear(3, 3)), "4."),
+    "mode": (lambda net: net.train(), "training"),
+    "forward": (lambda net: setattr(net[2], "forward", torch.tanh), "2.forward"),
+    "hook": (lambda net: net[2].register_forward_hook(lambda *_: None), "2._forward_hooks"),
+    "dtype": (lambda net: net.double(), "has changed"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_no_certificate_of_weights_of_the_past(name: str) -> None:
+    net, certifier, batch = prepared()
+    change, place = CHANGES[name]
+    change(net)
+    message = f"model must be as it was when it was read, but .*({place}).*make another Certifier"
+    with pytest.raises(ValueError, match=message):
+        certifier([batch])
+
+
+def test_what_comes_before_may_not_change_either() -> None:
+    net, before = nn.Linear(2, 2).eval(), Standardize([0.5, 0.5], [1.0, 1.0])
+    certifier = Certifier(net, (2,), preprocess=before)
+    batch = torch.ones(1, 2), torch.zeros(1, dtype=torch.long)
+    certifier([batch])
+    before.std.mul_(0.1)
+    with pytest.raises(ValueError, match=r"preprocess\.std has changed"):
+        certifier([batch])
+
+
+def test_a_prepared_network_keeps_to_its_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, certifier, batch = prepared()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast, oneDNN"):
+        certifier([batch])
+    certifier([batch])
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with pytest.raises(ValueError, match="must be 'highest', got 'medium'"):
+            certifier([batch])
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    with pytest.raises(ValueError, match="autocast, oneDNN, NNPACK"):
+        certifier([batch])

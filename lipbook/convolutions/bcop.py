@@ -28,9 +28,12 @@ from lipbook.convolutions.circular import (
     semi_orthogonal,
     torch_computes,
 )
-from lipbook.errors import _error_rule_of
+from lipbook.errors import (
+    _cuda_rule_of,
+    _error_rule_of,
+)
 from lipbook.freezing import register_plain
-from lipbook.layers.linear import convolution_error
+from lipbook.layers.linear import convolution_error, convolution_kernels
 from lipbook.norms.arguments import _integer
 
 __all__ = [
@@ -445,10 +448,12 @@ for _layer in (
     lipschitz_rule.register(_layer, convolution_rule)
 
 
-_error_rule_of(
+_LAYERS = (
     *(OrthogonalConv1d, OrthogonalConv2d, OrthogonalConv3d),
     *(OrthogonalConvTranspose1d, OrthogonalConvTranspose2d, OrthogonalConvTranspose3d),
-)(convolution_error)
+)
+_error_rule_of(*_LAYERS)(convolution_error)
+_cuda_rule_of(*_LAYERS)(convolution_kernels)
 
 
 register_plain(OrthogonalConv1d, nn.Conv1d, torch_computes)

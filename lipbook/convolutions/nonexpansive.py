@@ -22,9 +22,13 @@ from lipbook.convolutions.circular import (
     semi_orthogonal,
     torch_computes,
 )
-from lipbook.errors import Analysis, _error_rule_of
+from lipbook.errors import (
+    Analysis,
+    _cuda_rule_of,
+    _error_rule_of,
+)
 from lipbook.freezing import register_plain
-from lipbook.layers.linear import convolution_error
+from lipbook.layers.linear import convolution_error, convolution_kernels
 from lipbook.norms import operator_norm
 from lipbook.norms.arguments import _floating, _integer
 from lipbook.norms.rigorous import rigorous_matrix_norm
@@ -436,6 +440,8 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
 
     return convolution_error(module, example, p, norm)
 
+
+_cuda_rule_of(NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d)(convolution_kernels)
 
 register_plain(NonexpansiveConv1d, nn.Conv1d, torch_computes)
 register_plain(NonexpansiveConv2d, nn.Conv2d, torch_computes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -116,14 +116,22 @@ class Graph:
 
     def double(self) -> Graph:
         """Copy whose layers compute in float64."""
+        return self._mapped(
+            lambda layer: nn.Identity() if isinstance(layer, Cast) else layer.double()
+        )
+
+    def cpu(self) -> Graph:
+        """Copy whose layers lie on the CPU."""
+        return self._mapped(lambda layer: layer.cpu())
+
+    def _mapped(self, function: Callable[[nn.Module], nn.Module]) -> Graph:
+        """Graph of what a function makes of copies of the layers."""
         memo: dict[int, nn.Module] = {}
         for node in self.nodes[1:]:
             layer = node.layer
             assert layer is not None
             if id(layer) not in memo:
-                memo[id(layer)] = (
-                    nn.Identity() if isinstance(layer, Cast) else copy.deepcopy(layer).double()
-                )
+                memo[id(layer)] = function(copy.deepcopy(layer))
         nodes = [
             node if node.layer is None else dataclasses.replace(node, layer=memo[id(node.layer)])
             for node in self.nodes

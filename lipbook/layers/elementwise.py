@@ -26,12 +26,14 @@ from lipbook.errors import (
     _by_input,
     _check_single,
     _closed_form,
+    _cuda_rule_of,
     _entrywise,
     _error_rule_of,
     _quantum,
     _relative,
     clipped_error,
     moved_error,
+    plain_kernels,
     range_error_rule,
 )
 from lipbook.norms.rigorous import _UP
@@ -458,6 +460,7 @@ def _glu_range(module: nn.GLU, values: Range) -> Range:
 # ------------------------------------------------------------------- errors of programs
 
 _error_rule_of(nn.ReLU, nn.ReLU6, Absolute)(moved_error)
+_cuda_rule_of(nn.ReLU, nn.ReLU6, Absolute, nn.Hardtanh, nn.LeakyReLU, nn.PReLU)(plain_kernels)
 
 
 @_error_rule_of(nn.Hardtanh)

@@ -19,7 +19,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lipbook.errors import ForwardError, _entrywise, _quantum, _stacked, _sum
+from lipbook.errors import (
+    ForwardError,
+    _cuda_rule_of,
+    _entrywise,
+    _quantum,
+    _stacked,
+    _sum,
+    plain_kernels,
+)
 from lipbook.norms.rigorous import _gamma
 from lipbook.rules import Range, Shape, outward
 from lipbook.units import Units, sorted_units, units_rule
@@ -410,3 +418,6 @@ def interval_product(
     spread = radius * (middle.abs() + half) + center.abs() * half
     image = center * middle
     return image, spread * (1 + 2.0**-45) + image.abs() * 2.0**-45
+
+
+_cuda_rule_of(Add, Subtract, Concatenate, Maximum)(plain_kernels)

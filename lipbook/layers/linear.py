@@ -18,10 +18,12 @@ from lipbook.errors import (
     _bias_norm,
     _check_direct,
     _computing_dtype,
+    _cuda_rule_of,
     _error_rule_of,
     _exactly,
     _norms,
     forward_error_rule,
+    plain_kernels,
 )
 from lipbook.norms import (
     convolution_norm_bound,
@@ -166,7 +168,8 @@ def convolution_error(
 
     ``norm_of`` bounds the norm from the weight, for padding that torch does not know.
     """
-    _check_direct(module.weight)
+    if example.device.type == "cpu":
+        _check_direct(module.weight)
     dtype = _computing_dtype(example, module.weight)
     weight = module.weight.detach().to(dtype)
     size: list[int] = list(example.shape[2:])
@@ -199,10 +202,49 @@ def convolution_error(
     return _after_cast(affine, dtype, p)
 
 
-_error_rule_of(
+def convolution_kernels(module: Any, example: Tensor) -> None:
+    """Answer to :func:`cuda_rule`: windows are summed as the definition says.
+
+    Torch is asked which of its algorithms it takes for such a geometry.
+    """
+    dims = example.dim() - 2
+    padding: Any = module.padding if module.padding_mode == "zeros" else 0
+    if isinstance(padding, str):  # whose zeros torch adds before, or on both sides
+        padding = 0
+    weight = module.weight.detach()
+    reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, weight.shape[2:], strict=True)]
+    size = [max(n, r) for n, r in zip(example.shape[2:], reach, strict=True)]
+    backend = torch._C._select_conv_backend(
+        example.new_empty(len(example), example.shape[1], *size),
+        weight,
+        module.bias,
+        list(module.stride),
+        list(padding) if padding else [0] * dims,
+        list(module.dilation),
+        module.transposed,
+        list(module.output_padding),
+        module.groups,
+    )
+    if backend.name not in _SUMMING:
+        raise ValueError(
+            f"torch convolves by {backend.name} on this GPU, of whose sums nothing is known: "
+            "certify on the CPU, by .cpu(), or use sound=False"
+        )
+
+
+_SUMMING = frozenset(  # of copied windows by matrix products, or window by window
+    [
+        *("Slow2d", "Slow3d", "SlowDilated2d", "SlowDilated3d"),
+        *("SlowTranspose2d", "SlowTranspose3d", "CudaDepthwise2d", "CudaDepthwise3d"),
+    ]
+)
+_CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)(convolution_error)
+)
+_error_rule_of(*_CONVOLUTIONS)(convolution_error)
+_cuda_rule_of(*_CONVOLUTIONS)(convolution_kernels)
+_cuda_rule_of(nn.Linear)(plain_kernels)
 
 
 @_error_rule_of(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -24,12 +24,14 @@ from lipbook.errors import (
     _cast,
     _closed_form,
     _computing_dtype,
+    _cuda_rule_of,
     _entries,
     _error_rule_of,
     _relative,
     _unrounded,
     clipped_error,
     moved_error,
+    plain_kernels,
 )
 from lipbook.norms import operator_norm
 from lipbook.norms.rigorous import rigorous_matrix_norm
@@ -530,6 +532,17 @@ def _sum_norm(terms: int, factor: float, p: float) -> float:
 # ------------------------------------------------------------------- errors of programs
 
 _error_rule_of(Rearrangement)(moved_error)
+_cuda_rule_of(Rearrangement, Constant, Clamp, Shift, MatrixProduct)(plain_kernels)
+
+
+@_cuda_rule_of(Diagonal)
+def _(module: Diagonal, example: Tensor) -> None:
+    """Refuse a divisor whose reciprocal, by which a GPU multiplies, might underflow."""
+    if module.divides and not module.factor.dim() and module.factor.abs().item() > 2.0**100:
+        raise ValueError(
+            f"a GPU divides by multiplying with a reciprocal, and that of {module.factor.item():g} "
+            "may be flushed to zero: certify on the CPU, by .cpu()"
+        )
 
 
 @_error_rule_of(Constant)

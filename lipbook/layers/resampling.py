@@ -17,11 +17,13 @@ from lipbook.errors import (
     _Affine,
     _check_single,
     _closed_form,
+    _cuda_rule_of,
     _entries,
     _error_rule_of,
     _moved,
     _quantum,
     moved_error,
+    plain_kernels,
 )
 from lipbook.norms import operator_norm
 from lipbook.norms.rigorous import _UP, _gamma
@@ -300,6 +302,7 @@ _SELECTING = (
     *_MAXIMA,
 )
 _error_rule_of(*_SELECTING)(moved_error)
+_cuda_rule_of(*_SELECTING, *_MEANS)(plain_kernels)
 
 
 @_error_rule_of(nn.Upsample)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipbook.composition import Bound, lipschitz_rule
-from lipbook.errors import Analysis, _closed_form, _error_rule_of, _relative
+from lipbook.errors import (
+    Analysis,
+    _closed_form,
+    _cuda_rule_of,
+    _error_rule_of,
+    _relative,
+    plain_kernels,
+)
 from lipbook.freezing import register_plain
 from lipbook.norms.arguments import _integer, _real
 from lipbook.orthogonal.bounded import (
@@ -361,6 +368,9 @@ def _(module: Scale, input_shape: tuple[int, ...], p: float) -> Bound:
 def _(module: Scale, example: Tensor, p: float) -> Analysis:
     lipschitz = _closed_form(module, example, p)
     return lambda x: _relative(module, x, p, lipschitz, 3)  # the constant and the product
+
+
+_cuda_rule_of(Scale)(plain_kernels)
 
 
 for _layer in (OrthogonalLinear, SpectralNormLinear, InfinityNormLinear, UnitNormLinear):

@@ -16,13 +16,14 @@ from lipbook.robustness.certificate import (
     certified_radius,
     wilson_interval,
 )
-from lipbook.robustness.lipschitz import certify
+from lipbook.robustness.lipschitz import Certifier, certify
 from lipbook.robustness.smoothing import certify_by_smoothing, smoothed_radius
 from lipbook.robustness.standardize import Standardize
 
 __all__ = [
     "Accuracy",
     "Certificate",
+    "Certifier",
     "Standardize",
     "certified_radius",
     "certify",

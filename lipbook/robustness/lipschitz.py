@@ -6,7 +6,7 @@ import dataclasses
 import math
 import platform
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from lipbook.robustness.certificate import (
 from lipbook.rounding import graph_error, range_error_rule, range_errors
 from lipbook.rules import Ball, Box, Domain, Range, Shape, outward
 
-__all__ = ["certify"]
+__all__ = ["Certifier", "certify"]
 
 
 @torch.no_grad()
@@ -141,19 +141,21 @@ def certify(
     TypeError
         If a module has no rule, or an argument is of another type.
     ValueError
-        If the model is in training mode, is on an accelerator (``sound`` only), inputs or labels do
-        not fit, inputs lie outside the domain, an output is NaN or infinite, or autocast is on for
-        a sound certificate with a domain or ``method="local"``: it rounds the weights.
+        If the model is in training mode, inputs or labels do not fit, inputs lie outside the
+        domain, an output is NaN or infinite, the device or its settings are not those of the model
+        of rounding (``sound`` only; on a GPU of NVIDIA enter
+        :func:`~lipbook.rounding.ieee_cuda`), or autocast is on for a sound certificate with a
+        domain or ``method="local"``: it rounds the weights.
 
     Notes
     -----
     Of the median radius of a dense net 784-256-256-10 on digits 0.6 % is lost to rounding in
     float32, 7 % in float16 and 46 % in bfloat16 (``lipbook reproduce counterexamples``). The bound
-    is computed once; a batch of 500 takes 1.3 times as long as the net alone in real arithmetic,
-    and 2.8 times sound, since the products of moduli are a second pass. The loss grows with the
-    width of layers, since
-    :math:`\gamma_n` does: it is a worst case, a thousand times what happens. ``facts`` of the
-    certificate holds the median loss as ``lost_to_rounding``.
+    is computed once, and for many calls by :class:`Certifier`; a batch of 500 takes 1.3 times as
+    long as the net alone in real arithmetic, and 2.4 times sound, since the products of moduli are
+    a second pass. The loss grows with the width of layers, since :math:`\gamma_n` does: it is a
+    worst case, a thousand times what happens. ``facts`` of the certificate holds the median loss
+    as ``lost_to_rounding``, and what is assumed of a GPU of NVIDIA as ``assumed``.
 
     References
     ----------
@@ -194,66 +196,223 @@ def certify(
     >>> bool((boxed.radius > 0).all()), boxed.facts["domain"]
     (True, 'Box(low=0, high=1)')
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if model.training:
-        raise ValueError("model must be in evaluation mode: call .eval()")
-    if method not in ("product", "local"):
-        raise ValueError(f"method must be 'product' or 'local', got {method!r}")
-    if preprocess is not None:
-        if not isinstance(preprocess, nn.Module):
-            raise TypeError(
-                "preprocess must be a torch.nn.Module with a Lipschitz rule, since it changes what "
-                f"a radius means, got {type(preprocess).__name__}"
+    certifier = Certifier(
+        model,
+        input_shape,
+        p,
+        sound=sound,
+        preprocess=preprocess,
+        domain=domain,
+        method=method,
+        lipschitz=lipschitz,
+        output=output,
+    )
+    return certifier(loader)
+
+
+class Certifier:
+    r"""A network that is read once and certified many times, batch by batch.
+
+    ``Certifier(model, input_shape, ...)(loader)`` is ``certify(model, loader, input_shape, ...)``.
+    Norms, factors of rounding and the graph are computed at the beginning and kept, with a copy of
+    the network. Each call compares the network with what it was, all parameters, buffers, numbers
+    and texts by value and objects of other classes by identity, and refuses if anything has
+    changed, in whatever way (``weight.data.mul_(2)`` leaves no trace in the counters of torch).
+    The comparison reads each weight once, which is less than what one input costs the network.
+
+    Parameters
+    ----------
+    model, input_shape, p, sound, preprocess, domain, method, lipschitz, output
+        As in :func:`certify`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`certify`; in a call, also if the network, autocast or the algorithms that
+        torch may choose are no longer those of the beginning.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
+    >>> certifier = Certifier(net, (8,))
+    >>> x, y = torch.randn(100, 8), torch.randint(3, (100,))
+    >>> one = certifier([(x[:50], y[:50])]), certifier([(x[50:], y[50:])])
+    >>> whole = certify(net, [(x[:50], y[:50]), (x[50:], y[50:])], (8,))
+    >>> bool((torch.cat([part.radius for part in one]) == whole.radius).all())
+    True
+    >>> _ = net[0].weight.data.mul_(2)
+    >>> certifier([(x, y)])
+    Traceback (most recent call last):
+    ...
+    ValueError: model must be as it was when it was read, but 0.weight has changed: make another
+        Certifier
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: Sequence[int],
+        p: float = 2,
+        *,
+        sound: bool = True,
+        preprocess: nn.Module | None = None,
+        domain: Domain | None = None,
+        method: Literal["product", "local"] = "product",
+        lipschitz: float | None = None,
+        output: str | int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if model.training:
+            raise ValueError("model must be in evaluation mode: call .eval()")
+        if method not in ("product", "local"):
+            raise ValueError(f"method must be 'product' or 'local', got {method!r}")
+        self._read = {"": model}
+        if preprocess is not None:
+            if not isinstance(preprocess, nn.Module):
+                raise TypeError(
+                    "preprocess must be a torch.nn.Module with a Lipschitz rule, since it changes "
+                    f"what a radius means, got {type(preprocess).__name__}"
+                )
+            self._read["preprocess"] = preprocess
+            model = nn.Sequential(preprocess, unwrapped(model))
+        self._shape = rules._shape(input_shape)
+        self._p = rules._exponent(p)
+        if lipschitz is not None and (sound or domain is not None or method != "product"):
+            raise ValueError(
+                "lipschitz is a number that the caller vouches for: it needs sound=False, and goes "
+                "with no domain and no method"
             )
-        model = nn.Sequential(preprocess, unwrapped(model))
-    shape = rules._shape(input_shape)
-    p = rules._exponent(p)
-    if lipschitz is not None and (sound or domain is not None or method != "product"):
-        raise ValueError(
-            "lipschitz is a number that the caller vouches for: it needs sound=False, and goes "
-            "with no domain and no method"
-        )
-    with torch.inference_mode(False), torch.no_grad():
-        reader = Reader(
-            model,
-            shape,
-            p,
-            sound=sound,
-            domain=domain,
-            method=method,
-            lipschitz=lipschitz,
-            output=output,
-        )
+        self._sound, self._domain = sound, domain
+        self._method = method if lipschitz is None else VOUCHED
+        self._before = _snapshot(self._read)
+        with torch.inference_mode(False), torch.no_grad():
+            self._reader = Reader(
+                model,
+                self._shape,
+                self._p,
+                sound=sound,
+                domain=domain,
+                method=method,
+                lipschitz=lipschitz,
+                output=output,
+            )
+        self._settings = _settings(self._reader.weight)
+
+    @torch.no_grad()
+    def __call__(self, loader: Batches) -> Certificate:
+        """Certify the predictions on the batches of a loader, see :func:`certify`."""
+        reader = self._reader
+        self._check_unchanged()
         columns: list[list[Tensor]] = [[], [], [], []]
-        for inputs, labels in pairs(loader):
-            x = _check_inputs(inputs, shape, reader.weight)
-            logits, radius, real = reader(x)
-            check_logits(logits, labels)
-            for column, value in zip(
-                columns, (radius, logits.argmax(1), labels.long(), real), strict=True
-            ):
-                column.append(value.detach().cpu().clone())
-    radius, predictions, truth, real = (torch.cat(column) for column in columns)
-    positive = real > 0
-    kept = (radius[positive] / real[positive]).nan_to_num(1.0)  # infinite for both
-    facts = {
-        "lost_to_rounding": 1 - kept.median().item() if positive.any() else 0.0,
-        "layers": reader.layers,
-        "method": method if lipschitz is None else VOUCHED,
-        "domain": None if domain is None else " ".join(repr(domain).split()),
-        "input_shape": list(shape),
-        "dtype": str(reader.weight.dtype).removeprefix("torch."),
-        "autocast": _autocast_name(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
+        with torch.inference_mode(False), torch.no_grad():
+            for inputs, labels in pairs(loader):
+                x = _check_inputs(inputs, self._shape, reader.weight)
+                logits, radius, real = reader(x)
+                check_logits(logits, labels)
+                for column, value in zip(
+                    columns, (radius, logits.argmax(1), labels.long(), real), strict=True
+                ):
+                    column.append(value.detach().cpu().clone())
+        radius, predictions, truth, real = (torch.cat(column) for column in columns)
+        positive = real > 0
+        kept = (radius[positive] / real[positive]).nan_to_num(1.0)  # infinite for both
+        domain = self._domain
+        facts = {
+            "lost_to_rounding": 1 - kept.median().item() if positive.any() else 0.0,
+            "layers": reader.layers,
+            "method": self._method,
+            "domain": None if domain is None else " ".join(repr(domain).split()),
+            "input_shape": list(self._shape),
+            "dtype": str(reader.weight.dtype).removeprefix("torch."),
+            "autocast": _autocast_name(reader.weight.device.type),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            **(_of_gpu(reader.weight.device) if reader.weight.device.type == "cuda" else {}),
+        }
+        return Certificate(radius, predictions, truth, float(self._p), self._sound, facts)
+
+    def _check_unchanged(self) -> None:
+        """Refuse a network or settings other than those that were read."""
+        now = _snapshot(self._read, copied=False)
+        for name in (*self._before, *now):
+            both = name in self._before and name in now
+            if not (both and _same(self._before[name], now[name])):
+                raise ValueError(
+                    f"model must be as it was when it was read, but {name} has changed: make "
+                    "another Certifier"
+                )
+        if self._sound:
+            errors._check_arithmetic(self._reader.weight)
+        if self._settings != _settings(self._reader.weight):
+            raise ValueError(
+                "autocast, oneDNN, NNPACK and cuDNN must be switched on or off as they were when "
+                "the model was read: make another Certifier"
+            )
+
+
+def _snapshot(modules: dict[str, nn.Module], copied: bool = True) -> dict[str, Any]:
+    """Everything that a network computes with: classes, tensors, attributes, hooks."""
+    found: dict[str, Any] = {}
+    for prefix, whole in modules.items():
+        for path, module in whole.named_modules(prefix=prefix, remove_duplicate=False):
+            place = f"{path}." if path else ""
+            found[f"{place}class"] = type(module)
+            for name, value in vars(module).items():
+                if name in ("_parameters", "_buffers"):
+                    found |= {f"{place}{own}": _kept(part, copied) for own, part in value.items()}
+                elif name != "_modules":
+                    found[f"{place}{name}"] = _kept(value, copied)
+    return found
+
+
+def _kept(value: Any, copied: bool) -> Any:
+    """Value of an attribute, which later changes in place leave alone if it is copied."""
+    if isinstance(value, Tensor):
+        return value.detach().clone() if copied else value.detach()
+    if isinstance(value, (tuple, list)):
+        return tuple(_kept(part, copied) for part in value)
+    if isinstance(value, dict):
+        return tuple((key, _kept(part, copied)) for key, part in value.items())
+    return value
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether an attribute has the value that it had; of unknown classes, is the same object."""
+    if type(before) is not type(now):
+        return False
+    if isinstance(before, Tensor):
+        alike = (before.dtype, before.device) == (now.dtype, now.device)
+        return alike and torch.equal(before, now)
+    if isinstance(before, tuple):
+        return len(before) == len(now) and all(map(_same, before, now))
+    if isinstance(before, (int, float, complex, str)):
+        return before is now or before == now
+    return before is now
+
+
+def _settings(weight: Tensor) -> tuple[Any, ...]:
+    """Name what else decides on the program: autocast, and the libraries that may convolve."""
+    return (
+        _autocast_name(weight.device.type),
+        torch._C._get_mkldnn_enabled(),
+        torch._C._get_nnpack_enabled(),
+        torch.backends.cudnn.enabled,
+    )
+
+
+def _autocast_name(device: str) -> str | None:
+    on = torch.is_autocast_enabled(device)
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if on else None
+
+
+def _of_gpu(device: torch.device) -> dict[str, Any]:
+    """Facts of a certificate about a program on a GPU."""
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "assumed": list(errors.CUDA_HYPOTHESES),
     }
-    return Certificate(radius, predictions, truth, float(p), sound, facts)
-
-
-def _autocast_name() -> str | None:
-    on = torch.is_autocast_enabled("cpu")
-    return str(torch.get_autocast_dtype("cpu")).removeprefix("torch.") if on else None
 
 
 def _weight_of(model: nn.Module) -> Tensor:
@@ -317,7 +476,12 @@ class Reader:
         self.domain, self.local = domain, method == "local"
         self.double: Graph | None = None
         if domain is not None or self.local:
-            if sound and _autocast_name() is not None:
+            if self.weight.device.type == "cuda":
+                raise ValueError(
+                    "domain and method='local' are for networks on the CPU, got one on CUDA: call "
+                    ".cpu()"
+                )
+            if sound and _autocast_name("cpu") is not None:
                 raise ValueError(
                     "autocast rounds the weights, so that bounds on a domain or near an input "
                     "would be those of another function: certify the model in that dtype, or "
@@ -345,8 +509,11 @@ class Reader:
                 return graph_bound(self.body, self.p).value, bound.table()
             except (TypeError, ValueError):  # not Lipschitz on all of space
                 return math.inf, bound.table()
+        body, model = self.body, rules._plain_copy(unwrapped(model))  # weights computed once
+        if self.weight.device.type != "cpu":  # where factorisations are faster and more accurate
+            model, body = model.cpu(), body.cpu()
         whole = lipschitz_bound(model, self.shape, self.p, output=output)
-        return graph_bound(self.body, self.p).value, str(whole)
+        return graph_bound(body, self.p).value, str(whole)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, radius, and radius in real arithmetic of a batch."""
@@ -684,7 +851,7 @@ class _Differences:
         return total
 
     def __call__(self, outputs: Tensor) -> _DifferenceErrors:
-        logits = class_logits(outputs)
+        logits = class_logits(outputs).cpu()
         norms = self.pairs[logits.argmax(1)]
         zero = torch.zeros_like(norms)
         return _DifferenceErrors(logits, norms, zero, zero, zero[:, 0] + math.inf)
@@ -701,12 +868,12 @@ class _HeadDifferences:
         if len(weight) == 1:  # the logits 0 and z
             weight, bias = (torch.cat([torch.zeros_like(part), part]) for part in (weight, bias))
         slack = 1 + (weight.shape[1] + 8) * torch.finfo(torch.float64).eps
-        self.pairs = pair_norms(weight.double(), p) * slack + 2.0**-500 * weight.shape[1]
+        self.pairs = pair_norms(weight.double().cpu(), p) * slack + 2.0**-500 * weight.shape[1]
         self.rows = self.pairs.new_tensor(
             [errors._norms(row[None], dual_exponent(p)) for row in weight]
         )
         self.absolute = weight.abs().to(torch.promote_types(self.dtype, torch.float32))
-        self.bias = bias.to(self.dtype).double().abs()
+        self.bias = bias.to(self.dtype).double().abs().cpu()
 
     def arrive(self, total: ForwardError) -> ForwardError:
         if total.outputs.dtype == self.dtype:
@@ -714,14 +881,14 @@ class _HeadDifferences:
         return errors._then(total, errors._cast(total.outputs, self.dtype, self.p))
 
     def __call__(self, features: Tensor) -> _DifferenceErrors:
-        logits = class_logits(self.head(features))
+        logits = class_logits(self.head(features)).cpu()
         half, working = errors._is_half(logits.dtype), self.absolute.dtype
         terms = (features.shape[1] + 2) * (2 if half else 1)
         gamma = _gamma(terms, working)
         inside = errors._exactly(functional.linear, features.abs().to(working), self.absolute)
-        inside = inside.double() * (1 + 2 * gamma) + self.bias  # |W||x| + |b|
+        inside = inside.double().cpu() * (1 + 2 * gamma) + self.bias  # |W||x| + |b|
         underflow = 2 * terms * torch.finfo(working).tiny
-        largest = self.absolute.max().double() + errors._norms(features, self.p)[:, None]
+        largest = self.absolute.max().item() + errors._norms(features, self.p)[:, None]
         off_by = gamma * inside + underflow * (1 + largest)
         slopes = gamma * self.rows + underflow
         if half:  # as in _Affine

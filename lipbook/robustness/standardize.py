@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lipbook import errors
-from lipbook.errors import Analysis, forward_error_rule
+from lipbook.errors import Analysis, cuda_rule, forward_error_rule, plain_kernels
 from lipbook.norms.arguments import _real
 from lipbook.norms.rigorous import _UP
 from lipbook.rules import Bound, Shape, lipschitz_rule
@@ -75,3 +75,6 @@ def _(module: Standardize, example: Tensor, p: float) -> Analysis:
     lipschitz = lipschitz_rule(module, tuple(example.shape[1:]), p).value * _UP
     shift = module.mean.double().abs().max().item()  # since x - mean may overflow, undivided
     return lambda x: errors._relative(module, x, p, lipschitz, 2, shift)
+
+
+cuda_rule.register(Standardize, plain_kernels)
