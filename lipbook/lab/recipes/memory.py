@@ -96,7 +96,7 @@ def copying(count: int, delay: int, generator: torch.Generator) -> tuple[Tensor,
 
     References
     ----------
-    The problem: :cite:t:`arjovsky2016unitary`, who give a signal at the recall, too.
+    The problem: :cite:t:`arjovsky2016unitary`, with ten letters, and a signal when to recall them.
     """
     letters = torch.randint(LETTERS, (count, SYMBOLS), generator=generator)
     x = torch.zeros(count, SYMBOLS + delay + SYMBOLS, INPUTS)
