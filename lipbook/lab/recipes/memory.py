@@ -123,15 +123,17 @@ class Recall(nn.Module):
         super().__init__()
         if name not in NETWORKS:
             raise ValueError(f"name: expected one of {NETWORKS}, got {name!r}")
+        layer: Any
         if name == "lossless":
-            self.layer: nn.Module = LosslessRNN(INPUTS, HIDDEN, batch_first=True)
+            layer = LosslessRNN(INPUTS, HIDDEN, batch_first=True)
         elif name == "orthogonal":
-            self.layer = OrthogonalRNN(INPUTS, HIDDEN)
+            layer = OrthogonalRNN(INPUTS, HIDDEN)
         else:
             kind = nn.LSTM if name == "LSTM" else nn.RNN
-            self.layer = kind(INPUTS, HIDDEN, batch_first=True)
+            layer = kind(INPUTS, HIDDEN, batch_first=True)
             if name == "orthogonal start":
-                nn.init.orthogonal_(self.layer.weight_hh_l0)
+                nn.init.orthogonal_(layer.weight_hh_l0)
+        self.layer = layer
         self.read = nn.Linear(INPUTS if name == "lossless" else HIDDEN, LETTERS)
 
     def forward(self, x: Tensor) -> Tensor:

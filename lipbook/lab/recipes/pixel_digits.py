@@ -266,7 +266,8 @@ def fit(
         loss=loss, optimizer=torch.optim.Adam, schedule="linear", seed=seed,
     )  # fmt: skip
     if name == "orthogonal":
-        model[1].layer = model[1].layer.plain()
+        reader: Any = model[1]
+        reader.layer = reader.layer.plain()
     return model.requires_grad_(False).eval()
 
 
