@@ -430,6 +430,21 @@ def test_a_scalar_recurrence_attains_its_bound() -> None:
         assert bound == pytest.approx(torch.linalg.matrix_norm(J, p).item(), rel=1e-6)
 
 
+def test_bounds_of_long_sequences_do_not_overflow_on_the_way() -> None:
+    """Entries 10^(t - s) make a matrix of rank 1 up to 10^(-2 time): its norm is known."""
+    layer = nn.RNN(1, 1, nonlinearity="relu", bias=False, batch_first=True)
+    for weight, value in ((layer.weight_ih_l0, 1.0), (layer.weight_hh_l0, 10.0)):
+        nn.init.constant_(weight, value)
+    for p, factor in ((1, 10 / 9), (2, 1 / 0.99), (math.inf, 10 / 9)):
+        bound = lipschitz_bound(layer, (200, 1), p, output=0).value
+        assert bound / 1e199 == pytest.approx(factor, rel=1e-9)
+        assert lipschitz_bound(layer, (400, 1), p, output=0).value == math.inf
+    deep = nn.LSTM(1, 8, 2, batch_first=True)
+    for weight in deep.parameters():
+        nn.init.constant_(weight, 9.0)
+    assert lipschitz_bound(deep, (400, 1), output=0).value == math.inf
+
+
 def test_a_forget_gate_below_one_shows_on_a_domain() -> None:
     layer = nn.LSTM(1, 2, batch_first=True)
     for weight in layer.parameters():

@@ -436,7 +436,12 @@ def _shares(w: _Weights, inputs: Range) -> Interval:
 
 
 def _norm(matrix: Tensor, p: float) -> Tensor:
-    return torch.linalg.matrix_norm(matrix, p) * _UP
+    """Norm from above of matrices of numbers >= 0, however large; nan stands for 0 times inf."""
+    matrix = matrix.nan_to_num(nan=math.inf, posinf=math.inf)
+    largest = matrix.amax((-2, -1), keepdim=True)
+    scale = torch.where(largest > 2.0**400, largest, 1.0)  # so that squares do not overflow
+    norm = torch.linalg.matrix_norm((matrix / scale).nan_to_num(nan=1.0), p)
+    return norm * scale[..., 0, 0] * _UP
 
 
 @lipschitz_rule.register

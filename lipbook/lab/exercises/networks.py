@@ -162,3 +162,20 @@ def step() -> float:
     energy = (x[:, None] + x[None, :]).cosh().sum(1).log().sum()
     (gradient,) = torch.autograd.grad(energy, x)
     return (x - 0.25 * gradient)[0].item()
+
+
+@exercise(
+    "12.10",
+    level=2,
+    kind="compute",
+    mistakes={
+        "half of the norm is a quarter of its square": 2 * math.log(2) / math.log(48 / 43),
+        "a step keeps 43 parts of 48": math.log(2) / math.log(43 / 5),
+        "the part that leaves is 5/48": math.log(2) / math.log(48 / 5),
+    },
+)
+def half_life() -> float:
+    kept, steps = torch.tensor(43 / 48, dtype=torch.float64), 0
+    while kept ** (steps + 1) > 0.5:
+        steps += 1
+    return steps + ((kept**steps / 0.5).log() / -kept.log()).item()
