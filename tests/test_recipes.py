@@ -1889,7 +1889,7 @@ def test_gradient_controls_choose_on_held_out_digits_and_resume(
         monkeypatch.setattr(gradient_controls, name, value)
     results, _ = gradient_controls.run(validation=300, rows=Rows(tmp_path))
     assert gradient_controls.run(validation=300, rows=Rows(tmp_path))[0] == results
-    assert len(asked) == 12 * (3 + 2)
+    assert len(asked) == 12 * (4 + 2)
     for task, _, judges in asked:
         assert len(judges) == {"ten digits": 300, "two digits": 60}[task]
     for _, fitted, judges in (asked[0], asked[-1]):
@@ -1907,7 +1907,7 @@ def test_the_record_of_the_gradient_controls_follows_from_its_trials() -> None:
         cell = one["task"], one["constraint"], one["loss"]
         best[cell] = max(best.get(cell, (-1.0, 0.0)), (one["validation"], -one["lr"]))
     assert len(best) == 12
-    assert len(record.results["tried"]) == 36
+    assert len(record.results["tried"]) == 48
     for task in ("ten", "two"):
         rows = record.results[task]
         assert len({(r["constraint"], r["loss"], r["seed"]) for r in rows}) == len(rows) == 18

@@ -66,7 +66,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 #: Whether the weights stay orthonormal.
 CONSTRAINTS = ("none", "orthonormal")
 #: First rates of Adam to choose from.
-RATES = (0.001, 0.003, 0.01)
+RATES = (0.001, 0.003, 0.01, 0.03)
 SEEDS = 3
 FRESH = 1000  # added to a seed for random layers
 PLANNED = 600  # points of a class in the plan
