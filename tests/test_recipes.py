@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import ot
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
@@ -38,9 +39,11 @@ from lipbook.lab.recipes import (
     cifar10,
     convolution_gallery,
     counterexamples,
+    critic_controls,
     deep_networks,
     digit_generator,
     equal_budget,
+    gradient_controls,
     gradients,
     group_sizes,
     image_critics,
@@ -174,6 +177,113 @@ def test_a_few_steps_show_the_order_of_the_activations() -> None:
 def test_a_critic_that_is_not_kept_is_refused() -> None:
     with pytest.raises(ValueError, match="no critic 'cone, d = 128/ReLU/orthogonal': expected"):
         known_answers.load("cone, d = 128", "ReLU", "orthogonal")
+
+
+# ----------------------------------------------------------------------------- critic_controls
+
+
+@pytest.mark.parametrize("shape", [(64, 2), (32, 32), (1, 16)])
+def test_starts_differ_in_singular_values_alone(shape: tuple[int, int]) -> None:
+    """The usual matrix is the orthonormal one times a symmetric positive factor."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(shape[1], shape[0])
+    found = {}
+    for start, constraint in critic_controls.CELLS:
+        made = critic_controls.layer(plain, start, constraint)
+        weight = np.asarray(made.weight.detach())
+        estimated = 0.02 if constraint == "spectral norm" else 1e-5  # by fifteen iterations
+        assert np.allclose(weight, found.setdefault(start, weight), rtol=estimated, atol=1e-5)
+        assert math.isclose(np.linalg.norm(weight, 2), 1, rel_tol=estimated)
+        assert torch.equal(made.bias, plain.bias)
+    q, w = found["orthonormal"], found["usual"]
+    gram, factor = (q.T @ q, q.T @ w) if shape[0] >= shape[1] else (q @ q.T, q @ w.T)
+    assert np.allclose(gram, np.eye(min(shape)), atol=1e-5)
+    assert np.allclose(factor, factor.T, atol=1e-5)
+    assert np.linalg.eigvalsh(factor).min() > 0
+    assert math.isclose(np.ptp(w / plain.weight.detach().numpy()), 0, abs_tol=1e-4)
+    with pytest.raises(ValueError, match="start and constraint: expected one of"):
+        critic_controls.layer(plain, "usual", "orthonormal")
+
+
+def test_critics_of_one_start_begin_as_one_function() -> None:
+    x = torch.randn(50, 2)
+    for start in ("orthonormal", "usual"):
+        values = [
+            critic_controls.critic("three cones", "MaxMin", start, constraint, 3)(x)
+            for begin, constraint in critic_controls.CELLS
+            if begin == start
+        ]
+        assert all((value - values[0]).abs().max() < 0.05 for value in values)  # an estimate
+        assert all((value - values[0]).abs().max() < 1e-5 for value in values[:-1])
+
+
+def test_critic_controls_choose_on_other_points_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measured(*names: str, **given: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        asked.append(names)
+        score = -abs(math.log(given["lr"] / (0.001 if "ReLU" in names else 0.03)))
+        marks = {"validation": score, "value": -score, "kept": given["steps"], "slope": 0}
+        cell = dict(zip(("problem", "activation", "start", "constraint"), names, strict=True))
+        return cell | given | marks, {}
+
+    monkeypatch.setattr(critic_controls, "PROBLEMS", ("three cones",))
+    monkeypatch.setattr(critic_controls, "row", measured)
+    monkeypatch.setattr(critic_controls, "_exact", lambda problem: ({"exact": 1.0}, {}))
+    results, _ = critic_controls.run(shorten=0.1, rows=Rows(tmp_path))
+    assert critic_controls.run(shorten=0.1, rows=Rows(tmp_path))[0] == results
+    assert len(asked) == 15 * (4 + 2)
+    assert {(r["activation"] == "ReLU", r["lr"]) for r in results["rows"]} == {
+        (1, 0.001),
+        (0, 0.03),
+    }
+    made = records.facts("lipbook reproduce critic_controls", 0, 1.0)
+    found = critic_controls.summary(records.Record("critic_controls", made, results))
+    assert found["three cones", "MaxMin", "usual", "clipped"]["kept"] == [80] * 3
+
+
+def test_the_record_of_the_critic_controls_follows_from_its_trials() -> None:
+    """No value exceeds the exact distance of its points: that is the theorem of duality."""
+    record = records.read("critic_controls")
+    best: dict[Any, Any] = {}
+    for one in record.results["tried"]:
+        cell = one["problem"], one["activation"], one["start"], one["constraint"]
+        best[cell] = max(best.get(cell, (-1.0, 0.0)), (one["validation"], one["lr"]))
+    seeds = set()
+    for one in record.results["rows"]:
+        cell = one["problem"], one["activation"], one["start"], one["constraint"]
+        assert one["lr"] == best[cell][1]
+        assert one["value"] <= record.results["exact"][one["problem"]] + FLOAT32
+        assert one["slope"] <= 1 + 1e-5
+        assert one["kept"] <= 1 + 1e-2
+        if one["constraint"] == "orthonormal":
+            assert one["kept"] == pytest.approx(1, abs=1e-5)
+        seeds.add((*cell, one["seed"]))
+    assert len(seeds) == len(record.results["rows"]) == 3 * len(best) == 90
+
+
+def test_the_points_of_the_critic_controls_are_as_far_apart_as_recorded() -> None:
+    exact = records.read("critic_controls").results["exact"]
+    cone = known_answers.PROBLEMS["cone, d = 128"].problem()
+    x, y = critic_controls._points(cone, critic_controls.TEST)
+    assert y.unique(dim=0).shape[0] == 1  # so every plan is the same
+    assert exact["cone, d = 128"] == pytest.approx((x - y).norm(dim=1).mean().item())
+    cones = known_answers.PROBLEMS["three cones"].problem()
+    other, _ = critic_controls._points(cones, critic_controls.VALIDATION)
+    assert not torch.isin(critic_controls._points(cones, critic_controls.TEST)[0], other).any()
+
+
+def test_a_row_of_the_critic_controls_comes_again() -> None:
+    cell = {
+        "problem": "three cones", "activation": "ReLU", "start": "usual",
+        "constraint": "spectral norm", "seed": 0,
+    }  # fmt: skip
+    rows = records.read("critic_controls").results["rows"]
+    (one,) = (r for r in rows if {name: r[name] for name in cell} == cell)
+    again = critic_controls.row(**cell, lr=one["lr"])[0]
+    assert again["value"] == pytest.approx(one["value"], abs=0.02)
 
 
 def test_a_few_steps_show_the_order_of_the_group_sizes() -> None:
@@ -1699,6 +1809,133 @@ def test_training_against_attacks_helps_against_attacks() -> None:
     assert min(withstood["adversarial"], withstood["1-Lipschitz"]) > withstood["standard"] + 0.1
     with pytest.raises(ValueError, match="kind must be one of"):
         gradients.fit("friendly", few)
+
+
+# --------------------------------------------------------------------------- gradient_controls
+
+
+def test_gradient_controls_begin_as_one_network() -> None:
+    x = torch.rand(20, 784)
+    free, bound = (gradient_controls.network((784, 8, 8, 3), c, 5) for c in ("none", "orthonormal"))
+    assert (free(x) - bound(x)).abs().max() < 1e-6
+    assert not any(is_parametrized(each) for each in free)
+    singular = np.linalg.svd(np.asarray(free[1].weight.detach()), compute_uv=False)
+    assert np.allclose(singular, 1, atol=1e-6)
+    with pytest.raises(ValueError, match="constraint: expected one of"):
+        gradient_controls.network((784, 8, 3), "tight", 0)
+
+
+def test_gradient_controls_keep_the_constraint_and_learn() -> None:
+    (zeros, eights), held_out = gradient_controls.digits_of(mnist())
+    few = torch.cat([zeros[:300], eights[:300]]), torch.tensor([1, -1]).repeat_interleave(300)
+    test = torch.cat(held_out)
+    signs = torch.tensor([1, -1]).repeat_interleave(200)
+    for constraint in gradient_controls.CONSTRAINTS:
+        model = gradient_controls.fit("two digits", constraint, "hinge-KR", *few, lr=0.01, epochs=4)
+        assert ((model(test)[:, 0] * signs) > 0).double().mean() > 0.9
+        bound = lipschitz_bound(model, (1, 28, 28)).value
+        assert (abs(bound - 1) < 2e-3) == (constraint == "orthonormal")  # rounded to half
+    with pytest.raises(ValueError, match="loss: expected one of"):
+        gradient_controls.fit("ten digits", "none", "KR", *few, lr=0.01)
+
+
+def test_random_layers_are_those_of_another_network() -> None:
+    model, fresh = (gradient_controls.network((784, 8, 8, 3), "none", seed) for seed in (0, 1))
+    for k in range(4):
+        mixed = gradient_controls.randomised(model, k, 1)
+        for i, old, new, found in zip(
+            (0, 1, 2), model[1::2], fresh[1::2], mixed[1::2], strict=True
+        ):
+            assert torch.equal(found.weight, (new if i >= 3 - k else old).weight)
+            assert torch.equal(found.bias, (new if i >= 3 - k else old).bias)
+    g, h = torch.randn(5, 4, 6), torch.randn(5, 4, 6)
+    ranks = gradient_controls.rank_correlation(g, h)
+    for i in range(5):
+        exact = scipy.stats.spearmanr(*(abs(z[i].numpy().ravel()) for z in (g, h))).statistic
+        assert ranks[i].item() == pytest.approx(exact)
+
+
+def test_partners_are_those_of_the_exact_plan() -> None:
+    zeros, eights = (d[:40].double() for d in gradient_controls.digits_of(mnist())[0])
+    (way,) = gradient_controls.ways(zeros, eights).directions
+    points = [z.flatten(1).numpy() for z in (zeros, eights)]
+    plan = ot.emd([], [], ot.dist(*points, metric="euclidean"))
+    assert np.allclose(points[0] - way.numpy(), points[1][plan.argmax(1)])
+    assert way.norm(dim=1).mean().item() == pytest.approx(emd(zeros, eights))
+
+
+def test_gradient_controls_choose_on_held_out_digits_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def trained(
+        task: str, constraint: str, loss: str, fitted: Any, judges: Any, **given: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        asked.append((task, fitted[0], judges[0]))
+        score = 1 - abs(math.log(given["lr"] / (0.01 if loss == "hinge-KR" else 0.003)))
+        model = gradient_controls.network(small[task].sizes, "none", 0)
+        return {"validation": score}, networks.packed(model)
+
+    few = few_digits()
+    small = {
+        name: task._replace(sizes=(784, 4, 4, task.sizes[-1]))
+        for name, task in gradient_controls.TASKS.items()
+    }
+    for name, value in {
+        "mnist": lambda: few, "PLANNED": 20, "TASKS": small, "_trained": trained,
+        "measure_ten": lambda *_: {"cosine": 0.5}, "measure_two": lambda *_: {"transport": 0.5},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(gradient_controls, name, value)
+    results, _ = gradient_controls.run(validation=300, rows=Rows(tmp_path))
+    assert gradient_controls.run(validation=300, rows=Rows(tmp_path))[0] == results
+    assert len(asked) == 12 * (4 + 2)
+    for task, _, judges in asked:
+        assert len(judges) == {"ten digits": 300, "two digits": 60}[task]
+    for _, fitted, judges in (asked[0], asked[-1]):
+        every = torch.cat([fitted, judges, few.test_images]).flatten(1)
+        assert len(every.unique(dim=0)) == len(every)
+    for task in ("ten", "two"):
+        assert len(results[task]) == 6 * 3
+        assert all(r["lr"] == (0.01 if r["loss"] == "hinge-KR" else 0.003) for r in results[task])
+
+
+def test_the_record_of_the_gradient_controls_follows_from_its_trials() -> None:
+    record = records.read("gradient_controls")
+    best: dict[Any, Any] = {}
+    for one in record.results["tried"]:
+        cell = one["task"], one["constraint"], one["loss"]
+        best[cell] = max(best.get(cell, (-1.0, 0.0)), (one["validation"], -one["lr"]))
+    assert len(best) == 12
+    assert len(record.results["tried"]) == 48
+    for task in ("ten", "two"):
+        rows = record.results[task]
+        assert len({(r["constraint"], r["loss"], r["seed"]) for r in rows}) == len(rows) == 18
+        for one in rows:
+            assert one["lr"] == -best[f"{task} digits", one["constraint"], one["loss"]][1]
+            if one["constraint"] == "orthonormal":
+                assert one["bound"] == pytest.approx(1, abs=2e-3)  # rounded to half
+            if task == "two":  # by duality
+                assert one["seen"] <= 1
+                assert one["held_out"] < record.results["constant"]["ceiling"]
+
+
+def test_a_row_of_the_gradient_controls_comes_again() -> None:
+    record = records.read("gradient_controls")
+    one = gradient_controls.summary(record, "two")["none", "cross-entropy"]
+    zeros, eights = gradient_controls.digits_of(mnist())[0]
+    parts = [torch.cat([digit[:600], digit[800:]]) for digit in (zeros, eights)]
+    signs = torch.tensor([1, -1]).repeat_interleave(len(parts[0]))
+    model = gradient_controls.fit(
+        "two digits", "none", "cross-entropy", torch.cat(parts), signs, lr=one["lr"][0]
+    )
+    known = gradient_controls.ways(zeros[:600].double(), eights[:600].double())
+    found = gradient_controls._agreement(model.double(), known)
+    assert found == pytest.approx(one["transport"][0], abs=0.02)
+    (way,) = known.directions
+    mean = (zeros.double().mean(0) - eights.double().mean(0)).flatten()
+    cosine = torch.nn.functional.cosine_similarity(way, mean).mean().item()
+    assert cosine == pytest.approx(record.results["constant"]["transport"])
 
 
 # --------------------------------------------------------------------------------------- rows
