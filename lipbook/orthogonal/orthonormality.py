@@ -16,6 +16,7 @@ __all__ = [
     "without_autocast",
     "power_of_two",
     "two_modes",
+    "batched",
     "apply",
     "save",
     "map_tall",
@@ -24,6 +25,8 @@ __all__ = [
     "gram_defect",
     "add_to_diagonal",
     "polish",
+    "times",
+    "may_look",
     "negligible",
     "scaled_from_above",
     "Orthonormal",
@@ -73,6 +76,25 @@ def two_modes(function: Any) -> Any:
     """Decorate an autograd.Function whose ``tangent`` is its jvp, see Note [two modes]."""
     jvp = {"jvp": staticmethod(function.tangent)}
     function.both = type(function.__name__, (function,), jvp)
+    return function
+
+
+def batched(function: Any) -> Any:
+    """Decorate further a function of matrices (..., m, n): vmap adds one axis to the others.
+
+    So forward meets plain tensors and may look at their values.
+    """
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        moved = [
+            argument if dim is None else argument.movedim(dim, 0)
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        ]
+        outputs = function.both.apply(*moved)
+        return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
+
+    function.both.generate_vmap_rule = False
+    function.both.vmap = staticmethod(vmap)
     return function
 
 
@@ -126,6 +148,19 @@ def add_to_diagonal(matrix: Tensor, value: float | Tensor) -> Tensor:
 def polish(matrix: Tensor) -> Tensor:
     """Take one Björck step, see Note [polishing]."""
     return matrix @ add_to_diagonal(-0.5 * (matrix.mT @ matrix), 1.5)
+
+
+def times(matrix: Tensor, square: Tensor) -> Tensor:
+    """Product AB of a tall and a square matrix, in the layout of A: its transpose may be stored."""
+    if matrix.stride(-2) < matrix.stride(-1):
+        return (square.mT @ matrix.mT).mT
+    return matrix @ square
+
+
+def may_look(matrix: Tensor) -> bool:
+    """Whether a course of computation may depend on the values of a matrix, at little cost."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return matrix.device.type == "cpu" and not traced
 
 
 def negligible(dtype: torch.dtype) -> float:
