@@ -14,8 +14,8 @@ from lipbook.orthogonal.orthonormality import (
     apply,
     batched,
     eye_like,
+    is_elongated,
     map_tall,
-    may_look,
     negligible,
     polish,
     power_of_two,
@@ -43,8 +43,8 @@ def qr(matrix: Tensor) -> Tensor:
     float32 by CholeskyQR, if a bound of the condition number says that it is as exact.
 
     **Guaranteed for any matrix**, of any scale and condition, rank-deficient or zero: all
-    singular values are 1, to 1e-6 in float32 up to n = 1024 (5e-6 for a matrix of equal entries,
-    whose rounding errors do not cancel) and 1e-13 in float64.
+    singular values are 1, to 1e-6 in float32 up to n = 1024 (5e-6 where rounding errors do not
+    cancel, as for a matrix of equal entries) and 1e-13 in float64.
 
     The gradient solves with :math:`R` and grows with its condition number. Where :math:`R` is
     singular, :math:`Q` jumps and has no gradient; what is returned is finite.
@@ -84,13 +84,12 @@ def qr(matrix: Tensor) -> Tensor:
 # their correlation matrix I + E has ‖E‖ ≤ 0.8. Then Q is as good as by reflections. Otherwise a
 # second pass starts from Q, which is nearly orthonormal up to condition numbers of about 1e3;
 # where it is not, reflections follow. ‖E‖ ≤ ‖E‖_F and ‖E‖² ≤ ‖E²‖_F are bounds from above: no
-# matrix slips through. It pays for matrices with four times as many rows as columns, and not small.
+# matrix slips through.
 
 
 def _by_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """Q and R where the columns are well-conditioned, see Note [two passes of Cholesky]."""
-    m, n = matrix.shape[-2:]
-    if matrix.dtype != torch.float32 or m < 4 * n or m * n**2 < 2**22 or not may_look(matrix):
+    if not is_elongated(matrix):
         return None
     factor, triangle = matrix, eye_like(matrix)
     for _ in range(2):

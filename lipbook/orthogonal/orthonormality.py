@@ -26,7 +26,8 @@ __all__ = [
     "add_to_diagonal",
     "polish",
     "times",
-    "may_look",
+    "stacked",
+    "is_elongated",
     "negligible",
     "scaled_from_above",
     "Orthonormal",
@@ -157,10 +158,24 @@ def times(matrix: Tensor, square: Tensor) -> Tensor:
     return matrix @ square
 
 
-def may_look(matrix: Tensor) -> bool:
-    """Whether a course of computation may depend on the values of a matrix, at little cost."""
+def stacked(top: Tensor, bottom: Tensor) -> Tensor:
+    """Two blocks of rows in one matrix, in the layout of the lower one."""
+    if bottom.stride(-2) < bottom.stride(-1):
+        return torch.cat((top.mT, bottom.mT), -1).mT
+    return torch.cat((top, bottom), -2)
+
+
+def is_elongated(matrix: Tensor) -> bool:
+    """Whether products with a tall matrix take long enough to look at values for a faster course.
+
+    That is, if it is in float32, has four times as many rows as columns, and is not small. Nothing
+    is looked at on accelerators, where that would wait, nor in a traced program, which has one
+    course.
+    """
+    m, n = matrix.shape[-2:]
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return matrix.device.type == "cpu" and not traced
+    large = m >= 4 * n and m * n**2 >= 2**22
+    return matrix.dtype == torch.float32 and matrix.device.type == "cpu" and large and not traced
 
 
 def negligible(dtype: torch.dtype) -> float:
