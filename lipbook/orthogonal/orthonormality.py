@@ -26,6 +26,7 @@ __all__ = [
     "add_to_diagonal",
     "polish",
     "times",
+    "divided",
     "stacked",
     "is_elongated",
     "negligible",
@@ -156,6 +157,15 @@ def times(matrix: Tensor, square: Tensor) -> Tensor:
     if matrix.stride(-2) < matrix.stride(-1):
         return (square.mT @ matrix.mT).mT
     return matrix @ square
+
+
+def divided(matrix: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Two blocks of rows, whose gradients are stacked in the layout of the matrix."""
+    if matrix.stride(-2) < matrix.stride(-1):
+        top, bottom = matrix.mT.split(rows, -1)
+        return top.mT, bottom.mT
+    top, bottom = matrix.split(rows, -2)
+    return top, bottom
 
 
 def stacked(top: Tensor, bottom: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lipbook.orthogonal.orthonormality import (
     apply,
     batched,
     check_orthonormal,
+    divided,
     eye_like,
     is_elongated,
     map_tall,
@@ -91,8 +92,8 @@ def cayley(matrix: Tensor) -> Tensor:
     """
 
     def transform(matrix: Tensor) -> Tensor:
-        n = matrix.shape[-1]
-        square, below = matrix[..., :n, :], matrix[..., n:, :]
+        m, n = matrix.shape[-2:]
+        square, below = divided(matrix, (n, m - n))
         limit = max(torch.finfo(matrix.dtype).eps ** -0.5, 4 * n)
         skew = square - square.mT
         skew, below = _limited(skew, limit), _limited(below, math.sqrt(limit))
