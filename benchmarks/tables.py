@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from benchmarks.timing import Step, Table
-from lipbook.activations import MaxMin
+from lipbook.activations import GroupSort, Householder, MaxMin
 from lipbook.composition import lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
@@ -314,6 +314,78 @@ def dense(n: int) -> Table:
     )
 
 
+def elongated(rows: int = 256, columns: int = 4096) -> Table:
+    """Orthonormal rows of a long matrix, as of the first dense layer after convolutions."""
+    methods: tuple[Any, ...] = ("qr", "cholesky_qr", "cayley", "polar")
+    modules = {f"lipbook {m}": moved(OrthogonalLinear(columns, rows, method=m)) for m in methods}
+    weight, gradient = torch.randn(2, rows, columns)
+    square = torch.randn(rows, rows)
+    floor = "floor: 5 products"
+
+    def products() -> object:
+        _ = weight @ weight.mT  # the weight from its Gram matrix, and three for the gradient
+        _ = square @ weight
+        _ = gradient @ weight.mT
+        _ = square @ weight
+        return square @ gradient
+
+    return Table(
+        "Orthonormal long weight and its gradient",
+        f"{rows} × {columns}",
+        floor,
+        {name: weight_step(module) for name, module in modules.items()} | {floor: products},
+        {name: matrix_defect(module) for name, module in modules.items()},
+    )
+
+
+def activations(shape: tuple[int, ...] = (64, 16, 32, 32)) -> Table:
+    """Activations, forward and backward."""
+    layers = {
+        "torch ReLU": nn.ReLU(),
+        "lipbook MaxMin": MaxMin(),
+        "lipbook GroupSort(4)": GroupSort(4),
+        "lipbook Householder": Householder(shape[1]),
+    }
+    return Table(
+        "Training step of an activation",
+        " × ".join(map(str, shape)),
+        "torch ReLU",
+        {name: training_step(layer, shape) for name, layer in layers.items()},
+        {},
+    )
+
+
+def classifiers(c: int, batch: int) -> Table:
+    """Training steps of whole networks: five convolutions, two with a stride, and two matrices."""
+
+    def network(convolution: Any, linear: Any, activation: Callable[[], nn.Module]) -> Any:
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in ((3, c, 1), (c, c, 1), (c, 2 * c, 2), (2 * c, 2 * c, 1)):
+            layers += [circular(convolution, inputs, outputs, stride), activation()]
+        layers += [circular(convolution, 2 * c, 64, 2), activation(), nn.Flatten()]
+        return nn.Sequential(*layers, linear(4096, 256), activation(), linear(256, 10))
+
+    def circular(convolution: Any, inputs: int, outputs: int, stride: int) -> nn.Module:
+        layer: nn.Module = convolution(
+            inputs, outputs, 3, stride=stride, padding=1, padding_mode="circular"
+        )
+        return layer
+
+    layers = {
+        PLAIN: network(nn.Conv2d, nn.Linear, nn.ReLU),
+        "lipbook BCOP": network(OrthogonalConv2d, OrthogonalLinear, MaxMin),
+        AOC: network(AdaptiveOrthoConv2d, OrthoLinear, MaxMin),
+    }
+    shape = (batch, 3, 32, 32)
+    return Table(
+        "Training step of a network of five convolutions and two matrices",
+        f"{c} channels, batch {batch}",
+        PLAIN,
+        {name: training_step(layer, shape) for name, layer in layers.items()},
+        {},
+    )
+
+
 def memory(c: int, size: int, stride: int, batch: int = 64) -> Table:
     """Tensors that a training step of a convolution holds at once."""
     shape = (batch, c, size, size)
@@ -481,6 +553,10 @@ def tables() -> Iterator[Table]:
         yield training(64, 16, stride)
     for n in (128, 512):
         yield dense(n)
+    yield elongated()
+    for c, batch in ((16, 64), (32, 128)):
+        yield classifiers(c, batch)
+    yield activations()
     for stride, batch in ((1, 64), (2, 64), (1, 1)):
         yield evaluation(64, 16, stride, batch)
     yield bounds_of_resnet18()

@@ -547,7 +547,7 @@ def _selected(pairs: Tensor, swap: Tensor, dim: int) -> Tensor:
 # Note [exchange]
 # Where a pair is exchanged, its gradient is, and its tangent: one linear map that is its own
 # transpose. For the bits of two numbers a and b, a ^ (a ^ b) = b. So one pass of xor exchanges
-# the pairs whose mask is all ones and leaves those whose mask is zero, whatever the numbers are;
+# the pairs for which a ^ b is kept and leaves those for which it is zero, whatever the numbers are;
 # two selections by torch.where and a stack of their results take five times as long. They are
 # kept for what torch has no rule for: a batch of gradients (is_grads_batched) seen as integers.
 _BITS = {size: getattr(torch, f"int{8 * size}") for size in (1, 2, 4, 8)}
@@ -563,7 +563,7 @@ class _Exchange(torch.autograd.Function):
         except RuntimeError:
             return _selected(pairs, swap, dim)
         first, second = bits.unbind(dim)
-        change = (first ^ second) & -swap.to(bits.dtype)
+        change = (first ^ second) * swap
         return (bits ^ change.unsqueeze(dim)).view(pairs.dtype)
 
     @staticmethod

@@ -226,11 +226,9 @@ class _PotentialStep(nn.Module):
         """Diagonal of T, (inner,)."""
         return cpl_scale(self.weight) if self.log_q is None else sll_scale(self.weight, self.log_q)
 
-    def _potential_gradient(self, hidden: Tensor, axis: int) -> Tensor:
-        """2 T⁻¹ σ(hidden + b), the hidden units along ``axis``."""
-        shape = (-1, *[1] * (-1 - axis))
-        outputs = _ACTIVATIONS[self.activation](hidden + self.bias.view(shape))
-        return outputs * (2 / self.scale()).to(outputs.dtype).view(shape)
+    def _scaled(self, dtype: torch.dtype, axes: int) -> Tensor:
+        """2 T⁻¹ W: a product with the weight has fewer entries than one with the hidden units."""
+        return self.weight * (2 / self.scale()).to(dtype).view(-1, *[1] * axes)
 
 
 class _DenseStep(_PotentialStep):
@@ -247,8 +245,8 @@ class _DenseStep(_PotentialStep):
 
     def forward(self, input: Tensor) -> Tensor:
         """Take the step, (batch, features) to the same."""
-        outer = self._potential_gradient(functional.linear(input, self.weight), -1)
-        return input - functional.linear(outer, self.weight.mT)
+        outer = _ACTIVATIONS[self.activation](functional.linear(input, self.weight, self.bias))
+        return input - functional.linear(outer, self._scaled(outer.dtype, 1).mT)
 
 
 class _ConvolutionStep(_PotentialStep):
@@ -274,14 +272,16 @@ class _ConvolutionStep(_PotentialStep):
     def forward(self, input: Tensor) -> Tensor:
         """Take the step, (batch, c, h, w) to the same."""
         reach = self.weight.shape[-1] // 2
-        if self.padding_mode == "zeros":
-            hidden = functional.conv2d(input, self.weight, padding=reach)
-            outer = self._potential_gradient(hidden, -3)
-            return input - functional.conv_transpose2d(outer, self.weight, padding=reach)
         pads = [(reach, reach)] * 2
-        hidden = functional.conv2d(circular_pad(input, pads), self.weight)
-        outer = self._potential_gradient(hidden, -3)
-        return input - circular_fold(functional.conv_transpose2d(outer, self.weight), pads)
+        if self.padding_mode == "circular":
+            hidden = functional.conv2d(circular_pad(input, pads), self.weight, self.bias)
+        else:
+            hidden = functional.conv2d(input, self.weight, self.bias, padding=reach)
+        outer = _ACTIVATIONS[self.activation](hidden)
+        weight = self._scaled(outer.dtype, 3)
+        if self.padding_mode == "circular":
+            return input - circular_fold(functional.conv_transpose2d(outer, weight), pads)
+        return input - functional.conv_transpose2d(outer, weight, padding=reach)
 
 
 class SLLLinear(_DenseStep):
@@ -736,7 +736,7 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
         entries = _entries(outputs, p) * len(weight) * rows * columns
         underflow = torch.finfo(dtype).tiny * entries * largest
         slope = gamma * (1 + back * absolute) + underflow
-        room = (torch.finfo(dtype).max / 4 - inside) / (1 + back * absolute)
+        room = (torch.finfo(dtype).max / 4 - inside.clamp(min=back)) / (1 + back * absolute)
         most = torch.finfo(dtype).max / 4 / max(1.0, scale.max().item())  # for W x + b, then scaled
         hidden = (most - absolute * size - bias_norm) / max(absolute, 1e-300)
         return ForwardError(

@@ -12,12 +12,15 @@ from torch import Tensor
 from lipbook.orthogonal.orthonormality import (
     Orthonormal,
     apply,
+    batched,
     gram_defect,
+    is_elongated,
     map_tall,
     negligible,
     polish,
     save,
     scaled_from_above,
+    times,
     two_modes,
     without_autocast,
 )
@@ -172,7 +175,7 @@ def polar(matrix: Tensor, condition: float = 1e4) -> Tensor:
     """
     if not 1 <= condition < math.inf:
         raise ValueError(f"condition must be a finite number >= 1, got {condition}")
-    return map_tall(lambda tall: apply(_Polar, tall, condition), matrix)
+    return map_tall(lambda tall: apply(_Polar, tall, condition)[0], matrix)
 
 
 def _stretches(condition: float, accuracy: float) -> Iterator[float]:
@@ -185,32 +188,68 @@ def _stretches(condition: float, accuracy: float) -> Iterator[float]:
         least = min(stretch * (3 - square * end**2) * end / 2 for end in (least, 1.0))
 
 
+# Note [the iteration on eigenvalues]
+# The steps are a polynomial in AᵀA, and so one of its eigenvalues. For an elongated float32 matrix
+# an eigendecomposition in float64 of that small matrix takes the place of the 30 products of the
+# steps, and gives the derivative as well. The polynomial is applied to the matrix in float64 too,
+# unless all singular values that it meets are within a factor of 3 of each other, where float32
+# rounds Q no worse than its entries.
+
+
+@batched
 @two_modes
 class _Polar(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(matrix: Tensor, condition: float) -> Tensor:
+    def forward(matrix: Tensor, condition: float) -> tuple[Tensor, Tensor, Tensor]:
+        if is_elongated(matrix):
+            return _Polar.by_eigenvalues(matrix, condition)
         factor = scaled_from_above(matrix)
         for stretch in _stretches(condition, torch.finfo(matrix.dtype).eps):
             gram = factor.mT @ factor
             factor = 1.5 * stretch * factor - factor @ (0.5 * stretch**3 * gram)
-        return polish(factor)
+        return polish(factor), *matrix.new_empty(2, 0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        save(ctx, inputs[0], output)
+    def by_eigenvalues(matrix: Tensor, condition: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Polar factor, and eigenvalues and -vectors of H."""
+        double = matrix.double()
+        gram = double.mT @ double
+        norm = torch.minimum(gram.abs().sum(-1).amax(-1), torch.linalg.matrix_norm(gram))
+        squares, vectors = torch.linalg.eigh(gram)
+        values = squares.clamp(min=0).sqrt()
+        factor = norm.clamp(min=negligible(matrix.dtype) ** 2).rsqrt()[..., None]
+        for stretch in (*_stretches(condition, torch.finfo(matrix.dtype).eps), 1.0):
+            factor = factor * (stretch * (3 - (stretch * factor * values).square()) / 2)
+        root = (vectors * factor[..., None, :]) @ vectors.mT
+        near = bool((values[..., 0] * 3 >= values[..., -1]).all())
+        result = times(matrix, root.to(matrix.dtype)) if near else times(double, root)
+        dtype = matrix.dtype
+        return result.to(dtype), values.to(dtype), vectors.to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        save(ctx, inputs[0], *output)
 
     @staticmethod
     def derivative(ctx: Any, tangent: Tensor) -> Tensor:
         # dQ = Q Ω + (I - QQᵀ) dA H⁻¹ with the skew solution of Ω H + H Ω = Qᵀ dA - dAᵀ Q, a map of
         # dA that is its own adjoint.
-        matrix, factor = ctx.saved_tensors
+        matrix, factor, values, vectors = ctx.saved_tensors
         m, n = matrix.shape[-2:]
         with without_autocast(matrix):
+            inner = factor.mT @ tangent
+            if values.shape[-1] and not torch.is_grad_enabled():
+                values, divided = _divisors(values, sylvester=True)
+                skew = vectors.mT @ (inner - inner.mT) @ vectors / divided
+                inverse = (vectors / values[..., None, :]) @ vectors.mT
+                outer = vectors @ skew @ vectors.mT - inner @ inverse
+                return times(factor, outer) + times(tangent, inverse)
             stretch = factor.mT @ matrix
             stretch = (stretch + stretch.mT) / 2
-            inner = factor.mT @ tangent
             result = factor @ apply(_SymmetricSolve, stretch, inner - inner.mT, True)
             if m > n:
                 outside = tangent - factor @ inner
@@ -218,12 +257,21 @@ class _Polar(torch.autograd.Function):
             return cast(Tensor, result)
 
     @staticmethod
-    def tangent(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Polar.derivative(ctx, tangent)
+    def tangent(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, None, None]:
+        return _Polar.derivative(ctx, tangent), None, None
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Polar.derivative(ctx, gradient), None
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
+        return None if gradient is None else _Polar.derivative(ctx, gradient), None
+
+
+def _divisors(values: Tensor, sylvester: bool) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of H, and what a solution in its eigenvectors is divided by."""
+    # Where H is singular there is no solution: a least eigenvalue keeps this one finite.
+    least = values[..., -1:] * (values.shape[-1] * torch.finfo(values.dtype).eps)
+    values = values.clamp(min=least.clamp(min=negligible(values.dtype)))
+    pairs = values[..., None] + values[..., None, :] if sylvester else values[..., None, :]
+    return values, pairs
 
 
 @two_modes
@@ -235,13 +283,10 @@ class _SymmetricSolve(torch.autograd.Function):
     @staticmethod
     def forward(matrix: Tensor, right: Tensor, sylvester: bool) -> Tensor:
         values, vectors = torch.linalg.eigh(matrix)
-        # Where H is singular there is no solution: a least eigenvalue keeps this one finite.
-        least = values[..., -1:] * (matrix.shape[-1] * torch.finfo(matrix.dtype).eps)
-        values = values.clamp(min=least.clamp(min=negligible(matrix.dtype)))
+        divisors = _divisors(values, sylvester)[1]
         if sylvester:
-            right, values = vectors.mT @ right, values[..., None] + values[..., None, :]
-            return vectors @ ((right @ vectors) / values) @ vectors.mT
-        return (right @ vectors) / values[..., None, :] @ vectors.mT
+            return vectors @ ((vectors.mT @ right @ vectors) / divisors) @ vectors.mT
+        return (right @ vectors) / divisors @ vectors.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:

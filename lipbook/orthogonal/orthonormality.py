@@ -16,6 +16,7 @@ __all__ = [
     "without_autocast",
     "power_of_two",
     "two_modes",
+    "batched",
     "apply",
     "save",
     "map_tall",
@@ -24,6 +25,10 @@ __all__ = [
     "gram_defect",
     "add_to_diagonal",
     "polish",
+    "times",
+    "divided",
+    "stacked",
+    "is_elongated",
     "negligible",
     "scaled_from_above",
     "Orthonormal",
@@ -73,6 +78,25 @@ def two_modes(function: Any) -> Any:
     """Decorate an autograd.Function whose ``tangent`` is its jvp, see Note [two modes]."""
     jvp = {"jvp": staticmethod(function.tangent)}
     function.both = type(function.__name__, (function,), jvp)
+    return function
+
+
+def batched(function: Any) -> Any:
+    """Decorate further a function of matrices (..., m, n): vmap adds one axis to the others.
+
+    So forward meets plain tensors and may look at their values.
+    """
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        moved = [
+            argument if dim is None else argument.movedim(dim, 0)
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        ]
+        outputs = function.both.apply(*moved)
+        return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
+
+    function.both.generate_vmap_rule = False
+    function.both.vmap = staticmethod(vmap)
     return function
 
 
@@ -126,6 +150,42 @@ def add_to_diagonal(matrix: Tensor, value: float | Tensor) -> Tensor:
 def polish(matrix: Tensor) -> Tensor:
     """Take one Björck step, see Note [polishing]."""
     return matrix @ add_to_diagonal(-0.5 * (matrix.mT @ matrix), 1.5)
+
+
+def times(matrix: Tensor, square: Tensor) -> Tensor:
+    """Product AB of a tall and a square matrix, in the layout of A: its transpose may be stored."""
+    if matrix.stride(-2) < matrix.stride(-1):
+        return (square.mT @ matrix.mT).mT
+    return matrix @ square
+
+
+def divided(matrix: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Two blocks of rows, whose gradients are stacked in the layout of the matrix."""
+    if matrix.stride(-2) < matrix.stride(-1):
+        top, bottom = matrix.mT.split(rows, -1)
+        return top.mT, bottom.mT
+    top, bottom = matrix.split(rows, -2)
+    return top, bottom
+
+
+def stacked(top: Tensor, bottom: Tensor) -> Tensor:
+    """Two blocks of rows in one matrix, in the layout of the lower one."""
+    if bottom.stride(-2) < bottom.stride(-1):
+        return torch.cat((top.mT, bottom.mT), -1).mT
+    return torch.cat((top, bottom), -2)
+
+
+def is_elongated(matrix: Tensor) -> bool:
+    """Whether products with a tall matrix take long enough to look at values for a faster course.
+
+    That is, if it is in float32, has four times as many rows as columns, and is not small. Nothing
+    is looked at on accelerators, where that would wait, nor in a traced program, which has one
+    course.
+    """
+    m, n = matrix.shape[-2:]
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    large = m >= 4 * n and m * n**2 >= 2**22
+    return matrix.dtype == torch.float32 and matrix.device.type == "cpu" and large and not traced
 
 
 def negligible(dtype: torch.dtype) -> float:

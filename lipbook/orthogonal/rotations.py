@@ -12,11 +12,16 @@ from lipbook.orthogonal.orthonormality import (
     Signed,
     add_to_diagonal,
     apply,
+    batched,
     check_orthonormal,
+    divided,
     eye_like,
+    is_elongated,
     map_tall,
     polish,
     save,
+    stacked,
+    times,
     two_modes,
     without_autocast,
 )
@@ -87,8 +92,8 @@ def cayley(matrix: Tensor) -> Tensor:
     """
 
     def transform(matrix: Tensor) -> Tensor:
-        n = matrix.shape[-1]
-        square, below = matrix[..., :n, :], matrix[..., n:, :]
+        m, n = matrix.shape[-2:]
+        square, below = divided(matrix, (n, m - n))
         limit = max(torch.finfo(matrix.dtype).eps ** -0.5, 4 * n)
         skew = square - square.mT
         skew, below = _limited(skew, limit), _limited(below, math.sqrt(limit))
@@ -125,6 +130,22 @@ def _inverse(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+# Note [products in float32]
+# If the matrix below the square block is tall, nearly all time goes to its Gram matrix VᵀV and to
+# the product with the inverse. Rounding VᵀV to float32 changes QᵀQ by less than it changes VᵀV,
+# since 2 (I + A)⁻¹ has norm 2 at most: by some 1e-8 times its norm, which is bounded by its row
+# sums. Where these exceed 16, all is in float64.
+
+
+def _gram_in_float32(below: Tensor) -> Tensor | None:
+    """Gram matrix in float32 where that is exact enough, see Note [products in float32]."""
+    if not is_elongated(below):
+        return None
+    gram = below.mT @ below
+    return gram if torch.linalg.matrix_norm(gram, math.inf).amax() <= 16 else None
+
+
+@batched
 @two_modes
 class _Cayley(torch.autograd.Function):
     generate_vmap_rule = True
@@ -134,8 +155,11 @@ class _Cayley(torch.autograd.Function):
         dtype = skew.dtype
         double = dtype == torch.float32 and skew.device.type != "mps"  # which has no float64
         half = torch.full((1, 1), 0.5, dtype=torch.float64 if double else dtype, device=skew.device)
-        system, below = skew * half, below.to(half.dtype)
-        if below.shape[-2]:
+        system, gram = skew * half, _gram_in_float32(below)
+        below = below if gram is not None else below.to(half.dtype)
+        if gram is not None:
+            system = system + half * gram
+        elif below.shape[-2]:
             system = system + below.mT @ (0.5 * below)
         system = add_to_diagonal(system, 0.5)
         if double:
@@ -144,8 +168,9 @@ class _Cayley(torch.autograd.Function):
             eye = eye_like(system).expand_as(system)
             inverse = torch.linalg.solve_ex(system, eye, left=False).result
         if below.shape[-2]:
-            bottom = -below @ inverse
-            factor = torch.cat((add_to_diagonal(inverse, -1), bottom), -2)
+            bottom = times(below, -inverse.to(below.dtype))
+            top = add_to_diagonal(inverse, -1).to(below.dtype)
+            factor = stacked(top, bottom)
         else:
             factor = add_to_diagonal(inverse, -1)
         return factor.to(dtype) if double else polish(factor)
@@ -177,7 +202,7 @@ class _Cayley(torch.autograd.Function):
             if not below.shape[-2]:
                 return -inverse @ (top @ inverse), bottom
             system = -inverse @ ((top - below.mT @ bottom) @ inverse)
-            return system, below @ (system + system.mT) - bottom @ inverse / root
+            return system, times(below, system + system.mT) - times(bottom, inverse / root)
 
 
 def matrix_exp(matrix: Tensor) -> Tensor:
