@@ -234,7 +234,7 @@ def test_critic_controls_choose_on_other_points_and_resume(
     monkeypatch.setattr(critic_controls, "_exact", lambda problem: ({"exact": 1.0}, {}))
     results, _ = critic_controls.run(shorten=0.1, rows=Rows(tmp_path))
     assert critic_controls.run(shorten=0.1, rows=Rows(tmp_path))[0] == results
-    assert len(asked) == 15 * (4 + 2)
+    assert len(asked) == 15 * (5 + 2)
     assert {(r["activation"] == "ReLU", r["lr"]) for r in results["rows"]} == {
         (1, 0.001),
         (0, 0.03),
@@ -277,7 +277,7 @@ def test_the_points_of_the_critic_controls_are_as_far_apart_as_recorded() -> Non
 
 def test_a_row_of_the_critic_controls_comes_again() -> None:
     cell = {
-        "problem": "three cones", "activation": "ReLU", "start": "usual",
+        "problem": "cone, d = 128", "activation": "ReLU", "start": "usual",
         "constraint": "spectral norm", "seed": 0,
     }  # fmt: skip
     rows = records.read("critic_controls").results["rows"]

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-from typing import Any
+from typing import Any, cast
 
 import ot
 import torch
@@ -173,7 +173,7 @@ def row(
     )  # fmt: skip
     bound = lipschitz_bound(model, (clouds.dim,)).value
     x, y = _points(clouds, TEST)
-    weights = [each.weight.detach() for each in model if hasattr(each, "weight")][:-1]
+    weights = [cast(Tensor, each.weight).detach() for each in model if hasattr(each, "weight")][:-1]
     kept = [(w.square().sum() / min(w.shape)).item() for w in weights]
     slopes = margin_gradient(model, x.float(), torch.ones(len(x), dtype=torch.int64)).norm(dim=1)
     over = max(1.0, bound)

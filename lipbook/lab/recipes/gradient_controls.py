@@ -246,8 +246,10 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     Examples
     --------
     >>> g = torch.tensor([[1.0, -3.0, 2.0]])
-    >>> rank_correlation(g, g.square()).item(), rank_correlation(g, 1 / g).item()
-    (1.0, -1.0)
+    >>> for other in (g.square(), 1 / g):
+    ...     print(f"{rank_correlation(g, other).item():.3f}")
+    1.000
+    -1.000
     """
     ranks = [g.flatten(1).abs().argsort(1).argsort(1).double() for g in (first, second)]
     first, second = (rank - rank.mean(1, keepdim=True) for rank in ranks)
@@ -507,9 +509,9 @@ def run(
             accuracy = (model(x).argmax(1) == y).double().mean().item()
             return {"accuracy": accuracy} | measure_ten(model, x[at], y[at], each), {}
 
-        names = {"constraint": constraint, "loss": loss, "lr": lr, "seed": each}
+        kind_of = {"constraint": constraint, "loss": loss, "lr": lr, "seed": each}
         key = f"{task} {constraint} {loss} measured {each}"
-        table[task].append(names | rows.compute(key, measured)[0])
+        table[task].append(kind_of | rows.compute(key, measured)[0])
     mean = (zeros.mean(0) - eights.mean(0)).flatten()[None]
     both = {"transport": known, "held_out": held_out}
     constant = {
