@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
-from lipbook.attention import BallProjection
+from lipbook.attention import BallProjection, EnergyAttention, L2MultiheadAttention, _EnergyLayer
 from lipbook.composition import Ball, Box, Residual, Sum, lipschitz_bound
 from lipbook.convolutions import (
     NonexpansiveConv2d,
@@ -1268,6 +1268,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     tested = {c for kind in tested for c in kind.__mro__}
     by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU, Sine, UnitNormalize}
     by_float64 |= {nn.Softmax2d, nn.LocalResponseNorm, BallProjection}
+    by_float64 |= {_EnergyLayer, L2MultiheadAttention}
     by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}
     by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU, _Lossless}
     by_float64 |= {BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias}
@@ -1394,6 +1395,10 @@ class Bilinear(nn.Module):
         return self.layer(x[:, :2], x[:, 2:])
 
 
+def of_tokens(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (3, 4)), layer)
+
+
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, layer_norm_eps=1.0)
     return nn.Sequential(nn.Unflatten(1, (3, 4)), layer)
@@ -1411,6 +1416,8 @@ ON_SETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "heads": (Heads, 12),
     "heads without weights": (lambda: Heads(need_weights=False), 12),
     "encoder": (encoder, 12),
+    "energy attention": (lambda: of_tokens(EnergyAttention(4, 2)), 12),
+    "l2 attention": (lambda: of_tokens(L2MultiheadAttention(4, 2)), 12),
     "RNN": (lambda: Last(nn.RNN(2, 3, batch_first=True)), 8),
     "RNN, relu": (lambda: Last(nn.RNN(2, 3, batch_first=True, nonlinearity="relu")), 8),
     "GRU": (lambda: Last(nn.GRU(2, 3, batch_first=True, bidirectional=True)), 8),
