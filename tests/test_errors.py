@@ -729,6 +729,8 @@ TABLE: dict[str, Row] = {
             kernel_size=("count", 3),
             activation=("choice", "relu"),
             padding_mode=("choice", "circular"),
+            stride=("count", 1),
+            groups=("count", 1),
         )
         for name in ("SLLConv2d", "CPLConv2d")
     },
@@ -745,8 +747,16 @@ TABLE: dict[str, Row] = {
         angle=("positive", 0.5),
         fine="angle: negative",
     ),
-    "residual.cpl_scale": row(residual.cpl_scale, weight=RAW),
-    "residual.sll_scale": row(residual.sll_scale, weight=RAW, log_q=("raw", tensor(3))),
+    "residual.cpl_scale": row(
+        residual.cpl_scale, weight=RAW, stride=("count", 1), groups=("count", 1)
+    ),
+    "residual.sll_scale": row(
+        residual.sll_scale,
+        weight=RAW,
+        log_q=("raw", tensor(3)),
+        stride=("count", 1),
+        groups=("count", 1),
+    ),
     # conversion
     "conversion.lipschitz_network": row(
         conversion.lipschitz_network,

@@ -258,6 +258,9 @@ TABLE = {
     # residual layers
     "sll": row(lambda: SLLLinear(5, 7), (5,), "nonexpansive", DenseStep),
     "cpl": row(lambda: CPLLinear(5, activation="tanh"), (5,), "nonexpansive", DenseStep),
+    "sll convolution, stride and groups": row(
+        lambda: SLLConv2d(4, 6, stride=2, groups=2), (4, 6, 4), "nonexpansive", ConvolutionStep
+    ),
     "sll convolution": row(lambda: SLLConv2d(3, 4), IMAGE, "nonexpansive", ConvolutionStep),
     "cpl convolution": row(
         lambda: CPLConv2d(3, 2, 5, "zeros", "softplus"), IMAGE, "nonexpansive", ConvolutionStep

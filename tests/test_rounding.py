@@ -340,9 +340,14 @@ def _(module: Any, x: np.ndarray) -> np.ndarray:
 @exact.register(CPLConv2d)
 @exact.register(ConvolutionStep)
 def _(module: Any, x: np.ndarray) -> np.ndarray:
-    convolution = nn.Conv2d(*module.weight.shape[1::-1], 3, padding=1, bias=False)
+    parts = module.weight.detach().double().chunk(module.groups)
+    convolution = nn.Conv2d(len(x), len(module.weight), 3, module.stride, 1, bias=False)
     convolution.padding_mode = module.padding_mode
-    convolution.weight.data = module.weight.detach().double()
+    convolution.weight.data.zero_()
+    convolution = convolution.double()
+    for group, part in enumerate(parts):
+        rows, columns = (slice(group * n, (group + 1) * n) for n in part.shape[:2])
+        convolution.weight.data[rows, columns] = part
     bias, scale = (v[:, None, None] for v in (rational(module.bias), step_scale(module)))
     hidden = np.maximum(exact(convolution, x) + bias, Fraction(0)) * scale
     pixels = np.vectorize(Fraction, otypes=[object])(np.eye(x.size)).reshape(-1, *x.shape)
@@ -630,6 +635,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "InvertibleDownsampling": (lambda: InvertibleDownsampling(2), (1, 2, 2)),
     "SLLLinear": (lambda: SLLLinear(3, 4), (3,)),
     "SLLConv2d": (lambda: SLLConv2d(1, 1), (1, 3, 3)),
+    "SLLConv2d strided": (lambda: SLLConv2d(2, 2, stride=2, groups=2), (2, 2, 2)),
     "CPLConv2d": (lambda: CPLConv2d(1, 1, padding_mode="zeros"), (1, 3, 3)),
     "SLLLinear frozen": (lambda: freeze(SLLLinear(3, 4)), (3,)),
     "CPLConv2d frozen": (lambda: freeze(CPLConv2d(1, 1)), (1, 3, 3)),

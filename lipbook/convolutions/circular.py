@@ -273,7 +273,7 @@ def _pad_whole(x: Tensor, pads: Sequence[tuple[int, int]], strides: Sequence[int
     size = x.shape[x.dim() - len(pads) :]
     if any(n % s for n, s in zip(size, strides, strict=True)):
         raise ValueError(
-            "input must have a size that stride divides, with circular padding, "
+            "input must have a size that stride divides, "
             f"got size {tuple(size)} and stride {tuple(strides)}"
         )
     return circular_pad(x, pads)
