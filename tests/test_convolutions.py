@@ -32,6 +32,9 @@ from lipbook.convolutions import (
     NonexpansiveConv1d,
     NonexpansiveConv2d,
     NonexpansiveConv3d,
+    NonexpansiveConvTranspose1d,
+    NonexpansiveConvTranspose2d,
+    NonexpansiveConvTranspose3d,
     OrthogonalConv1d,
     OrthogonalConv2d,
     OrthogonalConv3d,
@@ -60,6 +63,11 @@ TRANSPOSE = {
     1: OrthogonalConvTranspose1d,
     2: OrthogonalConvTranspose2d,
     3: OrthogonalConvTranspose3d,
+}
+NONEXPANSIVE_TRANSPOSE = {
+    1: NonexpansiveConvTranspose1d,
+    2: NonexpansiveConvTranspose2d,
+    3: NonexpansiveConvTranspose3d,
 }
 NONEXPANSIVE = {1: NonexpansiveConv1d, 2: NonexpansiveConv2d, 3: NonexpansiveConv3d}
 
@@ -857,6 +865,47 @@ def test_kernel_norm_bound_is_from_above_and_tight_for_constants() -> None:
             assert kernel_norm_bound(kernel).dtype == torch.float32
     torch.testing.assert_close(kernel_norm_bound(torch.ones(1, 1, 3, 3)).item(), 9.0)
     assert kernel_norm_bound(torch.zeros(2, 2, 3)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["aol", "rko"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "groups"), [(3, 1, 1, 1), (4, 2, 1, 2), (3, 2, 3, 1)]
+)
+def test_nonexpansive_transposed_convolutions_are_adjoint(
+    method: Any, dims: int, kernel: int, stride: int, dilation: int, groups: int
+) -> None:
+    """On a circle they are the transposes of the layers with the same raw parameter."""
+    torch.manual_seed(0)
+    options: Any = {"dilation": dilation, "groups": groups, "bias": False, "method": method}
+    back = NONEXPANSIVE_TRANSPOSE[dims](4, 2, kernel, stride, dtype=torch.float64, **options)
+    layer = NONEXPANSIVE[dims](2, 4, kernel, stride, dtype=torch.float64, **options)
+    for size in (1.0, 0.01):
+        raw = back.parametrizations.weight.original
+        raw.data.normal_().mul_(size)
+        layer.parametrizations.weight.original.data.copy_(raw)
+        small = 6 if dims == 1 else 3
+        shapes = [(4, *[small] * dims), (2, *[small * stride] * dims)]
+        matrix = dense(back, shapes[0], torch.float64)
+        torch.testing.assert_close(matrix, dense(layer, shapes[1], torch.float64).mT)
+        norm = torch.linalg.matrix_norm(matrix, 2).item()
+        assert norm <= 1 + 1e-12
+        bound = lipschitz_bound(back, shapes[0])
+        assert norm * (1 - 1e-12) <= bound.value <= 1 + 1e-12
+
+
+def test_cut_nonexpansive_transposed_convolutions() -> None:
+    """Zero padding cuts the output of torch's own operation."""
+    torch.manual_seed(0)
+    layer = NonexpansiveConvTranspose2d(4, 2, 3, 2, 1, 1, padding_mode="zeros")
+    plain = nn.ConvTranspose2d(4, 2, 3, 2, 1, 1)
+    plain.weight.data, plain.bias.data = layer.weight.detach(), layer.bias.detach()
+    x = torch.randn(2, 4, 3, 5)
+    torch.testing.assert_close(layer(x), plain(x))
+    layer.bias = None
+    assert torch.linalg.matrix_norm(dense(layer, (4, 3, 5), torch.float32), 2) <= 1 + 1e-6
+    with pytest.raises(ValueError, match="method must be one of"):
+        NonexpansiveConvTranspose2d(4, 2, 3, method="bcop")
 
 
 # ------------------------------------------------------------------------- SOC and Cayley

@@ -335,6 +335,7 @@ TABLE: dict[str, Row] = {
             ("OrthogonalConv", "bcop"),
             ("OrthogonalConvTranspose", "bcop"),
             ("NonexpansiveConv", "aol"),
+            ("NonexpansiveConvTranspose", "aol"),
         )
         for name in (f"{start}{dims}d" for dims in (1, 2, 3))
     },

@@ -47,6 +47,7 @@ from lipbook.convolutions import (
     NonexpansiveConv1d,
     NonexpansiveConv2d,
     NonexpansiveConv3d,
+    NonexpansiveConvTranspose2d,
     OrthogonalConv1d,
     OrthogonalConv2d,
     OrthogonalConv3d,
@@ -225,6 +226,15 @@ TABLE = {
         lambda: NonexpansiveConv2d(3, 3, 3, groups=3), IMAGE, "nonexpansive", nn.Conv2d
     ),
     "aol, 1-D": row(lambda: NonexpansiveConv1d(3, 4, 3), (3, 6), "nonexpansive", nn.Conv1d),
+    "aol, transposed": row(
+        lambda: NonexpansiveConvTranspose2d(4, 6, 4, stride=2, groups=2), (4, 3, 2), "nonexpansive"
+    ),
+    "rko, transposed": row(
+        lambda: NonexpansiveConvTranspose2d(4, 2, 3, padding_mode="zeros", method="rko"),
+        (4, 3, 2),
+        "nonexpansive",
+        nn.ConvTranspose2d,
+    ),
     "rko": row(lambda: NonexpansiveConv2d(3, 4, 3, method="rko"), IMAGE, "nonexpansive", nn.Conv2d),
     "rko, groups": row(
         lambda: NonexpansiveConv2d(4, 4, 3, groups=2, method="rko"),

@@ -28,6 +28,7 @@ from lipbook.attention import BallProjection, EnergyAttention, L2MultiheadAttent
 from lipbook.composition import Ball, Box, Residual, Sum, lipschitz_bound
 from lipbook.convolutions import (
     NonexpansiveConv2d,
+    NonexpansiveConvTranspose2d,
     OrthogonalConv2d,
     OrthogonalConvTranspose2d,
     ShiftConv2d,
@@ -146,7 +147,7 @@ def _(module: nn.ConvTranspose2d, x: np.ndarray) -> np.ndarray:
     whole = np.full((weight.shape[1], (h - 1) * s + k, (w - 1) * t + m), Fraction(0), dtype=object)
     for c, i, j in np.ndindex(*x.shape):
         whole[:, i * s : i * s + k, j * t : j * t + m] += weight[c] * x[c, i, j]
-    if isinstance(module, OrthogonalConvTranspose2d):
+    if isinstance(module, OrthogonalConvTranspose2d | NonexpansiveConvTranspose2d):
         (a, _), (b, _) = module._pads
         y = np.full((len(whole), h * s, w * t), Fraction(0), dtype=object)
         for i, j in np.ndindex(*whole.shape[1:]):
@@ -611,6 +612,10 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "OrthogonalConv2d": (lambda: OrthogonalConv2d(1, 4, 2, stride=2), (1, 4, 4)),
     "NonexpansiveConv2d": (lambda: NonexpansiveConv2d(2, 1, 3), (2, 3, 3)),
     "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 1, 3, stride=2, padding=1), (2, 2, 3)),
+    "NonexpansiveConvTranspose2d": (
+        lambda: NonexpansiveConvTranspose2d(3, 1, 2, 2),
+        (3, 2, 2),
+    ),
     "OrthogonalConvTranspose2d": (lambda: OrthogonalConvTranspose2d(4, 1, 2, 2), (4, 2, 2)),
     "ReLU in place": (lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), (3,)),
     "LeakyReLU": (lambda: nn.LeakyReLU(0.3), (5,)),

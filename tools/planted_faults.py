@@ -357,7 +357,7 @@ FAULTS = (
     ),
     Fault(
         "residual",
-        "ratio = (log_q[None, :] - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)",
+        "ratio = (others - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)",
         "ratio = torch.ones_like(gram)",
         "q is dead, as in a peer",
     ),
