@@ -369,8 +369,8 @@ FAULTS = (
     ),
     Fault(
         "residual",
-        "_rounded_up(kernel_norm_bound(weight).square())",
-        "_rounded_up(kernel_norm_bound(weight))",
+        "torch.stack(parts).amax().square() * read",
+        "torch.stack(parts).amax() * read",
         "CPL divides by the norm, not by its square",
     ),
     Fault(
