@@ -342,6 +342,20 @@ TABLE: dict[str, Row] = {
     "convolutions.SkewOrthogonalConv2d": row(
         convolutions.SkewOrthogonalConv2d, **SIZES, stride=("size", 1), terms=("count", 4)
     ),
+    "convolutions.block_reflector_kernel": row(
+        convolutions.block_reflector_kernel, weight=("raw", KERNEL[1]), image_size=("size", 4)
+    ),
+    "convolutions.BlockReflectorKernel": row(
+        convolutions.BlockReflectorKernel((4, 4), 3, 2), weight=("raw", KERNEL[1])
+    ),
+    "convolutions.BlockReflectorConv2d": row(
+        convolutions.BlockReflectorConv2d,
+        **SIZES,
+        stride=("size", 1),
+        image_size=("size", 4),
+        rank=("count", 1),
+        fine="rank: none",
+    ),
     "convolutions.CayleyConv2d": row(
         convolutions.CayleyConv2d, **SIZES, stride=("size", 1), image_size=("size", 4)
     ),
@@ -648,6 +662,17 @@ TABLE: dict[str, Row] = {
             *((name, "matrix") for name in ("SpectralNorm", "InfinityNorm", "UnitNorm")),
         )
     },
+    "orthogonal.block_reflector": row(orthogonal.block_reflector, vectors=("raw", tensor(3, 2))),
+    "orthogonal.BlockReflector": row(
+        orthogonal.BlockReflector(3, 3), vectors=("raw", tensor(3, 2))
+    ),
+    "orthogonal.BlockReflectorLinear": row(
+        orthogonal.BlockReflectorLinear,
+        in_features=("count", 4),
+        out_features=("count", 3),
+        rank=("count", 1),
+        fine="rank: none",
+    ),
     "orthogonal.OrthogonalLinear": row(
         orthogonal.OrthogonalLinear,
         in_features=("count", 4),

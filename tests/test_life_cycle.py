@@ -43,6 +43,7 @@ from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder,
 from lipbook.attention import BallProjection, EnergyAttention, EnergyStep, L2MultiheadAttention
 from lipbook.composition import Residual, Sum, check_layer, lipschitz_bound
 from lipbook.convolutions import (
+    BlockReflectorConv2d,
     CayleyConv2d,
     NonexpansiveConv1d,
     NonexpansiveConv2d,
@@ -72,6 +73,7 @@ from lipbook.normalization import (
     ScaleAndBias,
 )
 from lipbook.orthogonal import (
+    BlockReflectorLinear,
     InfinityNormLinear,
     OrthogonalLinear,
     Scale,
@@ -256,6 +258,13 @@ TABLE = {
     "soc": row(lambda: SkewOrthogonalConv2d(3, 4, 3), IMAGE, "nearly orthogonal"),
     "soc, stride": row(
         lambda: SkewOrthogonalConv2d(2, 5, 3, stride=2, terms=4), (2, 4, 6), "roughly orthogonal"
+    ),
+    "block reflector": row(lambda: BlockReflectorLinear(4, 6), (4,), "orthogonal", nn.Linear),
+    "block reflector convolution": row(
+        lambda: BlockReflectorConv2d(3, 4, 3, (4, 6)), (3, 4, 6), "orthogonal"
+    ),
+    "block reflector convolution, stride": row(
+        lambda: BlockReflectorConv2d(2, 5, 2, 6, stride=2), (2, 6, 6), "orthogonal"
     ),
     "cayley convolution": row(lambda: CayleyConv2d(3, 4, 3, (4, 6)), (3, 4, 6), "orthogonal"),
     "cayley convolution, stride": row(
@@ -706,7 +715,7 @@ def test_raw_parameters_are_contiguous(name: str) -> None:
         layer.load_state_dict(state, assign=True)
         assert contiguous(layer)
         assert same(layer.state_dict(), state)
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear) and not isinstance(layer, BlockReflectorLinear):
         layer.weight = layer.weight.detach().mT.contiguous().mT
         assert contiguous(layer)
 
