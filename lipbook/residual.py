@@ -314,7 +314,7 @@ class _ConvolutionStep(_PotentialStep):
         reach, strides = self.weight.shape[-1] // 2, (self.stride,) * 2
         pads = [(reach, reach)] * 2 if self.padding_mode == "circular" else [(0, 0)] * 2
         zeros = 0 if self.padding_mode == "circular" else reach
-        geometry = {"stride": strides, "padding": zeros, "groups": self.groups}
+        geometry: dict[str, Any] = {"stride": strides, "padding": zeros, "groups": self.groups}
         hidden = functional.conv2d(_pad_whole(input, pads, strides), self.weight, **geometry)
         outer = self._potential_gradient(hidden, -3)
         geometry["output_padding"] = self.stride - 1

@@ -872,7 +872,7 @@ def test_kernel_norm_bound_is_from_above_and_tight_for_constants() -> None:
 @pytest.mark.parametrize("method", ["aol", "rko"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "dilation", "groups"), [(3, 1, 1, 1), (4, 2, 1, 2), (3, 2, 3, 1)]
+    ("kernel", "stride", "dilation", "groups"), [(3, 1, 1, 1), (4, 2, 1, 2), (3, 2, 2, 1)]
 )
 def test_nonexpansive_transposed_convolutions_are_adjoint(
     method: Any, dims: int, kernel: int, stride: int, dilation: int, groups: int
