@@ -62,10 +62,47 @@ Tokens are rows: (batch, tokens, features). Norms are of all entries of a sample
 # and squares sum over i to 4 mu (n - 1) mu_2 ||dY||^2, as r_jj = 0. Together
 #     kappa_n = sqrt((n + 1)/2) + 2 mu_n + 2 sqrt((n - 1) mu_2 mu_n).
 # Heads join by ||W_O|| (sum_h ||V_h||^2 ||Q_h dX||^2)^(1/2) kappa_n / s.
+#
+# Note [rounding of attentions with a constant]
+# Everything is bounded on a range of inputs; on all of space balls about the point at hand are
+# taken, the largest of the size of its tokens. Let q and k be the queries and keys of one head,
+# exact, of norms of at most R and S, and off by d_q and d_k in the program: d = d_q + d_k,
+# u_ij = q_i + k_j of norms rho_ij <= R + S =: r. gamma is that of the model of rounding, u its
+# unit; f stands for what may be flushed, a few times the least normal number. On all of space the
+# function has the step or divisor that the program computes, for which its constant is proved; on a
+# domain that of the layer in float64, and the difference is added.
+#
+# (1) Squares are sums of 3k products (k the size of a head) of a modulus of at most (r + d)^2, and
+#     ||u + e||^2 - ||u||^2 <= d (2r + d): off by D = gamma_(k+4) (r + d)^2 + d (2r + d) + f.
+#     Clipping at 0 brings them nearer.
+# (2) L2 attention. Logits are squares divided by s: off by Lambda = (D + gamma_3 (r^2 + D)) / s,
+#     with r = 2R. A change of logits of at most Lambda moves a softmax by at most Lambda in its
+#     1-norm, and softmax_units is what it rounds: pi, together. Values v_j = M^T q_j with
+#     M = Q W^T / s are off by d_v = ||M|| d_q + gamma_(d+2k+8) || |Q| |W|^T / s || (R + d_q), where
+#     ||v_j|| <= ||M|| R =: V; their averages by pi V + (1 + pi) (d_v + gamma_(n+2) (V + d_v)) + f.
+# (3) The energy. With x = rho^2 its parts are log cosh sqrt(x), whose slope is g(x)/2 for
+#     g(x) = tanh(rho)/rho = sum_k 2 / (x + ((k - 1/2) pi)^2), which falls, is convex, and has
+#     -g' <= 1/3, and -g' <= 1/(2 rho^3) since rho/g dg/drho lies in [-1, 0]. So log cosh is off by
+#     D/2 and what it rounds: from a root, off by 2u, on, it is a softplus (64u of an exponential,
+#     which it halves, and 64u of log 2 at most) between sums of numbers up to rho + 1: less than
+#     gamma_4 rho + gamma_90. Near 0 a polynomial of five terms is off by less than 16u.
+# (4) The slope g is off by no more than e_g = D (0.4 + sqrt(D)/3) + 72u if it is multiplied by rho:
+#     if the computed x is larger, rho (-g') <= sup min(rho/3, 1/(2 rho^2)) < 0.4, and otherwise rho
+#     is larger than the computed one by sqrt(D) at most; tanh and a quotient round by 64u + 8u.
+# (5) So the weights w_ij = p_ij g_ij have sum_j |error| rho_ij <= e = (1 + pi)(1 + e_g)(1 + u) - 1
+#     with the pi of a softmax whose logits are off by (3), since g rho <= 1. Their sum is at most
+#     W = (1 + pi)(1 + gamma_80). What a token reads, sum_j w_ij u_ij, of norm <= 1, is off by
+#         t = e + W (d + gamma_(n+4) (r + d)) + f;
+#     the answers sum_j w_ji u_ji by t n in the sum of their norms over the tokens, of n at most.
+# (6) Over tokens and heads, in the 2-norm: reading is off by T = sqrt(n) (sum_h t_h^2)^(1/2), of
+#     size sqrt(n H), the answers by n (sum_h t_h^2)^(1/2), of size n sqrt(H), times 1/sqrt(c). Two
+#     products with matrices follow, with gamma_(Hk+4) times the norms of their moduli, and
+#     x - step gradient with four roundings.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -80,19 +117,24 @@ from lipbook.convolutions import kernel_norm_bound
 from lipbook.errors import (
     Analysis,
     ForwardError,
+    RangeAnalysis,
     _check_single,
     _closed_form,
+    _error_rule_of,
     _norms,
+    _quantum,
     _relative,
     forward_error_rule,
+    range_error_rule,
 )
 from lipbook.freezing import computes_as, freeze_rule
 from lipbook.graphs.operations import traced_as
+from lipbook.layers.softmax import softmax_units
 from lipbook.norms import operator_norm
 from lipbook.norms.arguments import _floating, _integer, _real
-from lipbook.norms.rigorous import _UP
+from lipbook.norms.rigorous import _UP, _gamma, rigorous_matrix_norm
 from lipbook.orthogonal.orthonormality import power_of_two, without_autocast
-from lipbook.rules import Range, Shape, ball_range, image_rule, outward, range_rule
+from lipbook.rules import Range, Shape, _rule_of, ball_range, image_rule, outward, range_rule
 
 __all__ = [
     "BallProjection",
@@ -390,9 +432,9 @@ def l2_attention_bound(
     :cite:t:`kim2021`, Theorem 3.2.
     """
     _integer("tokens", tokens, 1)
-    factor = _l2_factor(query_weight, value_weight, out_weight, kernel_norm_bound)
-    kappa = _kappa(torch.full((), tokens, dtype=torch.float64, device=factor.device))
-    return (kappa * _margin(factor.dtype)).to(factor.dtype) * factor
+    _check_weights(query_weight, value_weight, ("query_weight", "value_weight"))
+    count = torch.full((), tokens, dtype=torch.float64, device=query_weight.device)
+    return _used((query_weight, value_weight, out_weight), count)
 
 
 def _l2_factor(
@@ -834,13 +876,17 @@ def _over_bound(
     heads: Tensor, weights: tuple[Tensor, Tensor, Tensor], mask: Tensor | None
 ) -> Tensor:
     """Divide by the bound for the number of tokens of each sample."""
-    factor = _l2_factor(*weights, kernel_norm_bound)
     if mask is None:
         tokens = torch.full((1,), heads.shape[1], dtype=torch.float64, device=heads.device)
     else:
         tokens = mask.logical_not().sum(1).double().clamp(min=1.0)
-    bound = (_kappa(tokens) * _margin(factor.dtype)).to(factor.dtype) * factor
-    return heads / bound.to(heads.dtype).view(-1, 1, 1)
+    return heads / _used(weights, tokens).to(heads.dtype).view(-1, 1, 1)
+
+
+def _used(weights: tuple[Tensor, Tensor, Tensor], tokens: Tensor) -> Tensor:
+    """Bounds that the layer divides by, for numbers of tokens in float64."""
+    factor = _l2_factor(*weights, kernel_norm_bound)
+    return (_kappa(tokens) * _margin(factor.dtype)).to(factor.dtype) * factor
 
 
 class BallProjection(nn.Module):
@@ -888,17 +934,32 @@ class BallProjection(nn.Module):
 # --------------------------------------------------------------------- Lipschitz constants
 
 
-@lipschitz_rule.register
-def _(module: _EnergyLayer, input_shape: Shape, p: float) -> Bound:
-    """Check the step in float64, for the weights as they are."""
-    a, b = (w.detach().double().flatten(0, 1) for w in (module.query_weight, module.key_weight))
-    alpha, beta = (torch.linalg.matrix_norm(w).clamp(min=1e-300) for w in (a, b))
-    norm = operator_norm(torch.cat((a / alpha.sqrt(), b / beta.sqrt())), 2.0)
-    curvature = ((alpha + beta) * norm.square()).item() * _UP
-    value = max(1.0, module.step().item() * curvature - 1)
+@_rule_of(_EnergyLayer, L2MultiheadAttention)
+def _(module: Any, input_shape: Shape, p: float) -> Bound:
+    """Bound with norms in float64, for the weights as they are and what the layer computes."""
+    value = _constant(module, input_shape, lambda matrix: operator_norm(matrix, 2.0))
     if p != 2:
         value *= math.sqrt(math.prod(input_shape)) * _UP
     return Bound(value, "upper bound", p)
+
+
+def _constant(module: Any, input_shape: Shape, norm: Callable[[Tensor], Tensor]) -> float:
+    """Bound in the 2-norm, from upper bounds of norms of matrices."""
+    if isinstance(module, _EnergyLayer):
+        a, b = (w.detach().double().flatten(0, 1) for w in (module.query_weight, module.key_weight))
+        alpha, beta = (torch.linalg.matrix_norm(w).clamp(min=1e-300) for w in (a, b))
+        stacked = norm(torch.cat((a / alpha.sqrt(), b / beta.sqrt())))
+        curvature = ((alpha + beta) * stacked.square()).item() * _UP
+        return max(1.0, module.step().item() * curvature - 1)
+    weights = module.query_weight, module.value_weight, module.out_weight
+    query, value, out = (weight.detach().double() for weight in weights)
+    exact = _l2_factor(query, value, out, norm)
+    if not module.nonexpansive:
+        return (exact * _kappa(torch.tensor(input_shape[0]).double())).item() * _UP
+    used = _l2_factor(*weights, kernel_norm_bound).detach()
+    # of what the layer multiplies it by
+    least = 1 + 32 * torch.finfo(used.dtype).eps + 2.0**-39
+    return (exact / (used.double() * least)).item() * _UP
 
 
 @range_rule.register
@@ -915,25 +976,6 @@ def _(module: _EnergyLayer, values: Range) -> Range:
         around.center,
         around.radius,
     )
-
-
-@lipschitz_rule.register
-def _(module: L2MultiheadAttention, input_shape: Shape, p: float) -> Bound:
-    """Bound with norms in float64; what the layer divides by is what it computes."""
-    weights = module.query_weight, module.value_weight, module.out_weight
-    query, value, out = (weight.detach().double() for weight in weights)
-    exact = _l2_factor(query, value, out, lambda matrix: operator_norm(matrix, 2.0))
-    if module.nonexpansive:
-        used = _l2_factor(*weights, kernel_norm_bound).detach()
-        least = (
-            1 + 32 * torch.finfo(used.dtype).eps + 2.0**-39
-        )  # of what the layer multiplies it by
-        number = (exact / (used.double() * least)).item()
-    else:
-        number = (exact * _kappa(torch.tensor(input_shape[0]).double())).item()
-    if p != 2:
-        number *= math.sqrt(math.prod(input_shape))
-    return Bound(number * _UP, "upper bound", p)
 
 
 # Note [projections onto a ball]
@@ -1002,6 +1044,229 @@ def _(module: BallProjection, example: Tensor, p: float) -> Analysis:
         return dataclasses.replace(found, limit=torch.minimum(found.limit, room))
 
     return analysis
+
+
+@_error_rule_of(_EnergyLayer, L2MultiheadAttention)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    """Bound the error on seven balls about each input, the largest as wide as its longest token.
+
+    With e_k on the ball of radius D_k = 2^(-k) D_0: e_6 + c D is at least e_k for D >= D_(k+1).
+    """
+    errors_of = _energy_errors if isinstance(module, _EnergyLayer) else _l2_errors
+    on_range: RangeAnalysis = errors_of(module, example, p, module)
+    lipschitz = _rigorous_bound(module, tuple(example.shape[1:]), p)
+
+    def analysis(x: Tensor) -> ForwardError:
+        outputs = module(x)
+        center = x.detach().double()
+        longest = center.norm(dim=-1).amax(-1).clamp(min=1.0)
+        stretch = math.sqrt(center[0].numel()) if p == math.inf else 1.0
+        errors = []
+        for k in range(7):
+            room = (longest * 2.0**-k / stretch)[:, None, None]
+            box = outward(center - room, center + room)
+            errors.append(on_range(Range(*box, center, longest * 2.0**-k * _UP)))
+        limit = torch.where(errors[0].isfinite(), longest / stretch, 0.0)
+        rises = [(e - errors[-1]) * 2.0 ** (k + 1) / limit for k, e in enumerate(errors)]
+        slope = torch.where(limit[:, None] > 0, torch.stack(rises, 1), 0.0).amax().item()
+        return ForwardError(outputs, lipschitz, errors[-1], slope * _UP, limit)
+
+    return analysis
+
+
+def _rigorous_bound(module: Any, shape: Shape, p: float) -> float:
+    """Bound of the Lipschitz rule, with norms that rounding cannot push below the true ones."""
+
+    def norm(matrix: Tensor) -> Tensor:
+        return torch.tensor(rigorous_matrix_norm(matrix), dtype=torch.float64)
+
+    value = _constant(module, shape, norm)
+    return value if p == 2 else value * math.sqrt(math.prod(shape)) * _UP
+
+
+@range_error_rule.register
+def _(module: _EnergyLayer, example: Tensor, p: float) -> RangeAnalysis:
+    return _energy_errors(module, example, p, copy.deepcopy(module).double())
+
+
+def _energy_errors(
+    module: _EnergyLayer, example: Tensor, p: float, function: _EnergyLayer
+) -> RangeAnalysis:
+    """Bound of Note [rounding of attentions with a constant], for the step of the function."""
+    dtype = _check_weights_of(module, example)
+    tokens, heads, size = example.shape[1], module.num_heads, module.head_dim
+    queries, keys = module.query_weight.detach().double(), module.key_weight.detach().double()
+    share = max(1.0, tokens / 2) ** -0.5
+    step = module.step().detach().double().item()
+    again = function.step().detach().double().item()
+    length = max(step, again) * _UP
+    parts = [[(head, _both_norms(head)) for head in weight] for weight in (queries, keys)]
+    outer = [_both_norms(w.flatten(0, 1)) for w in (queries, keys)]
+    largest = max(1.0, queries.abs().max().item(), keys.abs().max().item())
+    quantum = _quantum(dtype)
+
+    def on_range(values: Range) -> Tensor:
+        reading = torch.zeros(len(values.low), dtype=torch.float64)
+        for (query, of_query), (key, of_key) in zip(*parts, strict=True):
+            q, off_q = _projected(query, of_query, values, dtype)
+            k, off_k = (share * part * _UP for part in _projected(key, of_key, values, dtype))
+            off_k = off_k + _gamma(2, dtype) * (k + off_k)
+            r, d = q + k, (off_q + off_k) * _UP
+            weight, moved = _weights_error(r, d, tokens, size, dtype)
+            total = (1 + moved) * (1 + _gamma(80, dtype))
+            flushed = (2 * tokens + 6) * quantum * math.sqrt(size) * (1 + r + d)
+            part = weight + total * (d + _gamma(tokens + 4, dtype) * (r + d)) + flushed
+            part = torch.where((r + d) ** 2 < torch.finfo(dtype).max / 16, part, math.inf)
+            reading = reading + part.square()
+        reading = reading.sqrt() * _UP
+        gradient, off = torch.zeros_like(reading), torch.zeros_like(reading)
+        for ways, (norm, absolute) in zip((tokens**0.5, tokens * share), outer, strict=True):
+            inside = ways * (math.sqrt(heads) + reading)
+            off = off + norm * ways * reading + _gamma(heads * size + 6, dtype) * absolute * inside
+            gradient = gradient + absolute * inside
+        entries = math.sqrt(math.prod(values.shape))
+        off = off + 4 * (heads * size + 6) * quantum * largest * entries * (1 + gradient)
+        error = length * off + abs(step - again) * gradient
+        error = error + _gamma(4, dtype) * (values.norms(2) + length * gradient)
+        fits = values.norms(2) + (1 + length) * gradient < torch.finfo(dtype).max / 16
+        return _of_norm(torch.where(fits, error + 4 * quantum * entries, math.inf), values.shape, p)
+
+    return on_range
+
+
+@range_error_rule.register
+def _(module: L2MultiheadAttention, example: Tensor, p: float) -> RangeAnalysis:
+    return _l2_errors(module, example, p, copy.deepcopy(module).double())
+
+
+def _l2_errors(
+    module: L2MultiheadAttention, example: Tensor, p: float, function: L2MultiheadAttention
+) -> RangeAnalysis:
+    """Bound of Note [rounding of attentions with a constant], for the divisor of the function."""
+    dtype = _check_weights_of(module, example)
+    tokens, size = example.shape[1], module.head_dim
+    weights = module.query_weight, module.value_weight, module.out_weight
+    queries, tied, out = (weight.detach().double() for weight in weights)
+    root = math.sqrt(size)
+    parts = []
+    for q, v in zip(queries, tied, strict=True):
+        both = _both_norms(q @ v.mT)[0], _both_norms(q.abs() @ v.abs().mT)[0]
+        parts.append((q, _both_norms(q), *(each / root * _UP for each in both)))
+    norm, absolute = _both_norms(out)
+    bias = 0.0 if module.bias is None else module.bias.detach().double().norm().item()
+    shift = bias * math.sqrt(tokens) * _UP
+    divisor, wrong = 1.0, 0.0
+    if module.nonexpansive:
+        count = torch.full((), tokens, dtype=torch.float64)
+        used = [
+            _used((each.query_weight, each.value_weight, each.out_weight), count).double().item()
+            for each in (module, function)
+        ]
+        divisor = min(used) / _UP
+        wrong = (max(used) / divisor - 1) * _UP + _gamma(4, dtype)
+    largest = max(1.0, *(weight.abs().max().item() for weight in weights)) ** 2
+    quantum, columns = _quantum(dtype), out.shape[1]
+
+    def on_range(values: Range) -> Tensor:
+        squares = [torch.zeros(len(values.low), dtype=torch.float64) for _ in range(2)]
+        for query, norms, factor, rounded in parts:
+            q, off_q = _projected(query, norms, values, dtype)
+            r, d = 2 * q, 2 * off_q
+            square = _square_error(r, d, size, dtype)
+            logit = (square + _gamma(3, dtype) * (r * r + square)) / root * _UP
+            moved = logit + _gamma(softmax_units(tokens), dtype) + 4 * tokens * quantum
+            value = factor * q * _UP
+            inside = rounded * (q + off_q)
+            off = factor * off_q + _gamma(query.shape[1] + 2 * size + 8, dtype) * inside
+            off = off + 4 * (query.shape[1] + size) * size * quantum * largest * (1 + q + off_q)
+            part = moved * value + (1 + moved) * (off + _gamma(tokens + 2, dtype) * (value + off))
+            part = part + 2 * (tokens + 2) * quantum * root * (1 + value + off)
+            part = torch.where((r + d) ** 2 < torch.finfo(dtype).max / 16, part, math.inf)
+            squares = [squares[0] + part.square(), squares[1] + value.square()]
+        off, whole = ((each * tokens).sqrt() * _UP / divisor for each in squares)
+        off = off + wrong * (whole + off)
+        entries = math.sqrt(math.prod(values.shape))
+        flushed = 4 * (columns + 3) * quantum * largest * entries * (1 + whole + off)
+        inside = absolute * (whole + off) + shift
+        error = norm * off + _gamma(columns + 3, dtype) * inside + flushed
+        fits = (1 + divisor) * (1 + absolute) * (whole + off) + shift
+        error = torch.where(fits < torch.finfo(dtype).max / 16, error, math.inf)
+        return _of_norm(error, values.shape, p)
+
+    return on_range
+
+
+def _check_weights_of(module: Any, example: Tensor) -> torch.dtype:
+    """Check that all computes in one known dtype, which is given."""
+    _check_single(example)
+    dtype: torch.dtype = module.query_weight.dtype
+    if example.dtype != dtype:
+        raise ValueError(f"must run in the dtype of its weights, got {example.dtype}")
+    if any(weight.dtype != dtype for weight in module.parameters()):
+        raise ValueError("all weights must have one dtype for their rounding errors to be known")
+    return dtype
+
+
+def _both_norms(matrix: Tensor) -> tuple[float, float]:
+    """Upper bounds of the 2-norms of a matrix and of its moduli."""
+    return rigorous_matrix_norm(matrix) * _UP, rigorous_matrix_norm(matrix.abs()) * _UP
+
+
+def _projected(
+    weight: Tensor, norms: tuple[float, float], values: Range, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Largest norm of a projected token, and of the error of it: (batch,) each."""
+    norm, absolute = norms
+    longest = values.abs().norm(dim=-1)
+    if values.lengths is not None:
+        longest = torch.minimum(longest, values.lengths)
+    size = norm * longest.amax(-1)
+    moduli = torch.minimum(absolute * longest.amax(-1), _longest(values.abs(), weight.abs()))
+    box = functional.linear(values.middle, weight).abs()
+    box = box + functional.linear(values.half, weight.abs())
+    size = torch.minimum(size, box.norm(dim=-1).amax(-1))
+    if values.center is not None and values.radius is not None:
+        size = torch.minimum(size, _longest(values.center, weight) + norm * values.radius)
+        around = _longest(values.center.abs(), weight.abs()) + absolute * values.radius
+        moduli = torch.minimum(moduli, around)
+    units = weight.shape[1] + 2
+    largest = max(1.0, weight.abs().max().item())
+    flushed = 2 * units * _quantum(dtype) * math.sqrt(len(weight)) * (largest + longest.amax(-1))
+    size = size + 2.0**-40 * moduli  # what float64 rounds here
+    return size * _UP, (_gamma(units, dtype) * moduli * _UP + flushed) * _UP
+
+
+def _longest(tokens: Tensor, weight: Tensor) -> Tensor:
+    return functional.linear(tokens, weight).norm(dim=-1).amax(-1)
+
+
+def _square_error(r: Tensor, d: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Error of squares of norms of at most r, of vectors that are off by d."""
+    flushed = 4 * (size + 2) * _quantum(dtype) * (1 + r + d)
+    return (_gamma(size + 4, dtype) * (r + d) ** 2 + d * (2 * r + d) + flushed) * _UP
+
+
+def _log_cosh_errors(r: Tensor, d: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Errors of (3) and (4) of the note, of log cosh and of slopes times the norms."""
+    square = _square_error(r, d, size, dtype)
+    logit = square / 2 + _gamma(4, dtype) * (r + square.sqrt()) + _gamma(90, dtype)
+    return logit, square * (0.4 + square.sqrt() / 3) + _gamma(72, dtype)
+
+
+def _weights_error(
+    r: Tensor, d: Tensor, tokens: int, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Give e and pi of (5) of the note."""
+    logit, slope = _log_cosh_errors(r, d, size, dtype)
+    moved = logit + _gamma(softmax_units(tokens), dtype) + 4 * tokens * _quantum(dtype)
+    unit = torch.finfo(dtype).eps / 2
+    return moved + slope + moved * slope + unit * (1 + moved) * (1 + slope), moved
+
+
+def _of_norm(error: Tensor, shape: Shape, p: float) -> Tensor:
+    """Bound of the p-norm of an error, from that of its 2-norm."""
+    error = error * (math.sqrt(math.prod(shape)) if p == 1 else 1.0) * _UP
+    return error.nan_to_num(math.inf, posinf=math.inf)
 
 
 # --------------------------------------------------------------------------- frozen layers

@@ -225,9 +225,10 @@ def export_onnx(
         If :func:`freeze` refuses the model, if it does not run on inputs of this shape, if torch
         cannot express it in ONNX, or only for one size of batches, or if onnxruntime cannot run the
         graph or disagrees. The message says why in the words of the package that failed.
-        :class:`~lipbook.convolutions.CayleyConv2d` is refused: it multiplies complex numbers,
-        for which torch's exporter has no translation. All other layers of this library
-        can be exported.
+        :class:`~lipbook.convolutions.CayleyConv2d` and
+        :class:`~lipbook.convolutions.BlockReflectorConv2d` are refused: they multiply complex
+        numbers, for which torch's exporter has no translation. All other layers of this library can
+        be exported.
 
     Notes
     -----

@@ -36,7 +36,8 @@ from torch.nn import functional
 
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.composition.bounds import _branch_bound, _check_branch
-from lipbook.convolutions import circular_fold, circular_pad, kernel_norm_bound
+from lipbook.convolutions import circular_fold, kernel_norm_bound
+from lipbook.convolutions.circular import _pad_whole, check_groups
 from lipbook.errors import (
     Analysis,
     ForwardError,
@@ -87,7 +88,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # torch.fx records a call of these as one step, since their course depends on sizes.
 torch.fx.wrap("sll_scale")
 torch.fx.wrap("cpl_scale")
-torch.fx.wrap("circular_pad")
+torch.fx.wrap("_pad_whole")
 torch.fx.wrap("circular_fold")
 
 # Note [rounding]
@@ -96,21 +97,24 @@ torch.fx.wrap("circular_fold")
 # float32), which the Lipschitz rule sees: it computes the norm of the layer at hand in float64.
 
 
-def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
+def sll_scale(weight: Tensor, log_q: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
     r"""Scale of the SDP-based Lipschitz layer (SLL): row sums of the weighted Gram kernel.
 
     .. math::
         T_i = \sum_{j, \tau} \big|(W W^\top)_{ij,\tau}\big| \frac{q_j}{q_i}, \qquad q > 0
 
     :math:`T - WW^\top` is diagonally dominant in the basis scaled by q, hence positive
-    semidefinite. For a convolution :math:`\tau` runs over the shifts of the kernel against itself.
+    semidefinite. For a convolution :math:`\tau` runs over the shifts of the kernel against itself,
+    with a stride over its multiples; i and j share a group.
 
     Parameters
     ----------
     weight : torch.Tensor
-        (inner, c) or (inner, c, k, k).
+        (inner, c) or (inner, c / groups, k, k).
     log_q : torch.Tensor
         :math:`\log q`, (inner,). Free parameters; zeros for plain row sums.
+    stride, groups : int
+        Of the convolution.
 
     Returns
     -------
@@ -130,6 +134,8 @@ def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
     """
     _floating("weight", weight, 2)
     _floating("log_q", log_q, 1)
+    stride, groups = _integer("stride", stride, 1), _integer("groups", groups, 1)
+    check_groups(len(weight), groups)
     with without_autocast(weight):
         weight, log_q = _at_least_float32(weight), _at_least_float32(log_q)
         size = power_of_two(weight)
@@ -137,25 +143,33 @@ def sll_scale(weight: Tensor, log_q: Tensor) -> Tensor:
         if weight.dim() == 2:
             gram = (weight @ weight.mT).abs()
         else:
-            padding = [size - 1 for size in weight.shape[2:]]
-            gram = functional.conv2d(weight, weight, padding=padding).abs().sum((2, 3))
-        ratio = (log_q[None, :] - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)
+            reach = weight.shape[-1] - 1
+            images = weight.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+            shifts = functional.conv2d(images, weight, padding=reach, groups=groups)
+            first = reach % stride  # shifts by multiples of the stride are what windows differ by
+            gram = shifts[..., first::stride, first::stride].abs().sum((2, 3)).mT
+        others = log_q.view(groups, 1, -1).expand(-1, len(log_q) // groups, -1).flatten(0, 1)
+        ratio = (others - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)
         scale = _rounded_up((gram * ratio).sum(1)) * size * size
         return scale.clamp(min=math.sqrt(torch.finfo(scale.dtype).tiny))
 
 
-def cpl_scale(weight: Tensor) -> Tensor:
+def cpl_scale(weight: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
     r"""Scale of the convex potential layer (CPL): one bound of the squared norm for all rows.
 
     .. math:: T = \beta^2 I, \qquad \beta \ge \lVert W\rVert_2
 
     with the bound of :func:`~lipbook.convolutions.kernel_norm_bound`, which is from above, where
-    the authors take a power iteration, which is from below.
+    the authors take a power iteration, which is from below. With a stride s a pixel is read
+    :math:`\lceil k / s\rceil^2` times at most, and not :math:`k^2` times; of groups the largest
+    bound counts.
 
     Parameters
     ----------
     weight : torch.Tensor
-        (inner, c) or (inner, c, k, k).
+        (inner, c) or (inner, c / groups, k, k).
+    stride, groups : int
+        Of the convolution.
 
     Returns
     -------
@@ -173,9 +187,14 @@ def cpl_scale(weight: Tensor) -> Tensor:
     :cite:t:`meunier2022cpl`.
     """
     _floating("weight", weight, 2)
+    stride, groups = _integer("stride", stride, 1), _integer("groups", groups, 1)
+    check_groups(len(weight), groups)
     with without_autocast(weight):
         weight = _at_least_float32(weight)
-        return _rounded_up(kernel_norm_bound(weight).square()).expand(weight.shape[0])
+        parts = [kernel_norm_bound(part) for part in weight.unflatten(0, (groups, -1))]
+        read = math.prod(-(-k // stride) / k for k in weight.shape[2:])
+        squares = torch.stack(parts).amax().square() * read
+        return _rounded_up(squares).expand(weight.shape[0])
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -191,6 +210,7 @@ class _PotentialStep(nn.Module):
     """x - 2 Wᵀ T⁻¹ σ(W x + b), with a matrix W or a convolution."""
 
     _weighted: ClassVar[bool]
+    stride = groups = 1
 
     def __init__(self, shape: tuple[int, ...], activation: str, device: Any, dtype: Any) -> None:
         super().__init__()
@@ -224,7 +244,10 @@ class _PotentialStep(nn.Module):
 
     def scale(self) -> Tensor:
         """Diagonal of T, (inner,)."""
-        return cpl_scale(self.weight) if self.log_q is None else sll_scale(self.weight, self.log_q)
+        geometry = self.stride, self.groups
+        if self.log_q is None:
+            return cpl_scale(self.weight, *geometry)
+        return sll_scale(self.weight, self.log_q, *geometry)
 
     def _scaled(self, dtype: torch.dtype, axes: int) -> Tensor:
         """2 T⁻¹ W: a product with the weight has fewer entries than one with the hidden units."""
@@ -259,29 +282,43 @@ class _ConvolutionStep(_PotentialStep):
         activation: Activation = "relu",
         device: Any = None,
         dtype: Any = None,
+        *,
+        stride: int = 1,
+        groups: int = 1,
     ) -> None:
         if _integer("kernel_size", kernel_size, 1) % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        stride, groups = _integer("stride", stride, 1), _integer("groups", groups, 1)
         if padding_mode not in ("circular", "zeros"):
             raise ValueError(f"padding_mode must be 'circular' or 'zeros', got {padding_mode!r}")
+        channels = _integer("channels", channels, 1)
         inner = channels if inner_channels is None else inner_channels
-        shape = (inner, channels, kernel_size, kernel_size)
+        if channels % groups or _integer("inner_channels", inner, 1) % groups:
+            raise ValueError(
+                f"groups must divide channels {channels} and inner_channels {inner}, got {groups}"
+            )
+        shape = (inner, channels // groups, kernel_size, kernel_size)
+        self.stride, self.groups = stride, groups
         super().__init__(shape, activation, device, dtype)
         self.padding_mode = padding_mode
 
+    def extra_repr(self) -> str:
+        """Shape of W, the activation, and stride and groups if there are any."""
+        more = (f", {name}={getattr(self, name)}" for name in ("stride", "groups"))
+        return super().extra_repr() + "".join(each for each in more if not each.endswith("=1"))
+
     def forward(self, input: Tensor) -> Tensor:
         """Take the step, (batch, c, h, w) to the same."""
-        reach = self.weight.shape[-1] // 2
-        pads = [(reach, reach)] * 2
-        if self.padding_mode == "circular":
-            hidden = functional.conv2d(circular_pad(input, pads), self.weight, self.bias)
-        else:
-            hidden = functional.conv2d(input, self.weight, self.bias, padding=reach)
+        reach, strides = self.weight.shape[-1] // 2, (self.stride,) * 2
+        pads = [(reach, reach)] * 2 if self.padding_mode == "circular" else [(0, 0)] * 2
+        zeros = 0 if self.padding_mode == "circular" else reach
+        geometry: dict[str, Any] = {"stride": strides, "padding": zeros, "groups": self.groups}
+        padded = _pad_whole(input, pads, strides)
+        hidden = functional.conv2d(padded, self.weight, self.bias, **geometry)
         outer = _ACTIVATIONS[self.activation](hidden)
-        weight = self._scaled(outer.dtype, 3)
-        if self.padding_mode == "circular":
-            return input - circular_fold(functional.conv_transpose2d(outer, weight), pads)
-        return input - functional.conv_transpose2d(outer, weight, padding=reach)
+        geometry["output_padding"] = self.stride - 1
+        outputs = functional.conv_transpose2d(outer, self._scaled(outer.dtype, 3), **geometry)
+        return input - circular_fold(outputs, pads)
 
 
 class SLLLinear(_DenseStep):
@@ -372,11 +409,24 @@ class SLLConv2d(_ConvolutionStep):
         ``"circular"`` or ``"zeros"``; the guarantee is the same.
     activation, device, dtype
         As in :class:`SLLLinear`.
+    stride : int
+        Of W: the hidden images are smaller by it, and the output is not. A divisor of the size of
+        the image.
+    groups : int
+        Of W, a divisor of both numbers of channels.
 
     Raises
     ------
     ValueError
-        If ``kernel_size`` is even, or an option is unknown.
+        If ``kernel_size`` is even, an option is unknown, or ``groups`` does not divide; when
+        called, if the stride does not divide the size of the image.
+
+    Notes
+    -----
+    A block that changes the shape is this one before a 1-Lipschitz map Q that does: with
+    :class:`~lipbook.convolutions.OrthogonalConv2d` and a stride, or its transpose,
+    :math:`Q f(x) = Qx - 2 Q W^\top T^{-1} \sigma(Wx + b)` is a residual block whose skip and
+    branch end in Q, and 1-Lipschitz as a composition.
 
     Examples
     --------
@@ -401,7 +451,7 @@ class CPLConv2d(_ConvolutionStep):
 
     Parameters
     ----------
-    channels, inner_channels, kernel_size, padding_mode, activation, device, dtype
+    channels, inner_channels, kernel_size, padding_mode, activation, device, dtype, stride, groups
         As in :class:`SLLConv2d`.
 
     Raises
@@ -684,8 +734,9 @@ def _norm(module: Any, weight: Tensor, input_shape: tuple[int, ...], p: float) -
     if weight.dim() == 2:
         return operator_norm(weight, p).item()
     reach, mode = weight.shape[-1] // 2, module.padding_mode
-    size = input_shape[1:]
-    return convolution_norm_bound(weight, size, padding=reach, padding_mode=mode, p=p).item()
+    geometry: dict[str, Any] = {"stride": module.stride, "groups": module.groups}
+    geometry |= {"padding": reach, "padding_mode": mode, "p": p}
+    return convolution_norm_bound(weight, input_shape[1:], **geometry).item()
 
 
 for _layer in (SLLLinear, CPLLinear, SLLConv2d, CPLConv2d):
@@ -709,6 +760,7 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
     if not dense:
         padding = weight.shape[-1] // 2
         geometry = {"padding": padding, "padding_mode": module.padding_mode}
+        geometry |= {"stride": module.stride, "groups": module.groups}
 
     def norm(matrix: Tensor, q: float) -> float:
         if dense:
@@ -722,7 +774,7 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
         lipschitz = max(1.0, norm(view.sqrt() * weight.double(), 2) ** 2 * _UP - 1)
     else:
         lipschitz = (1 + back * absolute) * _UP
-    positions = example[0, ..., 0].numel() if dense else example[0, 0].numel()
+    positions = example[0, ..., 0].numel() if dense else example[0, 0].numel() // module.stride**2
     bias_norm = _bias_norm(module.bias, dtype, positions, p)
     rows, columns = weight[0].numel() + 3, weight[:, 0].numel() + 3
     gamma = _gamma(rows + columns, dtype)
@@ -789,7 +841,7 @@ class DenseStep(_DenseStep):
 class ConvolutionStep(_ConvolutionStep):
     r"""Frozen potential step, convolutional: :class:`DenseStep` with a convolution for W.
 
-    ``weight`` is its kernel, (inner, c, k, k).
+    ``weight`` is its kernel, (inner, c / groups, k, k).
 
     Examples
     --------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from decimal import Decimal, localcontext
@@ -12,7 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
+from lipbook import attention
 from lipbook.attention import (
     BallProjection,
     EnergyAttention,
@@ -26,7 +29,10 @@ from lipbook.attention import (
     l2_attention_bound,
 )
 from lipbook.composition import Ball, Box, lipschitz_bound, lipschitz_lower_bound
+from lipbook.errors import range_error_rule
 from lipbook.freezing import freeze
+from lipbook.robustness import certify
+from lipbook.rounding import forward_error
 from lipbook.rules import image_rule, range_rule
 
 double = torch.float64
@@ -441,6 +447,244 @@ def test_padding_of_l2_attention(nonexpansive: bool) -> None:
         assert bool((y[k, count:] == 0).all())
         if count:
             torch.testing.assert_close(y[k, :count], layer(x[k : k + 1, :count])[0])
+
+
+# ------------------------------------------------------------------- errors of the programs
+
+
+def weights_of(layer: L2MultiheadAttention) -> tuple[Tensor, Tensor, Tensor]:
+    return layer.query_weight, layer.value_weight, layer.out_weight
+
+
+def decimals(rows: Any) -> Any:
+    return [decimals(row) for row in rows] if isinstance(rows, list) else Decimal(rows)
+
+
+def dot(a: list[Decimal], b: list[Decimal]) -> Decimal:
+    return sum((s * t for s, t in zip(a, b, strict=True)), Decimal(0))
+
+
+def columns(rows: list[list[Decimal]]) -> list[list[Decimal]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def decimal_energy_step(x: Tensor, layer: EnergyAttention) -> list[list[Decimal]]:
+    """Of one sample, from sums over pairs."""
+    rows, step = decimals(x.tolist()), Decimal(layer.step().item())
+    share, out = 1 / max(Decimal(1), Decimal(len(rows)) / 2).sqrt(), [list(row) for row in rows]
+    weights = decimals(layer.query_weight.tolist()), decimals(layer.key_weight.tolist())
+    for a, b in zip(*weights, strict=True):
+        keys = [[share * dot(row, w) for w in b] for row in rows]
+        for i, row in enumerate(rows):
+            pairs = [[dot(row, w) + k for w, k in zip(a, key, strict=True)] for key in keys]
+            sizes = [dot(u, u).sqrt() for u in pairs]
+            total = sum(r.exp() + (-r).exp() for r in sizes)
+            for j, (u, r) in enumerate(zip(pairs, sizes, strict=True)):
+                weight = step * (((r.exp() - (-r).exp()) / r if r else 2) / total)
+                for c, (own, other) in enumerate(zip(columns(a), columns(b), strict=True)):
+                    out[i][c] -= weight * dot(u, own)
+                    out[j][c] -= weight * share * dot(u, other)
+    return out
+
+
+def decimal_l2(x: Tensor, layer: L2MultiheadAttention) -> list[list[Decimal]]:
+    """Of one sample, from sums over pairs."""
+    rows, root = decimals(x.tolist()), Decimal(layer.head_dim).sqrt()
+    heads: list[list[Decimal]] = [[] for _ in rows]
+    weights = decimals(layer.query_weight.tolist()), decimals(layer.value_weight.tolist())
+    for query, value in zip(*weights, strict=True):
+        tokens = [[dot(row, w) for w in query] for row in rows]
+        back = [[dot(q, column) / root for column in columns(query)] for q in tokens]
+        values = columns([[dot(b, w) for w in value] for b in back])
+        for i, q in enumerate(tokens):
+            apart = [[s - t for s, t in zip(q, k, strict=True)] for k in tokens]
+            powers = [(-dot(z, z) / root).exp() for z in apart]
+            heads[i] += [dot(powers, column) / sum(powers) for column in values]
+    bias = [Decimal(0)] * layer.embed_dim if layer.bias is None else decimals(layer.bias.tolist())
+    out = decimals(layer.out_weight.tolist())
+    return [[dot(h, w) + b for w, b in zip(out, bias, strict=True)] for h in heads]
+
+
+HOSTILE: dict[str, Callable[[int, int], Tensor]] = {
+    "ordinary": torch.randn,
+    "small": lambda n, d: 1e-4 * torch.randn(n, d),
+    "between the branches of log cosh": lambda n, d: 0.03 * torch.randn(n, d).sign(),
+    "large": lambda n, d: 20 * torch.randn(n, d),
+    "far from 0": lambda n, d: 100 + torch.randn(n, d),
+    "two clouds": lambda n, d: torch.randn(n, d) + 50 * (torch.arange(n) % 2)[:, None],
+    "opposite": lambda n, d: (-1.0) ** torch.arange(n)[:, None] * torch.randn(1, d),
+    "equal": lambda n, d: torch.randn(1, d).expand(n, d),
+    "zero": torch.zeros,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("kind", [EnergyAttention, L2MultiheadAttention])
+@pytest.mark.parametrize("dtype", [torch.float32, double])
+def test_errors_of_the_programs_in_decimal_numbers(name: str, kind: Any, dtype: Any) -> None:
+    torch.manual_seed(0)
+    for n, heads, size, scale, p in (
+        (3, 2, 2, 1.0, 2.0),
+        (1, 1, 2, 0.3, math.inf),
+        (3, 1, 3, 3.0, 1.0),
+    ):
+        layer = kind(4, heads, head_dim=size)
+        for weight in layer.parameters():
+            weight.data.normal_().mul_(scale / 2)
+        x = HOSTILE[name](n, 4).to(dtype)[None].contiguous()
+        layer.to(dtype).requires_grad_(False)
+        with localcontext() as context:
+            context.prec = 40
+            right = (decimal_energy_step if kind is EnergyAttention else decimal_l2)(x[0], layer)
+            wrong = decimals(layer(x)[0].tolist())
+            rows = [a + [-b for b in row] for a, row in zip(wrong, right, strict=True)]
+            off = [abs(row[c] + row[c + 4]) for row in rows for c in range(4)]
+            norms = {1.0: sum(off), 2.0: dot(off, off).sqrt(), math.inf: max(off)}
+        found = forward_error(layer, x, p)
+        assert norms[p] <= found.error.item()
+        assert found.error.item() < 0.02 * max(1.0, x.abs().max().item() * max(1.0, scale)) ** 4
+
+
+@settings(max_examples=8)
+@given(shapes, st.integers(0, 9), st.sampled_from(["energy", "l2", "nonexpansive"]))
+def test_errors_of_the_programs_near_a_point(
+    shape: tuple[int, int, int, int], seed: int, kind: str
+) -> None:
+    """Within the limit, against float64 with the same step or divisor."""
+    torch.manual_seed(seed)
+    tokens, heads, size, features = shape
+    layer: Any = EnergyAttention(features, heads, size)
+    if kind != "energy":
+        layer = L2MultiheadAttention(
+            features, heads, head_dim=size, nonexpansive=kind == "nonexpansive"
+        )
+    twin = copy.deepcopy(freeze(layer)).double()
+    rescaled = 1.0
+    if kind == "nonexpansive":
+        ratio = [
+            attention._used(weights_of(each), torch.tensor(tokens).double())
+            for each in (twin, layer)
+        ]
+        rescaled = (ratio[0] / ratio[1]).item()
+    for p in (1.0, 2.0, math.inf):
+        x = 3 * torch.randn(4, tokens, features)
+        found = forward_error(layer, x, p)
+        way = torch.randn(4, tokens, features)
+        way /= torch.linalg.vector_norm(way.flatten(1), p, dim=1)[:, None, None]
+        share = torch.tensor([0.01, 0.1, 0.5, 0.99])
+        moved = x + way * (found.limit * share).float()[:, None, None]
+        off = (layer(moved) - rescaled * twin(moved.double())).flatten(1)
+        reach = torch.linalg.vector_norm((moved - x).double().flatten(1), p, dim=1)
+        allowed = found.error + found.slope * reach
+        assert (torch.linalg.vector_norm(off, p, dim=1) <= allowed).all()
+        assert found.lipschitz >= lipschitz_bound(layer, (tokens, features), p=p).value * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.03, 1.0, 20.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, double])
+def test_errors_of_the_weights_of_the_energy(size: float, dtype: Any) -> None:
+    """Queries and keys that are off by d, in decimal numbers."""
+    torch.manual_seed(0)
+    for features, d in ((1, 0.0), (3, 0.0), (3, 1e-4 * size)):
+        query, key = size * torch.randn(2, 1, 1, 3, features).to(dtype)
+        query[..., 1:, :] = -key[..., 1:, :] * (1 - 2.0**-12)  # sums of which much cancels
+        near = [
+            part + d * functional.normalize(torch.randn(part.shape), dim=-1)
+            for part in (query, key)
+        ]
+        scores, slopes = attention._log_cosh(attention._squares(query, key, 1.0))
+        softmax = scores.softmax(-1)
+        computed = [each[0, 0].tolist() for each in (scores, slopes, softmax * slopes)]
+        exact = [decimals(part.double()[0, 0].tolist()) for part in near]
+        worst = [Decimal(0)] * 3
+        with localcontext() as context:
+            context.prec = 40
+            for score, slope, weight, one in zip(*map(decimals, computed), exact[0], strict=True):
+                sums = [[a + b for a, b in zip(one, other, strict=True)] for other in exact[1]]
+                sizes = [dot(u, u).sqrt() for u in sums]
+                cosh, sinh = ([(r.exp() + s * (-r).exp()) / 2 for r in sizes] for s in (1, -1))
+                for k, (r, c, s) in enumerate(zip(sizes, cosh, sinh, strict=True)):
+                    worst[0] = max(worst[0], abs(score[k] - c.ln()))
+                    worst[1] = max(worst[1], abs(slope[k] * r - s / c))
+                off = [
+                    abs(w * r - s / sum(cosh)) for w, r, s in zip(weight, sizes, sinh, strict=True)
+                ]
+                worst[2] = max(worst[2], sum(off, Decimal(0)))
+        r = sum(part.double().norm(dim=-1).amax() for part in near)
+        away = torch.tensor(2.0 * d).double()
+        logit, slope = attention._log_cosh_errors(r, away, features, dtype)
+        e, _ = attention._weights_error(r, away, 3, features, dtype)
+        for found, bound in zip(worst, (logit, slope, e), strict=True):
+            assert found <= bound.item()
+            assert d == 0 or size != 1 or found > 0.02 * bound.item()
+
+
+def test_errors_hold_steps_and_divisors_of_both_precisions() -> None:
+    """On a domain the function is that of float64, and the difference is part of the error."""
+    torch.manual_seed(0)
+    x, ball = 0.1 * torch.randn(1, 3, 4), Ball(torch.zeros(3, 4), 0.5)
+    energy = EnergyAttention(4)
+    errors = [forward_error(layer, x, 2, ball).error for layer in (energy, freeze(energy))]
+    steps = [layer.step().item() for layer in (energy, copy.deepcopy(energy).double())]
+    moved = (energy(x) - x).double().norm() / steps[0] * abs(steps[1] - steps[0])
+    assert errors[0] >= errors[1] + moved
+    assert moved > 0.002 * errors[1]
+    plain, over = L2MultiheadAttention(4), L2MultiheadAttention(4, nonexpansive=True)
+    over.load_state_dict(plain.state_dict())
+    apart = (over(x).double() - copy.deepcopy(over).double()(x.double())).norm()
+    divisor = plain(x).norm() / over(x).norm()
+    errors = [
+        forward_error(plain, x, 2, ball).error / divisor,
+        forward_error(over, x, 2, ball).error,
+    ]
+    assert errors[1] >= errors[0] + apart
+    assert apart > 0.002 * errors[0]
+
+
+@pytest.mark.parametrize("kind", [EnergyAttention, L2MultiheadAttention])
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+def test_errors_on_all_of_space_are_those_of_balls(kind: Any, p: float) -> None:
+    torch.manual_seed(0)
+    layer, x = freeze(kind(4, 2)), torch.randn(1, 3, 4)
+    found = forward_error(layer, x, p)
+    for share in (1.0, 0.51, 0.13, 1 / 64):
+        radius = share * found.limit.item()
+        on_ball = forward_error(layer, x, p, Ball(x[0], radius, p)).error.item()
+        assert found.error.item() + found.slope * radius >= on_ball * (1 - 1e-6)
+
+
+def test_errors_are_infinite_where_squares_overflow() -> None:
+    small = L2MultiheadAttention(2)
+    small.value_weight.data *= 1e-30
+    for layer in (L2MultiheadAttention(2), EnergyAttention(2), small):
+        found = forward_error(layer, torch.tensor([1.0, 1e20])[:, None, None].expand(2, 3, 2))
+        assert found.error.isfinite().tolist() == [True, False]
+        assert found.limit[0] > 0
+        assert found.limit[1] == 0
+
+
+@pytest.mark.parametrize("kind", [EnergyAttention, L2MultiheadAttention])
+def test_sound_certificates_of_attention(kind: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(kind(4, 2), nn.Flatten(), nn.Linear(12, 3)).eval()
+    x = torch.randn(6, 3, 4)
+    batches = [(x, net(x).argmax(1))]
+    sound, plain = (certify(net, batches, (3, 4), sound=each) for each in (True, False))
+    assert (sound.radius <= plain.radius).all()
+    assert sound.radius.mean() > 0.99 * plain.radius.mean()
+
+
+def test_errors_of_mixed_weights_are_refused() -> None:
+    layer = L2MultiheadAttention(2)
+    layer.out_weight.data = layer.out_weight.data.double()
+    with pytest.raises(ValueError, match="all weights must have one dtype"):
+        range_error_rule(layer, torch.zeros(1, 3, 2), 2)
+    with pytest.raises(
+        ValueError, match=r"must run in the dtype of its weights, got torch\.float64"
+    ):
+        range_error_rule(EnergyAttention(2), torch.zeros(1, 3, 2, dtype=double), 2)
+    with pytest.raises(ValueError, match=r"known in float32 and float64, got torch\.bfloat16"):
+        range_error_rule(EnergyAttention(2), torch.zeros(1, 3, 2, dtype=torch.bfloat16), 2)
 
 
 # --------------------------------------------------------------------------------- padding

@@ -28,10 +28,14 @@ from lipbook.convolutions import (
     AOL,
     BCOP,
     RKO,
+    BlockReflectorConv2d,
     CayleyConv2d,
     NonexpansiveConv1d,
     NonexpansiveConv2d,
     NonexpansiveConv3d,
+    NonexpansiveConvTranspose1d,
+    NonexpansiveConvTranspose2d,
+    NonexpansiveConvTranspose3d,
     OrthogonalConv1d,
     OrthogonalConv2d,
     OrthogonalConv3d,
@@ -43,6 +47,7 @@ from lipbook.convolutions import (
     aol_kernel,
     bcop_kernel,
     block_convolution,
+    block_reflector_kernel,
     cayley_kernel,
     channel_shift,
     circular_fold,
@@ -60,6 +65,11 @@ TRANSPOSE = {
     1: OrthogonalConvTranspose1d,
     2: OrthogonalConvTranspose2d,
     3: OrthogonalConvTranspose3d,
+}
+NONEXPANSIVE_TRANSPOSE = {
+    1: NonexpansiveConvTranspose1d,
+    2: NonexpansiveConvTranspose2d,
+    3: NonexpansiveConvTranspose3d,
 }
 NONEXPANSIVE = {1: NonexpansiveConv1d, 2: NonexpansiveConv2d, 3: NonexpansiveConv3d}
 
@@ -869,6 +879,47 @@ def test_kernel_norm_bound_is_from_above_and_tight_for_constants() -> None:
     assert kernel_norm_bound(torch.zeros(2, 2, 3)) < 1e-6
 
 
+@pytest.mark.parametrize("method", ["aol", "rko"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "groups"), [(3, 1, 1, 1), (4, 2, 1, 2), (3, 2, 2, 1)]
+)
+def test_nonexpansive_transposed_convolutions_are_adjoint(
+    method: Any, dims: int, kernel: int, stride: int, dilation: int, groups: int
+) -> None:
+    """On a circle they are the transposes of the layers with the same raw parameter."""
+    torch.manual_seed(0)
+    options: Any = {"dilation": dilation, "groups": groups, "bias": False, "method": method}
+    back = NONEXPANSIVE_TRANSPOSE[dims](4, 2, kernel, stride, dtype=torch.float64, **options)
+    layer = NONEXPANSIVE[dims](2, 4, kernel, stride, dtype=torch.float64, **options)
+    for size in (1.0, 0.01):
+        raw = back.parametrizations.weight.original
+        raw.data.normal_().mul_(size)
+        layer.parametrizations.weight.original.data.copy_(raw)
+        small = 6 if dims == 1 else 3
+        shapes = [(4, *[small] * dims), (2, *[small * stride] * dims)]
+        matrix = dense(back, shapes[0], torch.float64)
+        torch.testing.assert_close(matrix, dense(layer, shapes[1], torch.float64).mT)
+        norm = torch.linalg.matrix_norm(matrix, 2).item()
+        assert norm <= 1 + 1e-12
+        bound = lipschitz_bound(back, shapes[0])
+        assert norm * (1 - 1e-12) <= bound.value <= 1 + 1e-12
+
+
+def test_cut_nonexpansive_transposed_convolutions() -> None:
+    """Zero padding cuts the output of torch's own operation."""
+    torch.manual_seed(0)
+    layer = NonexpansiveConvTranspose2d(4, 2, 3, 2, 1, 1, padding_mode="zeros")
+    plain = nn.ConvTranspose2d(4, 2, 3, 2, 1, 1)
+    plain.weight.data, plain.bias.data = layer.weight.detach(), layer.bias.detach()
+    x = torch.randn(2, 4, 3, 5)
+    torch.testing.assert_close(layer(x), plain(x))
+    layer.bias = None
+    assert torch.linalg.matrix_norm(dense(layer, (4, 3, 5), torch.float32), 2) <= 1 + 1e-6
+    with pytest.raises(ValueError, match="method must be one of"):
+        NonexpansiveConvTranspose2d(4, 2, 3, method="bcop")
+
+
 # ------------------------------------------------------------------------- SOC and Cayley
 
 
@@ -888,6 +939,44 @@ def test_truncated_exponential_is_at_most_one_by_rational_arithmetic() -> None:
         assert sum(max(c, 0) for c in rest) < -first
         loss = 1 - math.sqrt(1 + float(first + sum(min(c, 0) for c in rest)))
         assert loss < {4: 7e-3, 8: 3e-6, 12: 2e-10, 16: 1e-14}[m]
+
+
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "stride", "rank"), [(4, 4, 1, None), (2, 5, 1, 2), (3, 2, 1, 3), (1, 3, 2, 4)]
+)
+def test_block_reflectors_are_orthogonal_by_their_formula(
+    c_in: int, c_out: int, stride: int, rank: int | None
+) -> None:
+    """The matrix of the layer against I - 2 V (VᵀV)⁻¹ Vᵀ with the matrix of the convolution V."""
+    torch.manual_seed(0)
+    size = (4 * stride, 5 * stride)
+    options: Any = {"stride": stride, "rank": rank, "bias": False, "dtype": torch.float64}
+    layer = BlockReflectorConv2d(c_in, c_out, 3, size, **options)
+    raw = layer.parametrizations.weight.original.detach()
+    columns = nn.Conv2d(raw.shape[1], len(raw), 3, padding=1, padding_mode="circular", bias=False)
+    columns.weight.data = raw
+    V = dense(columns.double(), (raw.shape[1], 4, 5), torch.float64)
+    expected = torch.eye(len(V), dtype=torch.float64) - 2 * V @ torch.linalg.inv(V.mT @ V) @ V.mT
+    expected = expected[: c_out * 20, : c_in * stride**2 * 20]
+    unshuffle = dense(nn.PixelUnshuffle(stride), (c_in, *size), torch.float64)
+    matrix = dense(layer, (c_in, *size), torch.float64)
+    torch.testing.assert_close(matrix, expected @ unshuffle, rtol=1e-9, atol=1e-11)
+    assert (torch.linalg.svdvals(matrix) - 1).abs().max() < 1e-12
+    assert lipschitz_bound(layer, (c_in, *size)).value == pytest.approx(1, abs=1e-12)
+
+
+def test_block_reflectors_near_a_loss_of_rank() -> None:
+    """Two columns that differ by 1e-7: the Gram matrix has the condition number 1e14."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 1, 3, 3, dtype=torch.float64).expand(-1, 2, -1, -1).clone()
+    weight[:, 1] += 1e-7 * torch.randn(4, 3, 3, dtype=torch.float64)
+    kernel = block_reflector_kernel(weight, 6)
+    values = circular_convolution_singular_values(kernel, 6)
+    assert (values - 1).abs().max() < 1e-8
+    with pytest.raises(ValueError, match="rank must be at most 4, got 5"):
+        BlockReflectorConv2d(4, 3, 3, 6, rank=5)
+    with pytest.raises(ValueError, match="weight must have no more columns than rows"):
+        block_reflector_kernel(torch.ones(2, 3, 1, 1), 4)
 
 
 @pytest.mark.parametrize("terms", [4, 8, 12])

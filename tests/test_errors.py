@@ -335,11 +335,26 @@ TABLE: dict[str, Row] = {
             ("OrthogonalConv", "bcop"),
             ("OrthogonalConvTranspose", "bcop"),
             ("NonexpansiveConv", "aol"),
+            ("NonexpansiveConvTranspose", "aol"),
         )
         for name in (f"{start}{dims}d" for dims in (1, 2, 3))
     },
     "convolutions.SkewOrthogonalConv2d": row(
         convolutions.SkewOrthogonalConv2d, **SIZES, stride=("size", 1), terms=("count", 4)
+    ),
+    "convolutions.block_reflector_kernel": row(
+        convolutions.block_reflector_kernel, weight=("raw", KERNEL[1]), image_size=("size", 4)
+    ),
+    "convolutions.BlockReflectorKernel": row(
+        convolutions.BlockReflectorKernel((4, 4), 3, 2), weight=("raw", KERNEL[1])
+    ),
+    "convolutions.BlockReflectorConv2d": row(
+        convolutions.BlockReflectorConv2d,
+        **SIZES,
+        stride=("size", 1),
+        image_size=("size", 4),
+        rank=("count", 1),
+        fine="rank: none",
     ),
     "convolutions.CayleyConv2d": row(
         convolutions.CayleyConv2d, **SIZES, stride=("size", 1), image_size=("size", 4)
@@ -647,6 +662,17 @@ TABLE: dict[str, Row] = {
             *((name, "matrix") for name in ("SpectralNorm", "InfinityNorm", "UnitNorm")),
         )
     },
+    "orthogonal.block_reflector": row(orthogonal.block_reflector, vectors=("raw", tensor(3, 2))),
+    "orthogonal.BlockReflector": row(
+        orthogonal.BlockReflector(3, 3), vectors=("raw", tensor(3, 2))
+    ),
+    "orthogonal.BlockReflectorLinear": row(
+        orthogonal.BlockReflectorLinear,
+        in_features=("count", 4),
+        out_features=("count", 3),
+        rank=("count", 1),
+        fine="rank: none",
+    ),
     "orthogonal.OrthogonalLinear": row(
         orthogonal.OrthogonalLinear,
         in_features=("count", 4),
@@ -729,6 +755,8 @@ TABLE: dict[str, Row] = {
             kernel_size=("count", 3),
             activation=("choice", "relu"),
             padding_mode=("choice", "circular"),
+            stride=("count", 1),
+            groups=("count", 1),
         )
         for name in ("SLLConv2d", "CPLConv2d")
     },
@@ -745,8 +773,16 @@ TABLE: dict[str, Row] = {
         angle=("positive", 0.5),
         fine="angle: negative",
     ),
-    "residual.cpl_scale": row(residual.cpl_scale, weight=RAW),
-    "residual.sll_scale": row(residual.sll_scale, weight=RAW, log_q=("raw", tensor(3))),
+    "residual.cpl_scale": row(
+        residual.cpl_scale, weight=RAW, stride=("count", 1), groups=("count", 1)
+    ),
+    "residual.sll_scale": row(
+        residual.sll_scale,
+        weight=RAW,
+        log_q=("raw", tensor(3)),
+        stride=("count", 1),
+        groups=("count", 1),
+    ),
     # conversion
     "conversion.lipschitz_network": row(
         conversion.lipschitz_network,

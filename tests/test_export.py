@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations, parametrize
 import lipbook
 from lipbook import convolutions, export
 from lipbook.activations import Householder, MaxMin
+from lipbook.attention import L2MultiheadAttention
 from lipbook.composition import Box, Residual, Sum, lipschitz_bound, lipschitz_lower_bound
 from lipbook.convolutions import (
     BCOP,
@@ -934,6 +935,19 @@ def test_the_advice_for_a_graph_of_one_size_helps(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
     assert (found - model(x)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("nonexpansive", [False, True])
+def test_l2_attention_in_onnx(nonexpansive: bool, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer, x = L2MultiheadAttention(4, 2, nonexpansive=nonexpansive), 3 * torch.randn(7, 5, 4)
+    export_onnx(layer, tmp_path / "a.onnx", (5, 4))
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+    torch.testing.assert_close(found, layer(x))
+    divided = L2MultiheadAttention(4, 2)
+    divided.load_state_dict(layer.state_dict())
+    assert (found.norm() < 0.7 * divided(x).norm()) == nonexpansive
 
 
 class FailingError(Exception):

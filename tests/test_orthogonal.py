@@ -20,6 +20,7 @@ from lipbook import orthogonal
 from lipbook.composition import lipschitz_bound
 from lipbook.orthogonal import (
     QR,
+    BlockReflectorLinear,
     Cayley,
     InfinityNorm,
     InfinityNormLinear,
@@ -31,6 +32,7 @@ from lipbook.orthogonal import (
     UnitNorm,
     UnitNormLinear,
     bjorck,
+    block_reflector,
     cayley,
     cholesky_qr,
     clip_spectral_norm,
@@ -888,3 +890,31 @@ def test_all_is_complete() -> None:
         and getattr(value, "__module__", "").startswith(orthogonal.__name__)
     }
     assert own == set(orthogonal.__all__)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(4, 4, None), (5, 3, 1), (2, 6, 6)])
+def test_block_reflectors(m: int, n: int, rank: int | None) -> None:
+    torch.manual_seed(0)
+    layer = BlockReflectorLinear(n, m, rank, dtype=torch.float64)
+    V = layer.parametrizations.weight.original.detach()
+    expected = torch.eye(len(V), dtype=V.dtype) - 2 * V @ torch.linalg.inv(V.mT @ V) @ V.mT
+    torch.testing.assert_close(layer.weight, expected[:m, :n], rtol=1e-11, atol=1e-12)
+    values = torch.linalg.eigvalsh(block_reflector(V)).round(decimals=10)
+    assert values.tolist() == [-1.0] * V.shape[1] + [1.0] * (len(V) - V.shape[1])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
+def test_block_reflectors_of_any_vectors_are_orthogonal(scale: float) -> None:
+    torch.manual_seed(0)
+    alike = torch.randn(9, 1).expand(-1, 3)
+    for vectors in (torch.randn(9, 4), alike, torch.cat((alike, torch.randn(9, 2)), 1)):
+        weight = block_reflector(scale * vectors)
+        assert (torch.linalg.svdvals(weight.double()) - 1).abs().max() < 1e-6
+        torch.testing.assert_close(weight, weight.mT)
+
+
+def test_block_reflectors_refuse_more_columns_than_rows() -> None:
+    with pytest.raises(ValueError, match=r"vectors must have no more columns than rows, got"):
+        block_reflector(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="rank must be at most 4, the larger number, got 5"):
+        BlockReflectorLinear(3, 4, 5)

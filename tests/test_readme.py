@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -89,3 +90,28 @@ def test_the_table_names_every_extra_and_what_it_brings() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (TOP / target).exists(), target
+
+
+WHOSE = ("lipbook", "(?:orthogonium|torchlip)")
+
+
+def test_the_table_of_other_libraries_names_what_exists_and_what_was_measured() -> None:
+    page = (TOP / "book" / "choosing.md").read_text()
+    part = page[page.index("## From other libraries") : page.index("(choosing-costs)=")]
+    rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| `")]
+    assert len(rows) > 25
+    results = (TOP / "benchmarks" / "results.md").read_text().split("\n## ")
+    for row in rows:
+        for name in re.findall(r"`~?((?:lipbook|torch)\.[\w.]+)`", row[1]):
+            room, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(room), attribute), name
+        times = re.findall(r"\d+\.\d\d", row[3] if len(row) == 4 else "")
+        measured = [  # ours in a row of ours, theirs in one of theirs of the same table
+            [
+                re.search(rf"^\| {who}.*\| {time} \(", section, re.MULTILINE)
+                for who, time in zip(WHOSE, times, strict=False)
+            ]
+            for section in results
+        ]
+        assert any(map(all, measured)), row
+        assert len(row) == 4 or row[1] == "none", row

@@ -44,10 +44,13 @@ def scatter(layer: nn.Module, scale: float) -> None:
             parameter.normal_(std=scale)
 
 
-def matrix(weight: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+def matrix(
+    weight: Tensor, size: tuple[int, int], mode: str, stride: int = 1, groups: int = 1
+) -> Tensor:
     """The convolution as a matrix, one column a pixel, from torch's own layer."""
     inner, c, k, _ = weight.shape
-    layer = nn.Conv2d(c, inner, k, padding=k // 2, padding_mode=mode, bias=False)
+    c *= groups
+    layer = nn.Conv2d(c, inner, k, stride, k // 2, 1, groups, False, mode)
     layer = layer.to(weight.dtype)
     layer.weight.data = weight.detach()
     pixels = torch.eye(c * math.prod(size), dtype=weight.dtype).view(-1, c, *size)
@@ -89,6 +92,56 @@ def test_a_convolution_is_the_dense_layer_of_its_matrix(
     b, T = (v.repeat_interleave(pixels) for v in (layer.bias, layer.scale()))
     expected = x.flatten(1) - 2 * (torch.relu(x.flatten(1) @ W.mT + b) / T) @ W
     torch.testing.assert_close(layer(x).flatten(1), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kernel_size", "stride", "groups"), [(3, 2, 1), (5, 2, 2), (1, 3, 2)])
+def test_strides_and_groups_by_the_dense_layer(
+    name: str, mode: str, kernel_size: int, stride: int, groups: int
+) -> None:
+    """The hidden image is smaller; the step, its scale and its bound are those of the matrix."""
+    geometry = {"stride": stride, "groups": groups}
+    layer = CONVOLUTIONS[name](
+        2, 6, kernel_size, padding_mode=mode, dtype=torch.float64, **geometry
+    )
+    for scale in (0.3, 3.0):
+        scatter(layer, scale)
+        x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+        W = matrix(layer.weight, (6, 6), mode, stride, groups)
+        pixels = (6 // stride) ** 2
+        b, T = (v.repeat_interleave(pixels) for v in (layer.bias, layer.scale()))
+        expected = x.flatten(1) - 2 * (torch.relu(x.flatten(1) @ W.mT + b) / T) @ W
+        torch.testing.assert_close(layer(x).flatten(1), expected, rtol=1e-11, atol=1e-11)
+        assert torch.linalg.matrix_norm(W / T.sqrt()[:, None], 2) <= 1 + 1e-12
+        for p in (1, 2, math.inf):
+            bound = lipschitz_bound(layer, (2, 6, 6), p=p).value
+            jacobian = torch.func.jacrev(lambda z: layer(z[None])[0])(x[0]).reshape(72, 72)
+            assert torch.linalg.matrix_norm(jacobian, p) <= bound * (1 + 1e-12)
+            assert p != 2 or bound == pytest.approx(1, abs=1e-11)
+
+
+def test_scales_with_strides_and_groups_on_paper() -> None:
+    """One channel, taps 1, 2, 3 in a row: with stride 2 windows share one pixel, 1 * 3."""
+    kernel = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
+    kernel[0, 0, 1] = torch.tensor([1.0, 2.0, 3.0])
+    zero = torch.zeros(1, dtype=torch.float64)
+    for stride, expected in ((1, 14 + 2 * (2 + 6) + 2 * 3), (2, 14 + 2 * 3), (3, 14)):
+        assert sll_scale(kernel, zero, stride).item() == pytest.approx(expected)
+    matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)[..., None, None]
+    log_q = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    apart = sll_scale(matrix, log_q, groups=2)  # of which each row is alone
+    torch.testing.assert_close(apart, torch.tensor([5.0, 25.0], dtype=torch.float64))
+    assert cpl_scale(matrix, groups=2)[0].item() == pytest.approx(25.0)
+    ones = torch.ones(1, 1, 3, 3, dtype=torch.float64)
+    for stride, times in ((1, 9), (2, 4), (3, 1)):
+        assert cpl_scale(ones, stride)[0].item() == pytest.approx(9 * times)
+
+
+def test_a_block_that_changes_the_shape() -> None:
+    net = nn.Sequential(SLLConv2d(4, stride=2), OrthogonalConv2d(4, 8, 4, stride=2))
+    assert net(torch.randn(2, 4, 8, 8)).shape == (2, 8, 4, 4)
+    assert lipschitz_bound(net, (4, 8, 8)).value == pytest.approx(1, abs=1e-6)
 
 
 def test_scales_on_paper() -> None:
@@ -292,6 +345,9 @@ def test_autocast_does_not_reach_the_scale() -> None:
         (lambda: SLLLinear(3, 3, activation="maxmin"), "activation must be one of"),
         (lambda: CPLLinear(0), "features must be at least 1"),
         (lambda: SLLConv2d(3, 3, 4), "kernel_size must be odd, got 4"),
+        (lambda: SLLConv2d(4, 3, groups=2), "groups must divide channels 4 and inner_channels 3"),
+        (lambda: SLLConv2d(2, stride=2)(torch.ones(1, 2, 4, 5)), "a size that stride divides"),
+        (lambda: cpl_scale(torch.ones(3, 2, 1, 1), groups=2), "groups must divide the 3 channels"),
         (lambda: CPLConv2d(3, padding_mode="reflect"), "padding_mode must be 'circular' or"),
     ],
 )
@@ -346,6 +402,7 @@ def test_layers_stay_nonexpansive_at_any_size_of_the_weight(kind: Any, power: in
 STEPS = {
     "dense": (lambda: SLLLinear(6, 9), (6,)),
     "convolution": (lambda: SLLConv2d(3, 5, 3), (3, 4, 4)),
+    "stride and groups": (lambda: SLLConv2d(4, 6, 3, "zeros", stride=2, groups=2), (4, 4, 4)),
     "convex": (lambda: CPLLinear(6, 9, activation="relu"), (6,)),
 }
 

@@ -24,10 +24,11 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
-from lipbook.attention import BallProjection
+from lipbook.attention import BallProjection, EnergyAttention, L2MultiheadAttention, _EnergyLayer
 from lipbook.composition import Ball, Box, Residual, Sum, lipschitz_bound
 from lipbook.convolutions import (
     NonexpansiveConv2d,
+    NonexpansiveConvTranspose2d,
     OrthogonalConv2d,
     OrthogonalConvTranspose2d,
     ShiftConv2d,
@@ -146,7 +147,7 @@ def _(module: nn.ConvTranspose2d, x: np.ndarray) -> np.ndarray:
     whole = np.full((weight.shape[1], (h - 1) * s + k, (w - 1) * t + m), Fraction(0), dtype=object)
     for c, i, j in np.ndindex(*x.shape):
         whole[:, i * s : i * s + k, j * t : j * t + m] += weight[c] * x[c, i, j]
-    if isinstance(module, OrthogonalConvTranspose2d):
+    if isinstance(module, OrthogonalConvTranspose2d | NonexpansiveConvTranspose2d):
         (a, _), (b, _) = module._pads
         y = np.full((len(whole), h * s, w * t), Fraction(0), dtype=object)
         for i, j in np.ndindex(*whole.shape[1:]):
@@ -340,9 +341,14 @@ def _(module: Any, x: np.ndarray) -> np.ndarray:
 @exact.register(CPLConv2d)
 @exact.register(ConvolutionStep)
 def _(module: Any, x: np.ndarray) -> np.ndarray:
-    convolution = nn.Conv2d(*module.weight.shape[1::-1], 3, padding=1, bias=False)
+    parts = module.weight.detach().double().chunk(module.groups)
+    convolution = nn.Conv2d(len(x), len(module.weight), 3, module.stride, 1, bias=False)
     convolution.padding_mode = module.padding_mode
-    convolution.weight.data = module.weight.detach().double()
+    convolution.weight.data.zero_()
+    convolution = convolution.double()
+    for group, part in enumerate(parts):
+        rows, columns = (slice(group * n, (group + 1) * n) for n in part.shape[:2])
+        convolution.weight.data[rows, columns] = part
     bias, scale = (v[:, None, None] for v in (rational(module.bias), step_scale(module)))
     hidden = np.maximum(exact(convolution, x) + bias, Fraction(0)) * scale
     pixels = np.vectorize(Fraction, otypes=[object])(np.eye(x.size)).reshape(-1, *x.shape)
@@ -606,6 +612,10 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "OrthogonalConv2d": (lambda: OrthogonalConv2d(1, 4, 2, stride=2), (1, 4, 4)),
     "NonexpansiveConv2d": (lambda: NonexpansiveConv2d(2, 1, 3), (2, 3, 3)),
     "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 1, 3, stride=2, padding=1), (2, 2, 3)),
+    "NonexpansiveConvTranspose2d": (
+        lambda: NonexpansiveConvTranspose2d(3, 1, 2, 2),
+        (3, 2, 2),
+    ),
     "OrthogonalConvTranspose2d": (lambda: OrthogonalConvTranspose2d(4, 1, 2, 2), (4, 2, 2)),
     "ReLU in place": (lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), (3,)),
     "LeakyReLU": (lambda: nn.LeakyReLU(0.3), (5,)),
@@ -630,6 +640,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "InvertibleDownsampling": (lambda: InvertibleDownsampling(2), (1, 2, 2)),
     "SLLLinear": (lambda: SLLLinear(3, 4), (3,)),
     "SLLConv2d": (lambda: SLLConv2d(1, 1), (1, 3, 3)),
+    "SLLConv2d strided": (lambda: SLLConv2d(2, 2, stride=2, groups=2), (2, 2, 2)),
     "CPLConv2d": (lambda: CPLConv2d(1, 1, padding_mode="zeros"), (1, 3, 3)),
     "SLLLinear frozen": (lambda: freeze(SLLLinear(3, 4)), (3,)),
     "CPLConv2d frozen": (lambda: freeze(CPLConv2d(1, 1)), (1, 3, 3)),
@@ -1268,6 +1279,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     tested = {c for kind in tested for c in kind.__mro__}
     by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU, Sine, UnitNormalize}
     by_float64 |= {nn.Softmax2d, nn.LocalResponseNorm, BallProjection}
+    by_float64 |= {_EnergyLayer, L2MultiheadAttention}
     by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}
     by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU, _Lossless}
     by_float64 |= {BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias}
@@ -1394,6 +1406,10 @@ class Bilinear(nn.Module):
         return self.layer(x[:, :2], x[:, 2:])
 
 
+def of_tokens(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (3, 4)), layer)
+
+
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, layer_norm_eps=1.0)
     return nn.Sequential(nn.Unflatten(1, (3, 4)), layer)
@@ -1411,6 +1427,8 @@ ON_SETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "heads": (Heads, 12),
     "heads without weights": (lambda: Heads(need_weights=False), 12),
     "encoder": (encoder, 12),
+    "energy attention": (lambda: of_tokens(EnergyAttention(4, 2)), 12),
+    "l2 attention": (lambda: of_tokens(L2MultiheadAttention(4, 2)), 12),
     "RNN": (lambda: Last(nn.RNN(2, 3, batch_first=True)), 8),
     "RNN, relu": (lambda: Last(nn.RNN(2, 3, batch_first=True, nonlinearity="relu")), 8),
     "GRU": (lambda: Last(nn.GRU(2, 3, batch_first=True, bidirectional=True)), 8),

@@ -392,7 +392,7 @@ FAULTS = (
     ),
     Fault(
         "residual",
-        "ratio = (log_q[None, :] - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)",
+        "ratio = (others - log_q[:, None]).exp().clamp(max=torch.finfo(log_q.dtype).max)",
         "ratio = torch.ones_like(gram)",
         "q is dead, as in a peer",
     ),
@@ -404,8 +404,8 @@ FAULTS = (
     ),
     Fault(
         "residual",
-        "_rounded_up(kernel_norm_bound(weight).square())",
-        "_rounded_up(kernel_norm_bound(weight))",
+        "torch.stack(parts).amax().square() * read",
+        "torch.stack(parts).amax() * read",
         "CPL divides by the norm, not by its square",
     ),
     Fault(

@@ -3,9 +3,9 @@ r"""Orthogonal and 1-Lipschitz convolutions.
 A convolution with kernel :math:`K` on a circular image is block-diagonalised by the Fourier
 transform: it is orthogonal exactly if its frequency response
 :math:`\hat K(\theta) = \sum_t K_t e^{\mathrm i\langle\theta, t\rangle}` is unitary at each angle.
-The constructions here hold for all angles, hence for images of all sizes (that of Cayley
-excepted). First the maps from free tensors to kernels, then a torch parametrization of each, so
-that ``layer.weight`` *is* the constrained kernel, then the layers.
+The constructions here hold for all angles, hence for images of all sizes (those of Cayley and of
+block reflectors excepted). First the maps from free tensors to kernels, then a torch
+parametrization of each, so that ``layer.weight`` *is* the constrained kernel, then the layers.
 
 =============================  ==================================  ======================
 layer                          singular values (circular padding)  kernel
@@ -16,6 +16,7 @@ layer                          singular values (circular padding)  kernel
 ``SkewOrthogonalConv2d``: SOC  between 1 - 3e-6 and 1              odd size; not explicit
 ``ShiftConv2d``                all 1                               a matrix, then shifts
 ``CayleyConv2d``               all 1                               as large as the image
+``BlockReflectorConv2d``: BRO  all 1                               as large as the image
 =============================  ==================================  ======================
 
 "All 1" means that the convolution keeps the norm of its input if there are no more inputs than
@@ -43,9 +44,17 @@ from lipbook.convolutions.nonexpansive import (
     NonexpansiveConv1d,
     NonexpansiveConv2d,
     NonexpansiveConv3d,
+    NonexpansiveConvTranspose1d,
+    NonexpansiveConvTranspose2d,
+    NonexpansiveConvTranspose3d,
     aol_kernel,
     kernel_norm_bound,
     rko_kernel,
+)
+from lipbook.convolutions.reflector import (
+    BlockReflectorConv2d,
+    BlockReflectorKernel,
+    block_reflector_kernel,
 )
 from lipbook.convolutions.shift import ShiftConv2d, channel_shift
 from lipbook.convolutions.skew import SOC, SkewOrthogonalConv2d, skew_exponential, skew_kernel
@@ -59,6 +68,7 @@ __all__ = [
     "skew_kernel",
     "skew_exponential",
     "cayley_kernel",
+    "block_reflector_kernel",
     "channel_shift",
     "circular_pad",
     "circular_fold",
@@ -67,6 +77,7 @@ __all__ = [
     "AOL",
     "SOC",
     "CayleyKernel",
+    "BlockReflectorKernel",
     "OrthogonalConv1d",
     "OrthogonalConv2d",
     "OrthogonalConv3d",
@@ -76,7 +87,11 @@ __all__ = [
     "NonexpansiveConv1d",
     "NonexpansiveConv2d",
     "NonexpansiveConv3d",
+    "NonexpansiveConvTranspose1d",
+    "NonexpansiveConvTranspose2d",
+    "NonexpansiveConvTranspose3d",
     "SkewOrthogonalConv2d",
     "CayleyConv2d",
+    "BlockReflectorConv2d",
     "ShiftConv2d",
 ]

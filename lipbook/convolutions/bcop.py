@@ -5,26 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lipbook.composition import lipschitz_rule
 from lipbook.convolutions.block_convolution import bcop_kernel
 from lipbook.convolutions.circular import (
-    CONV_TRANSPOSE,
     CircularConv,
-    ConstrainedConv,
+    CircularConvTranspose,
     Padding,
     Size,
-    channel_counts,
     check_groups,
-    circular_fold,
     convolution_rule,
     per_axis,
-    resolve_padding,
     semi_orthogonal,
     torch_computes,
 )
@@ -45,8 +40,6 @@ __all__ = [
     "OrthogonalConvTranspose1d",
     "OrthogonalConvTranspose3d",
 ]
-
-torch.fx.wrap("circular_fold")  # a step of its own in torch.fx, see circular.py
 
 OrthogonalMethod = Literal["bcop", "bcop_unshuffle"]
 
@@ -310,7 +303,7 @@ class OrthogonalConv3d(_OrthogonalConv, nn.Conv3d):
     _dims = 3
 
 
-class _OrthogonalConvTranspose(ConstrainedConv):
+class _OrthogonalConvTranspose(CircularConvTranspose):
     def __init__(
         self,
         in_channels: int,
@@ -329,53 +322,9 @@ class _OrthogonalConvTranspose(ConstrainedConv):
         method: OrthogonalMethod = "bcop",
         rank: int | None = None,
     ) -> None:
-        sizes, strides, dilations = self._geometry(kernel_size, stride, dilation, padding_mode)
-        extra = per_axis("output_padding", output_padding, self._dims, least=0)
-        spans = [d * (k - 1) for k, d in zip(sizes, dilations, strict=True)]
-        pads, self._pads = resolve_padding(padding, spans, strides, padding_mode)
-        totals = [span + 1 - s for span, s in zip(spans, strides, strict=True)]
-        if min(totals) < 0:
-            raise ValueError(
-                "kernel_size must be at least stride, that is dilation * (kernel_size - 1) + 1, or "
-                f"some pixels of the output are never written, got kernel_size {sizes}, stride "
-                f"{strides} and dilation {dilations}"
-            )
-        if padding_mode == "circular":
-            around = [sum(pair) for pair in self._pads]
-            if around != totals or any(extra):
-                raise ValueError(
-                    "padding must be 'same' and output_padding 0 for a transposed convolution on a "
-                    f"circle, got {padding!r} and {output_padding!r}"
-                )
-        elif padding == "same":
-            pads = tuple((total + 1) // 2 for total in totals)
-            extra = tuple(total % 2 for total in totals)
-            if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
-                raise ValueError(
-                    "padding must be integers for an even kernel without stride and dilation "
-                    f"and with zero padding, got 'same' and kernel_size {sizes}"
-                )
-        channels = channel_counts(in_channels, out_channels)
-        groups = _integer("groups", groups, 1)
-        geometry: Any = (sizes, strides, 0, extra, groups, bias, dilations, "zeros")
-        super().__init__(*channels, *geometry, device, dtype)  # type: ignore[call-arg]
-        self.padding, self.padding_mode = pads, cast(Any, padding_mode)
+        geometry = (stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, kernel_size, *geometry, device, dtype)
         self._constrain(_bcop(self, method, rank))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve, (batch, c_in, *size) to (batch, c_out, *size * stride)."""
-        transpose: Any = CONV_TRANSPOSE[self._dims - 1]
-        geometry = (self.groups, self.dilation)
-        if self.padding_mode == "zeros":
-            ends = (self.padding, self.output_padding)
-            return cast(
-                Tensor, transpose(input, self.weight, self.bias, self.stride, *ends, *geometry)
-            )
-        whole = transpose(input, self.weight, None, self.stride, 0, 0, *geometry)
-        output = circular_fold(whole, self._pads)
-        if self.bias is not None:
-            output = output + self.bias.view(-1, *[1] * self._dims)
-        return output
 
 
 class OrthogonalConvTranspose2d(_OrthogonalConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,19 +76,9 @@ def cayley_kernel(weight: Tensor, image_size: Size) -> Tensor:
     :cite:t:`trockman2021`, section 4.
     """
     _floating("weight", weight, 3)
-    dims = weight.dim() - 2
-    size = per_axis("image_size", image_size, dims)
-    if any(k > n for k, n in zip(weight.shape[2:], size, strict=True)):
-        raise ValueError(
-            f"image_size must be at least the kernel size {tuple(weight.shape[2:])}, got {size}"
-        )
-    axes = tuple(range(2, weight.dim()))
-    working = torch.float32 if weight.device.type == "mps" else torch.float64
+    size, axes = _check_size(weight, image_size), tuple(range(2, weight.dim()))
     with without_autocast(weight):
-        ends = [pad for k, n in zip(weight.shape[2:], size, strict=True) for pad in (n - k, 0)]
-        kernel = functional.pad(weight.to(working), ends[::-1])
-        kernel = kernel.roll([-(k // 2) for k in weight.shape[2:]], axes)
-        response = torch.fft.rfftn(kernel, dim=axes).movedim((0, 1), (-2, -1))
+        response = _response(weight, size)
         wide = weight.shape[0] < weight.shape[1]
         response = response.mH if wide else response
         n = response.shape[-1]
@@ -98,6 +88,25 @@ def cayley_kernel(weight: Tensor, image_size: Size) -> Tensor:
         response = torch.cat([2 * inverse - eye, -2 * V @ inverse], -2)
         response = (response.mH if wide else response).movedim((-2, -1), (0, 1))
         return torch.fft.irfftn(response, s=size, dim=axes).to(weight.dtype)
+
+
+def _check_size(weight: Tensor, image_size: Size) -> tuple[int, ...]:
+    size = per_axis("image_size", image_size, weight.dim() - 2)
+    if any(k > n for k, n in zip(weight.shape[2:], size, strict=True)):
+        raise ValueError(
+            f"image_size must be at least the kernel size {tuple(weight.shape[2:])}, got {size}"
+        )
+    return size
+
+
+def _response(weight: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Frequency response of a small kernel whose middle is the pixel itself, matrices last."""
+    axes = tuple(range(2, weight.dim()))
+    working = torch.float32 if weight.device.type == "mps" else torch.float64
+    ends = [pad for k, n in zip(weight.shape[2:], size, strict=True) for pad in (n - k, 0)]
+    kernel = functional.pad(weight.to(working), ends[::-1])
+    kernel = kernel.roll([-(k // 2) for k in weight.shape[2:]], axes)
+    return torch.fft.rfftn(kernel, dim=axes).movedim((0, 1), (-2, -1))
 
 
 class CayleyKernel(nn.Module):
@@ -118,7 +127,44 @@ class CayleyKernel(nn.Module):
         return cayley_kernel(weight, self.image_size)
 
 
-class CayleyConv2d(OnUnshuffled):
+class OneSizeConv2d(OnUnshuffled):
+    """Convolution by a kernel as large as the image, in frequencies."""
+
+    not_in_onnx = "multiplies complex numbers, which torch cannot write as ONNX"
+
+    def __init__(
+        self,
+        out_channels: int,
+        raw: tuple[int, int],
+        kernel_size: int,
+        image_size: Size,
+        stride: int,
+        bias: bool,
+        constraint: Callable[[Sequence[int]], nn.Module],
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        sizes = per_axis("image_size", image_size, 2)
+        if any(n % stride or n < kernel_size * stride for n in sizes):
+            raise ValueError(
+                f"image_size must be a multiple of stride {stride} and hold {kernel_size} of them, "
+                f"got {sizes}"
+            )
+        weight = torch.empty(*raw, kernel_size, kernel_size, device=device, dtype=dtype)
+        kernel = constraint([n // stride for n in sizes])
+        super().__init__(out_channels, stride, bias, weight, kernel, new_shape=True)
+        self.image_size = sizes
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve, (batch, c_in, h, w) to (batch, c_out, h / stride, w / stride)."""
+        return super().forward(_of_size(input, self.image_size))
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply by the frequency response, from the phases (batch, c_in s², h / s, w / s)."""
+        return _in_frequencies(x, weight)
+
+
+class CayleyConv2d(OneSizeConv2d):
     r"""Orthogonal convolution by the Cayley transform at each frequency, for one image size.
 
     ``layer.weight`` is the kernel of :func:`cayley_kernel`, as large as the image; the layer
@@ -164,8 +210,6 @@ class CayleyConv2d(OnUnshuffled):
     :cite:t:`trockman2021`.
     """
 
-    not_in_onnx = "multiplies complex numbers, which torch cannot write as ONNX"
-
     def __init__(
         self,
         in_channels: int,
@@ -180,25 +224,9 @@ class CayleyConv2d(OnUnshuffled):
         in_channels, out_channels = channel_counts(in_channels, out_channels)
         kernel_size = _integer("kernel_size", kernel_size, 1)
         stride = _integer("stride", stride, 1)
-        sizes = per_axis("image_size", image_size, 2)
-        if any(n % stride or n < kernel_size * stride for n in sizes):
-            raise ValueError(
-                f"image_size must be a multiple of stride {stride} and hold {kernel_size} of them, "
-                f"got {sizes}"
-            )
-        shape = (out_channels, in_channels * stride**2, kernel_size, kernel_size)
-        weight = torch.empty(shape, device=device, dtype=dtype)
-        constraint = CayleyKernel([n // stride for n in sizes])
-        super().__init__(out_channels, stride, bias, weight, constraint, new_shape=True)
-        self.image_size = sizes
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve, (batch, c_in, h, w) to (batch, c_out, h / stride, w / stride)."""
-        return super().forward(_of_size(input, self.image_size))
-
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply by the frequency response, from the phases (batch, c_in s², h / s, w / s)."""
-        return _in_frequencies(x, weight)
+        raw = (out_channels, in_channels * stride**2)
+        geometry = (kernel_size, image_size, stride, bias)
+        super().__init__(out_channels, raw, *geometry, CayleyKernel, device, dtype)
 
 
 def _of_size(images: Tensor, size: tuple[int, ...]) -> Tensor:

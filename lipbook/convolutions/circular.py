@@ -34,6 +34,7 @@ __all__ = [
     "semi_orthogonal",
     "ConstrainedConv",
     "CircularConv",
+    "CircularConvTranspose",
     "OnUnshuffled",
     "convolution_rule",
     "response_rule",
@@ -44,6 +45,8 @@ Padding = Size | Literal["same", "valid"]
 
 # torch.fx records a call of these as one step, since their course depends on sizes.
 torch.fx.wrap("_pad_whole")
+torch.fx.wrap("circular_fold")
+torch.fx.wrap("circular_fold")
 torch.fx.wrap("_pad_symmetric")
 
 
@@ -273,7 +276,7 @@ def _pad_whole(x: Tensor, pads: Sequence[tuple[int, int]], strides: Sequence[int
     size = x.shape[x.dim() - len(pads) :]
     if any(n % s for n, s in zip(size, strides, strict=True)):
         raise ValueError(
-            "input must have a size that stride divides, with circular padding, "
+            "input must have a size that stride divides, "
             f"got size {tuple(size)} and stride {tuple(strides)}"
         )
     return circular_pad(x, pads)
@@ -332,6 +335,72 @@ class CircularConv(ConstrainedConv):
         convolve: Any = CONV[self._dims - 1]
         geometry = (self.stride, padding, self.dilation, self.groups)
         return cast(Tensor, convolve(input, self.weight, self.bias, *geometry))
+
+
+class CircularConvTranspose(ConstrainedConv):
+    """Transposed convolution with a constrained kernel, on a circle or with its border cut off."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size,
+        padding: Padding,
+        output_padding: Size,
+        groups: int,
+        bias: bool,
+        dilation: Size,
+        padding_mode: str,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        sizes, strides, dilations = self._geometry(kernel_size, stride, dilation, padding_mode)
+        extra = per_axis("output_padding", output_padding, self._dims, least=0)
+        spans = [d * (k - 1) for k, d in zip(sizes, dilations, strict=True)]
+        pads, self._pads = resolve_padding(padding, spans, strides, padding_mode)
+        totals = [span + 1 - s for span, s in zip(spans, strides, strict=True)]
+        if min(totals) < 0:
+            raise ValueError(
+                "kernel_size must be at least stride, that is dilation * (kernel_size - 1) + 1, or "
+                f"some pixels of the output are never written, got kernel_size {sizes}, stride "
+                f"{strides} and dilation {dilations}"
+            )
+        if padding_mode == "circular":
+            around = [sum(pair) for pair in self._pads]
+            if around != totals or any(extra):
+                raise ValueError(
+                    "padding must be 'same' and output_padding 0 for a transposed convolution on a "
+                    f"circle, got {padding!r} and {output_padding!r}"
+                )
+        elif padding == "same":
+            pads = tuple((total + 1) // 2 for total in totals)
+            extra = tuple(total % 2 for total in totals)
+            if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
+                raise ValueError(
+                    "padding must be integers for an even kernel without stride and dilation "
+                    f"and with zero padding, got 'same' and kernel_size {sizes}"
+                )
+        channels = channel_counts(in_channels, out_channels)
+        groups = _integer("groups", groups, 1)
+        geometry: Any = (sizes, strides, 0, extra, groups, bias, dilations, "zeros")
+        super().__init__(*channels, *geometry, device, dtype)  # type: ignore[call-arg]
+        self.padding, self.padding_mode = pads, cast(Any, padding_mode)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve, (batch, c_in, *size) to (batch, c_out, *size * stride)."""
+        transpose: Any = CONV_TRANSPOSE[self._dims - 1]
+        geometry = (self.groups, self.dilation)
+        if self.padding_mode == "zeros":
+            ends = (self.padding, self.output_padding)
+            return cast(
+                Tensor, transpose(input, self.weight, self.bias, self.stride, *ends, *geometry)
+            )
+        whole = transpose(input, self.weight, None, self.stride, 0, 0, *geometry)
+        output = circular_fold(whole, self._pads)
+        if self.bias is not None:
+            output = output + self.bias.view(-1, *[1] * self._dims)
+        return output
 
 
 class OnUnshuffled(Constrained):

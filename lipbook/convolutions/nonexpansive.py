@@ -14,6 +14,7 @@ from lipbook.composition import Bound
 from lipbook.convolutions.circular import (
     CONV,
     CircularConv,
+    CircularConvTranspose,
     Padding,
     Size,
     check_kernel,
@@ -45,6 +46,9 @@ __all__ = [
     "NonexpansiveConv2d",
     "NonexpansiveConv1d",
     "NonexpansiveConv3d",
+    "NonexpansiveConvTranspose2d",
+    "NonexpansiveConvTranspose1d",
+    "NonexpansiveConvTranspose3d",
 ]
 
 NonexpansiveMethod = Literal["aol", "rko"]
@@ -311,6 +315,12 @@ class AOL(RKO):
 # the outermost pixel reads a pixel beside the border k + 1 times, replication more.
 
 
+def _constraint(method: str) -> type[RKO]:
+    if method not in get_args(NonexpansiveMethod):
+        raise ValueError(f"method must be one of {get_args(NonexpansiveMethod)}, got {method!r}")
+    return AOL if method == "aol" else RKO
+
+
 class _NonexpansiveConv(CircularConv):
     _padding_modes = ("circular", "zeros", "symmetric")
 
@@ -330,10 +340,7 @@ class _NonexpansiveConv(CircularConv):
         *,
         method: NonexpansiveMethod = "aol",
     ) -> None:
-        if method not in get_args(NonexpansiveMethod):
-            raise ValueError(
-                f"method must be one of {get_args(NonexpansiveMethod)}, got {method!r}"
-            )
+        constraint = _constraint(method)
         geometry = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(in_channels, out_channels, *geometry, device, dtype)
         if padding_mode == "symmetric" and (method != "rko" or max(self.stride) > 1):
@@ -349,7 +356,6 @@ class _NonexpansiveConv(CircularConv):
                 "padding must be integers for an even kernel with symmetric padding, got 'same' "
                 f"and kernel_size {self.kernel_size}"
             )
-        constraint = AOL if method == "aol" else RKO
         self._constrain(constraint(self.stride, self.dilation, groups))
 
 
@@ -409,6 +415,93 @@ class NonexpansiveConv3d(_NonexpansiveConv, nn.Conv3d):
     _dims = 3
 
 
+class _NonexpansiveConvTranspose(CircularConvTranspose):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = "same",
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size = 1,
+        padding_mode: Literal["circular", "zeros"] = "circular",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        method: NonexpansiveMethod = "aol",
+    ) -> None:
+        constraint = _constraint(method)
+        geometry = (stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, kernel_size, *geometry, device, dtype)
+        self._constrain(constraint(self.stride, self.dilation, self.groups))
+
+
+class NonexpansiveConvTranspose2d(_NonexpansiveConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc]
+    r"""1-Lipschitz transposed convolution in two dimensions, not orthogonal (AOL or RKO).
+
+    The adjoint of :class:`NonexpansiveConv2d` from ``out_channels`` to ``in_channels``, which has
+    its singular values: :class:`torch.nn.ConvTranspose2d` with such a weight, and with circular
+    padding, which torch does not offer. **Guaranteed**: norm at most 1, with circular and with
+    zero padding, and with an ``output_padding``. **Not guaranteed**: anything from below.
+
+    Parameters
+    ----------
+    in_channels, ..., dtype
+        As in :class:`OrthogonalConvTranspose2d`, with any groups and a kernel no smaller than the
+        stride.
+    method : str
+        As in :class:`NonexpansiveConv2d`.
+
+    Raises
+    ------
+    ValueError
+        As in :class:`OrthogonalConvTranspose2d`.
+
+    Examples
+    --------
+    >>> layer = NonexpansiveConvTranspose2d(8, 4, 4, stride=2, groups=2, bias=False)
+    >>> x = torch.randn(5, 8, 6, 6)
+    >>> layer(x).shape, bool(layer(x).norm() <= x.norm() * (1 + 1e-6))
+    (torch.Size([5, 4, 12, 12]), True)
+
+    References
+    ----------
+    :cite:t:`prach2022aol`; :cite:t:`li2019preventing`.
+    """
+
+    _dims = 2
+
+
+class NonexpansiveConvTranspose1d(_NonexpansiveConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
+    """1-Lipschitz transposed convolution in one dimension, not orthogonal (AOL or RKO).
+
+    The norm is at most 1. The arguments are those of :class:`NonexpansiveConvTranspose2d`.
+    """
+
+    _dims = 1
+
+
+class NonexpansiveConvTranspose3d(_NonexpansiveConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
+    """1-Lipschitz transposed convolution in three dimensions, not orthogonal (AOL or RKO).
+
+    The norm is at most 1. The arguments are those of :class:`NonexpansiveConvTranspose2d`.
+    """
+
+    _dims = 3
+
+
+_TRANSPOSED = (
+    NonexpansiveConvTranspose1d,
+    NonexpansiveConvTranspose2d,
+    NonexpansiveConvTranspose3d,
+)
+_rule_of(*_TRANSPOSED)(convolution_rule)
+_error_rule_of(*_TRANSPOSED)(convolution_error)
+
+
 @_rule_of(NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d)
 def _(module: Any, input_shape: Shape, p: float) -> Bound:
     if module.padding_mode != "symmetric":
@@ -446,3 +539,6 @@ _cuda_rule_of(NonexpansiveConv1d, NonexpansiveConv2d, NonexpansiveConv3d)(convol
 register_plain(NonexpansiveConv1d, nn.Conv1d, torch_computes)
 register_plain(NonexpansiveConv2d, nn.Conv2d, torch_computes)
 register_plain(NonexpansiveConv3d, nn.Conv3d, torch_computes)
+register_plain(NonexpansiveConvTranspose1d, nn.ConvTranspose1d, torch_computes)
+register_plain(NonexpansiveConvTranspose2d, nn.ConvTranspose2d, torch_computes)
+register_plain(NonexpansiveConvTranspose3d, nn.ConvTranspose3d, torch_computes)

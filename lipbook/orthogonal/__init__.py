@@ -26,13 +26,19 @@ from lipbook.orthogonal.bounded import (
 from lipbook.orthogonal.factorisations import QR, CholeskyQR, cholesky_qr, qr
 from lipbook.orthogonal.iterations import Bjorck, Polar, bjorck, polar
 from lipbook.orthogonal.layers import (
+    BlockReflectorLinear,
     InfinityNormLinear,
     OrthogonalLinear,
     Scale,
     SpectralNormLinear,
     UnitNormLinear,
 )
-from lipbook.orthogonal.reflections import HouseholderProduct, householder_product
+from lipbook.orthogonal.reflections import (
+    BlockReflector,
+    HouseholderProduct,
+    block_reflector,
+    householder_product,
+)
 from lipbook.orthogonal.rotations import Cayley, MatrixExp, cayley, matrix_exp
 
 __all__ = [
@@ -43,6 +49,7 @@ __all__ = [
     "cayley",
     "matrix_exp",
     "householder_product",
+    "block_reflector",
     "clip_spectral_norm",
     "project_l1_ball",
     "unit_rows",
@@ -53,10 +60,12 @@ __all__ = [
     "Cayley",
     "MatrixExp",
     "HouseholderProduct",
+    "BlockReflector",
     "SpectralNorm",
     "InfinityNorm",
     "UnitNorm",
     "OrthogonalLinear",
+    "BlockReflectorLinear",
     "SpectralNormLinear",
     "InfinityNormLinear",
     "UnitNormLinear",

@@ -32,11 +32,12 @@ from lipbook.orthogonal.constrained import Constrained, raw_parameters
 from lipbook.orthogonal.factorisations import QR, CholeskyQR, qr
 from lipbook.orthogonal.iterations import Bjorck, Polar
 from lipbook.orthogonal.orthonormality import working_dtype
-from lipbook.orthogonal.reflections import HouseholderProduct
+from lipbook.orthogonal.reflections import BlockReflector, HouseholderProduct
 from lipbook.orthogonal.rotations import Cayley, MatrixExp
 
 __all__ = [
     "OrthogonalLinear",
+    "BlockReflectorLinear",
     "SpectralNormLinear",
     "InfinityNormLinear",
     "UnitNormLinear",
@@ -186,6 +187,79 @@ class OrthogonalLinear(_ConstrainedLinear):
             raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
         self._constraint = METHODS[method]
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+
+
+class BlockReflectorLinear(Constrained, nn.Linear):
+    r"""Linear layer whose weight is a block reflector, or rows or columns of one.
+
+    .. math:: x \mapsto W x + b, \qquad W = I - 2 V (V^\top V)^{-1} V^\top
+
+    for n inputs and n outputs; of a larger reflector the first rows or columns are taken if one of
+    the numbers is smaller. **Guaranteed**: all singular values of the weight are 1, for all raw
+    parameters (:func:`block_reflector`). A square weight is symmetric, and no rotation by a small
+    angle: stacks of two reach more.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Numbers of inputs and outputs.
+    rank : int, optional
+        Columns of V; half of the larger number if not given.
+    bias : bool
+        Whether to add a learnt bias.
+    device, dtype
+        Of the parameters.
+
+    Raises
+    ------
+    ValueError
+        If ``rank`` exceeds the larger number.
+
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read, and no weight can be assigned. Call
+    ``reset_parameters()`` to draw anew, or write into the raw parameter,
+    ``layer.parametrizations.weight.original``.
+
+    Examples
+    --------
+    >>> layer, x = BlockReflectorLinear(8, 8, bias=False), torch.randn(3, 8)
+    >>> torch.allclose(layer(layer(x)), x, atol=1e-5)
+    True
+
+    References
+    ----------
+    :cite:t:`lai2025bro`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | None = None,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        inputs = _integer("in_features", in_features, 1)
+        outputs = _integer("out_features", out_features, 1)
+        larger = max(inputs, outputs)
+        rank = (larger + 1) // 2 if rank is None else _integer("rank", rank, 1)
+        if rank > larger:
+            raise ValueError(f"rank must be at most {larger}, the larger number, got {rank}")
+        super().__init__(inputs, outputs, bias, device=device, dtype=dtype)
+        self.weight = nn.Parameter(torch.empty(larger, rank, device=device, dtype=dtype))
+        constraint = BlockReflector(outputs, inputs)
+        parametrize.register_parametrization(self, "weight", constraint, unsafe=True)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the vectors, and a bias as torch does."""
+        nn.init.normal_(raw_parameters(self)[0])
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
 
 
 class SpectralNormLinear(_ConstrainedLinear):
@@ -373,5 +447,11 @@ def _(module: Scale, example: Tensor, p: float) -> Analysis:
 _cuda_rule_of(Scale)(plain_kernels)
 
 
-for _layer in (OrthogonalLinear, SpectralNormLinear, InfinityNormLinear, UnitNormLinear):
+for _layer in (
+    OrthogonalLinear,
+    BlockReflectorLinear,
+    SpectralNormLinear,
+    InfinityNormLinear,
+    UnitNormLinear,
+):
     register_plain(_layer, nn.Linear)
