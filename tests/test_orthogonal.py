@@ -918,3 +918,69 @@ def test_block_reflectors_refuse_more_columns_than_rows() -> None:
         block_reflector(torch.ones(2, 3))
     with pytest.raises(ValueError, match="rank must be at most 4, the larger number, got 5"):
         BlockReflectorLinear(3, 4, 5)
+
+
+# ------------------------------------------------------------- long matrices, another course
+
+LONG = (1100, 64)  # just large enough that values decide on the course
+
+
+def of_condition(condition: float, m: int, n: int) -> Tensor:
+    """Matrix of a condition number, its singular values in a geometric row."""
+    left, right = haar(m, n), haar(n, n)
+    return left * torch.logspace(0, -math.log10(condition), n, dtype=torch.float64) @ right
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("condition", [1, 2, 10, 300, 1e5, 1e30])
+def test_long_matrices_of_any_condition_become_orthonormal(condition: float, wide: bool) -> None:
+    exact = of_condition(condition, *LONG)
+    matrix = exact.float()
+    for name in EXACT[:2] + ["cholesky_qr", "polar"] * (condition <= 300):
+        result = MAPS[name](matrix.mT.contiguous()).mT if wide else MAPS[name](matrix)
+        assert_orthonormal(result)
+    assert_nonexpansive(polar(matrix))
+    q, r = np.linalg.qr(matrix.double().numpy())
+    error = qr(matrix).double() - torch.from_numpy(q * np.sign(np.diag(r)))
+    assert condition > 1e4 or error.norm() <= 1e-6 * condition
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1e19, 1e36])
+def test_long_matrices_of_any_scale_become_orthonormal(scale: float) -> None:
+    matrix = scale * torch.randn(LONG)
+    assert_orthonormal(qr(matrix))
+    assert_orthonormal(qr(matrix * torch.logspace(0, -9, LONG[1])))
+    assert_orthonormal(cayley(matrix))
+
+
+@pytest.mark.parametrize("square", [8, 1000])
+def test_cayley_transform_of_a_long_matrix_of_rank_one(square: float) -> None:
+    m, n = LONG
+    below = math.sqrt(square) * haar(m - n, 1) @ haar(1, n)
+    assert_orthonormal(cayley(torch.cat((torch.zeros(n, n), below)).float()))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("name", ["qr", "cholesky_qr", "cayley", "polar"])
+def test_derivatives_of_long_matrices_are_those_of_float64(name: str, wide: bool) -> None:
+    def function(matrix: Tensor) -> Tensor:
+        return MAPS[name](matrix.mT if wide else matrix).mT if wide else MAPS[name](matrix)
+
+    exact = of_condition(3, *LONG).mT.contiguous() if wide else of_condition(3, *LONG)
+    direction = torch.from_numpy(np.random.default_rng(0).standard_normal(exact.shape))
+
+    def loss(matrix: Tensor) -> Tensor:
+        return (function(matrix).square() * direction.to(matrix.dtype)).sum()
+
+    def found(matrix: Tensor) -> list[Tensor]:
+        along = direction.to(matrix.dtype)
+        gradient, second = torch.func.jvp(torch.func.grad(loss), (matrix,), (along,))
+        raw = matrix.clone().requires_grad_()
+        (reverse,) = torch.autograd.grad(loss(raw), raw)
+        forward = torch.func.jvp(function, (matrix,), (along,))[1]
+        stack = torch.stack((matrix, 2 * matrix))
+        batch = torch.func.vmap(function)(stack), torch.func.vmap(torch.func.grad(loss))(stack)
+        return [gradient, second, reverse, forward, *batch]
+
+    for single, double in zip(found(exact.float()), found(exact), strict=True):
+        assert (single - double).norm() <= 1e-5 * double.norm()

@@ -398,8 +398,8 @@ FAULTS = (
     ),
     Fault(
         "residual",
-        "return outputs * (2 / self.scale())",
-        "return outputs * (4 / self.scale())",
+        "return self.weight * (2 / self.scale())",
+        "return self.weight * (4 / self.scale())",
         "a step twice too long",
     ),
     Fault(

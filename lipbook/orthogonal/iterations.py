@@ -209,7 +209,8 @@ class _Polar(torch.autograd.Function):
         for stretch in _stretches(condition, torch.finfo(matrix.dtype).eps):
             gram = factor.mT @ factor
             factor = 1.5 * stretch * factor - factor @ (0.5 * stretch**3 * gram)
-        return polish(factor), *matrix.new_empty(2, 0)
+        none = matrix.new_empty((*matrix.shape[:-2], 0))
+        return polish(factor), none, none.clone()
 
     @staticmethod
     def by_eigenvalues(matrix: Tensor, condition: float) -> tuple[Tensor, Tensor, Tensor]:
