@@ -789,14 +789,13 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
         underflow = torch.finfo(dtype).tiny * entries * largest
         slope = gamma * (1 + back * absolute) + underflow
         room = (torch.finfo(dtype).max / 4 - inside.clamp(min=back)) / (1 + back * absolute)
-        most = torch.finfo(dtype).max / 4 / max(1.0, scale.max().item())  # for W x + b, then scaled
-        hidden = (most - absolute * size - bias_norm) / max(absolute, 1e-300)
+        hidden = torch.finfo(dtype).max / 4 - absolute * size - bias_norm  # W x + b
         return ForwardError(
             outputs,
             lipschitz,
             (gamma * inside + underflow * (2 + size + bias_norm)) * _UP,
             slope * _UP,
-            torch.minimum(room, hidden),
+            torch.minimum(room, hidden / max(absolute, 1e-300)),
         )
 
     return analysis

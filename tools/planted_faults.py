@@ -469,9 +469,9 @@ FAULTS = (
     ),
     Fault(
         "residual",
-        "most = torch.finfo(dtype).max / 4 / max(1.0, scale.max().item())",
-        "most = torch.finfo(dtype).max / 4",
-        "hidden units overflow when they are scaled",
+        "hidden = torch.finfo(dtype).max / 4 - absolute",
+        "hidden = math.inf * torch.finfo(dtype).max - absolute",
+        "hidden units overflow unseen",
         tests="rounding",
     ),
     Fault(
