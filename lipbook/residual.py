@@ -192,7 +192,9 @@ def cpl_scale(weight: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
     with without_autocast(weight):
         weight = _at_least_float32(weight)
         parts = [kernel_norm_bound(part) for part in weight.unflatten(0, (groups, -1))]
-        read = math.prod(-(-k // stride) / k for k in weight.shape[2:])
+        read = 1.0
+        for k in weight.shape[2:]:
+            read *= -(-k // stride) / k
         squares = torch.stack(parts).amax().square() * read
         return _rounded_up(squares).expand(weight.shape[0])
 
