@@ -62,7 +62,7 @@ __all__ = [
 EPSILON = 1.0
 #: Networks, as the page shows them.
 NETWORKS = ("lossless, all", "lossless, last", "orthogonal", "LSTM")
-#: Ways to read a digit: steps, numbers a step, epochs of training.
+#: Steps, numbers a step and epochs of training, for each way to read a digit.
 VIEWS = {"rows": (28, 28, 6), "patches": (49, 16, 4)}
 #: First rates to choose from.
 RATES = (0.003, 0.01)
