@@ -356,8 +356,10 @@ RECURRENT = {
 DEEP = {"num_layers": 2, "bidirectional": True}
 
 
-@pytest.mark.parametrize("start", [None, 1.5])
-@pytest.mark.parametrize("part", ["outputs", "h", "both", "c"])
+@pytest.mark.parametrize(
+    ("part", "start"),
+    [("outputs", None), ("h", None), ("both", None), ("both", 1.5), ("c", None), ("c", 1.5)],
+)
 @pytest.mark.parametrize("options", [{}, {"bias": False}, DEEP], ids=["one", "no bias", "deep"])
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrence(name: str, options: dict[str, bool], part: str, start: float | None) -> None:
