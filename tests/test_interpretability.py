@@ -389,6 +389,8 @@ def test_bad_measures_and_steps_are_refused() -> None:
         sparsity(zero)
     with pytest.raises(ValueError, match="two entries at least for each input, got 1"):
         sparsity(x[:, :1])
+    with pytest.raises(ValueError, match=r"gradient must .* not be empty, got \(0, 6\)"):
+        sparsity(x[:0])
     with pytest.raises(ValueError, match="gradient must be finite"):
         sparsity(x / 0)
     for radius in (-1.0, math.inf, math.nan):
