@@ -8,6 +8,7 @@ arguments are the sizes and have the recorded ones as defaults.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pkgutil
@@ -114,6 +115,44 @@ class Rows:
         if path:
             _save(path, results, tensors, time.process_time() - start)
         return results, tensors
+
+    def chosen(
+        self,
+        name: str,
+        function: Callable[..., Outcome],
+        rates: Sequence[float],
+        seeds: Sequence[int],
+        score: Callable[[dict[str, Any]], float],
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Choose a rate by the first seed, then compute the rows of all seeds at that rate.
+
+        Parameters
+        ----------
+        name : str
+            What the rows have in common; rate and seed are added to it.
+        function : callable
+            Computes a row for ``lr=`` and ``seed=``, whose results have ``"lr"``.
+        rates : sequence of float
+            To choose from.
+        seeds : sequence of int
+            The first one chooses.
+        score : callable
+            Of the results of a row; the largest is chosen.
+
+        Returns
+        -------
+        tuple of list
+            Results of all rates with the first seed, and of all seeds with the chosen rate.
+        """
+
+        def row(lr: float, seed: int) -> dict[str, Any]:
+            made = functools.partial(function, lr=lr, seed=seed)
+            results: dict[str, Any] = self.compute(f"{name} rate {lr} seed {seed}", made)[0]
+            return results
+
+        tried = [row(lr, seeds[0]) for lr in rates]
+        best = max(tried, key=score)
+        return tried, [best, *(row(best["lr"], seed) for seed in seeds[1:])]
 
     def _note(self, name: str, place: dict[str, Any]) -> None:
         if place == _place():

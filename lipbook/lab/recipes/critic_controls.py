@@ -237,17 +237,11 @@ def run(
         names = problem, activation, *cell
         steps = max(1, round(shorten * STEPS[problem]))
         one = functools.partial(row, *names, steps=steps)
-
-        def compute(
-            lr: float, each: int, one: Any = one, name: str = " ".join(names)
-        ) -> dict[str, Any]:
-            made = functools.partial(one, lr=lr, seed=each)
-            return rows.compute(f"{name} rate {lr} seed {each}", made)[0]
-
-        found = [compute(lr, seed) for lr in RATES]
-        best = max(found, key=lambda each: each["validation"])
-        tried += found
-        chosen += [best, *(compute(best["lr"], seed + k) for k in range(1, seeds))]
+        trials, best = rows.chosen(
+            " ".join(names), one, RATES, range(seed, seed + seeds), lambda each: each["validation"]
+        )
+        tried += trials
+        chosen += best
     return {"exact": exact, "tried": tried, "rows": chosen}, {}
 
 

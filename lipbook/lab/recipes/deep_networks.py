@@ -251,17 +251,11 @@ def run(
     cells = list(itertools.product(depths, ACTIVATIONS, WAYS))
     for depth, activation, way in rows.bar(cells, "networks"):
         one = functools.partial(row, way, activation, depth, fitted, judges, epochs=epochs)
-
-        def compute(
-            lr: float, each: int, one: Any = one, name: str = f"{way} {activation} {depth}"
-        ) -> dict[str, Any]:
-            made = functools.partial(one, lr=lr, seed=each)
-            return rows.compute(f"{name} rate {lr} seed {each}", made)[0]
-
-        found = [compute(lr, seed) for lr in rates]
-        best = max(found, key=_score)
-        tried += found
-        chosen += [best, *(compute(best["lr"], seed + k) for k in range(1, seeds))]
+        trials, best = rows.chosen(
+            f"{way} {activation} {depth}", one, rates, range(seed, seed + seeds), _score
+        )
+        tried += trials
+        chosen += best
     return {"epsilon": EPSILON, "tried": tried, "rows": chosen}, {}
 
 

@@ -336,15 +336,13 @@ def run(
     tried: list[dict[str, Any]] = []
     chosen: list[dict[str, Any]] = []
     for delay, name in rows.bar(list(itertools.product(delays, NETWORKS)), "layers"):
-
-        def compute(lr: float, each: int, name: str = name, delay: int = delay) -> dict[str, Any]:
-            made = functools.partial(row, name, delay, lr=lr, steps=steps, seed=each)
-            return rows.compute(f"{name} delay {delay} rate {lr} seed {each}", made)[0]
-
-        found = [compute(lr, seed) for lr in rates]
-        best = max(found, key=lambda one: one["validation"])
-        tried += found
-        chosen += [best, *(compute(best["lr"], seed + k) for k in range(1, seeds))]
+        one = functools.partial(row, name, delay, steps=steps)
+        each = range(seed, seed + seeds)
+        trials, best = rows.chosen(
+            f"{name} delay {delay}", one, rates, each, lambda made: made["validation"]
+        )
+        tried += trials
+        chosen += best
     return {"start": first, "tried": tried, "rows": chosen}, {}
 
 

@@ -366,17 +366,9 @@ def run(
     chosen: list[dict[str, Any]] = []
     for view, name in rows.bar(list(itertools.product(views, NETWORKS)), "networks"):
         one = functools.partial(row, name, view, fitted, judges)
-
-        def compute(
-            lr: float, each: int, one: Any = one, name: str = f"{view} {name}"
-        ) -> dict[str, Any]:
-            made = functools.partial(one, lr=lr, seed=each)
-            return rows.compute(f"{name} rate {lr} seed {each}", made)[0]
-
-        found = [compute(lr, seed) for lr in rates]
-        best = max(found, key=_score)
-        tried += found
-        chosen += [best, *(compute(best["lr"], seed + k) for k in range(1, seeds))]
+        trials, best = rows.chosen(f"{view} {name}", one, rates, range(seed, seed + seeds), _score)
+        tried += trials
+        chosen += best
     return {"epsilon": EPSILON, "tried": tried, "rows": chosen}, {}
 
 
