@@ -95,6 +95,18 @@ def test_a_residual_network_is_1_lipschitz_at_any_depth(block: Any) -> None:
         networks.resnet(block="sum")  # type: ignore[arg-type]
 
 
+def test_a_small_lipnext_whose_stages_keep_all_numbers_is_orthogonal() -> None:
+    torch.manual_seed(0)
+    model = networks.lipnext(2, 8, 3, widths=(8, 32), depth=2).double()
+    x = torch.rand(2, 8, 8, dtype=torch.float64)
+    jacobian: Any = torch.autograd.functional.jacobian(lambda v: model(v[None])[0], x)
+    assert (torch.linalg.svdvals(jacobian.flatten(1)) - 1).abs().max() < 1e-9
+    kept: Any = torch.autograd.functional.jacobian(lambda v: model[:-1](v[None])[0], x)
+    assert (torch.linalg.svdvals(kept.flatten(1)) - 1).abs().max() < 1e-9
+    with pytest.raises(ValueError, match="size: expected a multiple of 8 for 3 stages, got 28"):
+        networks.lipnext(1, 28)
+
+
 def test_skips_begin_at_one_over_the_number_of_blocks() -> None:
     model = networks.resnet(1, 4, width=4, depth=4, stages=1)
     weights = [part.weights()[1].item() for part in model if isinstance(part, AverageResidual)]

@@ -783,7 +783,7 @@ def colours(n: int) -> Cifar10:
     return Cifar10(images, labels, images[:20], labels[:20], "made up")
 
 
-@pytest.mark.parametrize("architecture", ["small", "large", "wide"])
+@pytest.mark.parametrize("architecture", ["small", "large", "wide", "shift"])
 def test_all_networks_for_colours_train_and_resume(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -793,6 +793,7 @@ def test_all_networks_for_colours_train_and_resume(
         monkeypatch.setitem(networks._ARCHITECTURES, name, narrow)
     monkeypatch.setattr(networks, "large", functools.partial(networks.large, width=4))
     monkeypatch.setattr(networks, "WIDE", 6)
+    monkeypatch.setattr(networks, "SHIFT", (16, 16))
     data = colours(90)
     monkeypatch.setattr(cifar10, "cifar10", lambda jpeg: data)
     monkeypatch.setattr(cifar10, "KEPT", 10)

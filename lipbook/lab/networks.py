@@ -11,17 +11,18 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lipbook.activations import GroupSort, MaxMin
 from lipbook.attention import EnergyAttention
-from lipbook.convolutions import OrthogonalConv2d
+from lipbook.convolutions import OrthogonalConv2d, ShiftConv2d
 from lipbook.export import freeze
 from lipbook.lab import records
 from lipbook.lab.data import mnist
+from lipbook.lab.fast_images import MOVES
 from lipbook.orthogonal import OrthogonalLinear
 from lipbook.pooling import AveragePooling
 from lipbook.residual import AverageResidual, OrthogonalResidual, SLLLinear
@@ -31,6 +32,7 @@ __all__ = [
     "data",
     "dense",
     "large",
+    "lipnext",
     "load",
     "names",
     "norm",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 WIDE = 128  # channels of the wide network, the Large one times four
+SHIFT = (128, 256, 512)  # channels of the shift network's stages
 DATA = "data/"  # how the names of tensors begin that are no weights
 Convolution = Callable[[int, int, int, int], nn.Module]  # c_in, c_out, kernel size, stride
 Linear = Callable[[int, int], nn.Module]
@@ -310,6 +313,71 @@ def resnet(
     return nn.Sequential(*layers, *pooled, linear(width, outputs))
 
 
+def lipnext(
+    channels: int = 3,
+    size: int = 32,
+    outputs: int = 10,
+    widths: Sequence[int] = (32, 64, 128),
+    depth: int = 4,
+    linear: Linear = OrthogonalLinear,
+) -> nn.Sequential:
+    r"""Build a small LipNeXt: stages of shift convolutions with MaxMin, and a dense layer.
+
+    The first layer of a stage halves the image, and all its layers have the channels of the stage
+    (:class:`~lipbook.convolutions.ShiftConv2d`): half of them stay in place, an eighth moves to
+    each neighbour. All singular values of each layer are 1, at the price of a product of matrices.
+    The blocks of the paper put their parts in another order, and end in a pooling by norms.
+
+    Parameters
+    ----------
+    channels : int
+        Of the image.
+    size : int
+        Height and width of the image, a multiple of :math:`2^k` for k stages.
+    outputs : int
+        Logits.
+    widths : sequence of int
+        Channels of each stage, even numbers from 8 on.
+    depth : int
+        Layers of a stage.
+    linear : callable
+        As in :func:`dense`.
+
+    Returns
+    -------
+    torch.nn.Sequential
+
+    Raises
+    ------
+    ValueError
+        If the stages do not halve the image.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lipbook.composition import lipschitz_bound
+    >>> net = lipnext(size=16, widths=(16, 32), depth=2)
+    >>> net(torch.rand(2, 3, 16, 16)).shape, round(lipschitz_bound(net, (3, 16, 16)).value, 5)
+    (torch.Size([2, 10]), 1.0)
+
+    References
+    ----------
+    :cite:t:`hu2026lipnext`.
+    """
+    if size % 2 ** len(widths):
+        raise ValueError(
+            f"size: expected a multiple of {2 ** len(widths)} for {len(widths)} stages, got {size}"
+        )
+    layers: list[nn.Module] = []
+    for width in widths:
+        for stride in (2, *[1] * (depth - 1)):
+            layers += [ShiftConv2d(channels, width, stride, MOVES), MaxMin()]
+            channels = width
+    return nn.Sequential(
+        *layers, nn.Flatten(), linear(channels * (size // 2 ** len(widths)) ** 2, outputs)
+    )
+
+
 def critic(
     features: int, width: int = 128, depth: int = 3, linear: Linear = OrthogonalLinear
 ) -> nn.Sequential:
@@ -346,11 +414,17 @@ def critic(
     return dense([features, *[width] * depth, 1], width, linear)
 
 
+def _shift(channels: int, size: int) -> nn.Sequential:
+    net = lipnext(channels, size, widths=SHIFT, linear=nn.Linear)
+    return cast(nn.Sequential, freeze(net.eval()))
+
+
 _ARCHITECTURES: dict[str, Callable[..., nn.Sequential]] = {
     "dense": functools.partial(dense, linear=nn.Linear),
     "small": functools.partial(small, convolution=_circular, linear=nn.Linear),
     "large": functools.partial(large, convolution=_circular, linear=nn.Linear),
     "wide": functools.partial(large, convolution=_circular, linear=nn.Linear, width=WIDE),
+    "shift": _shift,
 }
 
 
@@ -477,7 +551,8 @@ def rebuilt(
     Parameters
     ----------
     architecture : str
-        ``"dense"``, ``"small"``, ``"large"`` or ``"wide"`` (large with 128 channels).
+        ``"dense"``, ``"small"``, ``"large"``, ``"wide"`` (large with 128 channels) or ``"shift"``
+        (:func:`lipnext` with 128, 256 and 512 channels).
     arguments : sequence
         First arguments of the function of that name.
     tensors : mapping of str to torch.Tensor
