@@ -20,6 +20,26 @@ anything from below. Eigenvalues may be 0: these layers are nonexpansive, not no
 
 Any branch will do in an average, :math:`(1 - w)\, x + w f(x)` (:class:`AverageResidual`), which may
 lose norm, and in a rotation of two halves (:class:`OrthogonalResidual`), which loses none.
+
+The sandwich layer (:class:`SandwichLinear`) has the same activations and no skip, and takes any
+number of inputs to any number of outputs:
+
+.. math::
+    f(x) = \sqrt2 A^\top \Psi\, \sigma(\sqrt2\, \Psi^{-1} B x + b), \qquad
+    0 \le \sigma' \le 1, \qquad A A^\top + B B^\top \preceq I, \qquad
+    \Psi \succ 0 \text{ diagonal} .
+
+**Why.** With :math:`D = \operatorname{diag}(\sigma')` its Jacobian is :math:`2 A^\top D B`, since
+diagonal matrices commute and :math:`\Psi` cancels. For :math:`a = Au` and :math:`c = Bv`,
+
+.. math::
+    u^\top (2 A^\top D B)\, v = \sum_i 2 d_i a_i c_i \le \sum_i \tfrac12 (a_i + c_i)^2
+    = \tfrac12 \lVert Au + Bv\rVert^2 \le \tfrac12 (\lVert u\rVert^2 + \lVert v\rVert^2),
+
+which is 1 for unit vectors: the first step since :math:`2 d_i a_i c_i` is at most 0 or
+:math:`2 a_i c_i`, and both are at most :math:`(a_i + c_i)^2 / 2`; the last since
+:math:`(A\; B)` has norm at most 1. With any other matrices the constant is at most
+:math:`\lVert(A\; B)\rVert^2`.
 """
 
 from __future__ import annotations
@@ -33,6 +53,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.composition.bounds import _branch_bound, _check_branch
@@ -60,7 +81,10 @@ from lipbook.norms.rigorous import (
     rigorous_convolution_norm,
     rigorous_matrix_norm,
 )
+from lipbook.orthogonal.constrained import Constrained, raw_parameters
+from lipbook.orthogonal.layers import draw_orthonormal
 from lipbook.orthogonal.orthonormality import power_of_two, without_autocast
+from lipbook.orthogonal.rotations import Cayley
 from lipbook.rules import CONTAINERS, Shape
 
 __all__ = [
@@ -70,6 +94,7 @@ __all__ = [
     "OrthogonalResidual",
     "SLLConv2d",
     "SLLLinear",
+    "SandwichLinear",
     "cpl_scale",
     "sll_scale",
 ]
@@ -199,6 +224,14 @@ def cpl_scale(weight: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
         return _rounded_up(squares).expand(weight.shape[0])
 
 
+def _check_activation(activation: str) -> None:
+    if activation not in tuple(_ACTIVATIONS):
+        raise ValueError(
+            f"activation must be one of {sorted(_ACTIVATIONS)}, elementwise with slopes in "
+            f"[0, 1], got {activation!r}"
+        )
+
+
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -216,11 +249,7 @@ class _PotentialStep(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], activation: str, device: Any, dtype: Any) -> None:
         super().__init__()
-        if activation not in tuple(_ACTIVATIONS):
-            raise ValueError(
-                f"activation must be one of {sorted(_ACTIVATIONS)}, elementwise with slopes in "
-                f"[0, 1], got {activation!r}"
-            )
+        _check_activation(activation)
         inner, outer, *sizes = shape
         name = "channels" if sizes else "features"
         _integer(name, outer, 1)
@@ -472,6 +501,155 @@ class CPLConv2d(_ConvolutionStep):
     """
 
     _weighted = False
+
+
+class _Sandwich(Constrained):
+    """Two matrices and an activation between them."""
+
+    activation: str
+    bias: Tensor
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        r"""Matrices behind and before the activation.
+
+        .. math:: \sqrt2 A^\top \Psi, \qquad \sqrt2\, \Psi^{-1} B
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            (out, inner) and (inner, in).
+        """
+        raise NotImplementedError
+
+    def scale(self) -> Tensor:
+        r"""Diagonal of :math:`\Psi`, (inner,)."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Sizes, and the activation."""
+        outer, inner = self.matrices()
+        return (
+            f"in_features={inner.shape[1]}, out_features={len(outer)}, "
+            f"inner_features={len(inner)}, activation={self.activation!r}"
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (batch, ..., in) to (batch, ..., out)."""
+        outer, inner = self.matrices()
+        hidden = functional.linear(input, inner, self.bias)
+        return functional.linear(_ACTIVATIONS[self.activation](hidden), outer)
+
+
+class SandwichLinear(_Sandwich):
+    r"""Sandwich layer: a 1-Lipschitz layer with its activation inside, for any numbers of features.
+
+    .. math:: f(x) = \sqrt2 A^\top \Psi\, \sigma(\sqrt2\, \Psi^{-1} B x + b), \qquad
+        \begin{pmatrix} A^\top \\ B^\top \end{pmatrix} = \operatorname{cayley}(\cdot), \qquad
+        \Psi = \operatorname{diag}(e^{\psi})
+
+    ``layer.weight`` is :math:`A^\top` above :math:`B^\top`, with orthonormal columns, or rows if it
+    has fewer of them. **Guaranteed**: 1-Lipschitz in the 2-norm for every elementwise activation
+    with slopes in [0, 1], of which the four below are offered, as long as :math:`e^\psi` and its
+    inverse are in range of the dtype; the proof is at the head of :mod:`lipbook.residual`. The
+    Lipschitz rule trusts neither :func:`~lipbook.orthogonal.cayley` nor its rounding: it is
+    :math:`\lVert(A\; B)\rVert^2`, computed from the two matrices that multiply.
+    **Not guaranteed**: anything from below; a deep stack loses norm.
+
+    The two matrices may have norm :math:`\sqrt2` each, of which a product would say 2. Sorting is
+    no activation of this kind: its Jacobian is a permutation P, and :math:`2 A^\top P B` has norms
+    up to 2.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Lengths of inputs and outputs.
+    inner_features : int, optional
+        Units of the activation; ``out_features`` if not given.
+    activation : str
+        ``"relu"``, ``"tanh"``, ``"softplus"`` or ``"identity"``.
+    device, dtype
+        As in :class:`torch.nn.Linear`. In half precision the guarantee holds up to its rounding.
+
+    Attributes
+    ----------
+    weight : torch.Tensor
+        :math:`(A\; B)^\top`, (out + in, inner).
+    log_scale : torch.Tensor
+        :math:`\psi`, (inner,).
+    bias : torch.Tensor
+        :math:`b`, (inner,).
+
+    Raises
+    ------
+    ValueError
+        If ``activation`` is none of the above; if a weight is assigned that is not orthonormal.
+
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place is lost. Call
+    ``reset_parameters()`` to draw anew, assign an orthonormal weight, or write into the raw
+    parameter, ``layer.parametrizations.weight.original``.
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> layer = SandwichLinear(8, 3, 16)
+    >>> round(lipschitz_bound(layer, (8,)).value, 5)
+    1.0
+
+    Both matrices stretch, and the layer does not:
+
+    >>> outer, inner = layer.matrices()
+    >>> bool(torch.linalg.matrix_norm(outer, 2) * torch.linalg.matrix_norm(inner, 2) > 1.2)
+    True
+
+    References
+    ----------
+    :cite:t:`wang2023lbdn`, the sandwich layer. The constant of other matrices is ours.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        inner_features: int | None = None,
+        activation: Activation = "relu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_activation(activation)
+        inputs = _integer("in_features", in_features, 1)
+        outputs = _integer("out_features", out_features, 1)
+        inner = outputs if inner_features is None else _integer("inner_features", inner_features, 1)
+        self.out_features, self.activation = outputs, activation
+        self.weight = nn.Parameter(torch.empty(outputs + inputs, inner, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(inner, device=device, dtype=dtype))
+        self.log_scale = nn.Parameter(torch.empty_like(self.bias))
+        self.reset_parameters()
+        parametrize.register_parametrization(self, "weight", Cayley())
+
+    def reset_parameters(self) -> None:
+        """Draw the weight uniformly among all, and b as a linear layer of torch does; Ψ = 1."""
+        raw = raw_parameters(self)[0]
+        weight = draw_orthonormal(torch.empty_like(raw, requires_grad=False))
+        if parametrize.is_parametrized(self):
+            self.weight = weight
+        else:
+            self.weight = nn.Parameter(weight)
+        bound = 1 / math.sqrt(len(raw) - self.out_features)
+        nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.zeros_(self.log_scale)
+
+    def scale(self) -> Tensor:
+        r"""Diagonal of :math:`\Psi`, (inner,)."""
+        return _at_least_float32(self.log_scale).exp()
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Matrices behind and before the activation, (out, inner) and (inner, in)."""
+        weight, scale = math.sqrt(2) * self.weight, self.scale()
+        outer, inner = weight[: self.out_features] * scale, weight[self.out_features :] / scale
+        return outer.to(weight.dtype), inner.mT.to(weight.dtype).contiguous()
 
 
 class AverageResidual(nn.Module):
@@ -745,17 +923,47 @@ for _layer in (SLLLinear, CPLLinear, SLLConv2d, CPLConv2d):
     lipschitz_rule.register(_layer, _step_rule)
 
 
+# Note [the bound of a sandwich]
+# Whatever matrices M and N stand behind and before the activation, and for any positive s, the
+# proof above with A = s^-1 Mᵀ / √2 and B = s N / √2 says that M D N has norm at most
+# ‖(s^-1 Mᵀ, s N)‖² / 2. With s the diagonal of Ψ that is 1 up to rounding. In other norms,
+# |M D N| <= |M| |N|, entry by entry.
+
+
+def _sandwich_parts(module: Any) -> tuple[Tensor, Tensor]:
+    """Compute (s^-1 Mᵀ, s N), whose squared norm is twice a bound, and |M| |N|, in float64."""
+    outer, inner = (matrix.detach().double() for matrix in module.matrices())
+    scale = module.scale().detach().double()[:, None]
+    return torch.cat((outer.mT / scale, inner * scale), 1), outer.abs() @ inner.abs()
+
+
+def _sandwich_rule(module: Any, input_shape: tuple[int, ...], p: float) -> Bound:
+    whole, product = _sandwich_parts(module)
+    if p == 2:
+        return Bound(operator_norm(whole, p).item() ** 2 / 2 * _UP, "upper bound", p)
+    slack = 1 + _gamma(len(whole) + 4, torch.float64)
+    return Bound(operator_norm(product, p).item() * slack * _UP, "upper bound", p)
+
+
+lipschitz_rule.register(SandwichLinear, _sandwich_rule)
+
+
 # ------------------------------------------------------------------- errors of programs
+
+
+def _check_program(module: Any, example: Tensor, weight: Tensor) -> None:
+    """Refuse programs whose rounding is not known."""
+    if module.activation not in ("relu", "identity"):
+        raise ValueError(f"the rounding of {module.activation} is not known: use 'relu'")
+    if _is_half(weight.dtype) or _computing_dtype(example, weight) != weight.dtype:
+        raise ValueError("half precision is not supported: use float32 or float64")
 
 
 @_error_rule_of(SLLLinear, CPLLinear, SLLConv2d, CPLConv2d)
 def _(module: Any, example: Tensor, p: float) -> Analysis:
     weight, dtype = module.weight.detach(), module.weight.dtype
     _check_direct(weight)
-    if module.activation not in ("relu", "identity"):
-        raise ValueError(f"the rounding of {module.activation} is not known: use 'relu'")
-    if _is_half(dtype) or _computing_dtype(example, weight) != dtype:
-        raise ValueError("half precision is not supported: use float32 or float64")
+    _check_program(module, example, weight)
     dense = weight.dim() == 2
     scale = 2 / module.scale().double()  # whose own rounding is one of those below
     geometry: dict[str, Any] = {}
@@ -798,6 +1006,52 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
             (gamma * inside + underflow * (2 + size + bias_norm)) * _UP,
             slope * _UP,
             torch.minimum(room, hidden / max(absolute, 1e-300)),
+        )
+
+    return analysis
+
+
+# Note [rounding of a sandwich]
+# M and N are what the program multiplies by, as it computes them. With n inputs and m units a
+# hidden number is off by gamma_{n+1} (|N||v| + |b|), which ReLU does not increase, and an output by
+# gamma_{m+n+1} |M| (|N||v| + |b|). With L the largest of 1 and all entries, what is flushed (Note
+# [constants of an analysis]) is 2 (n + 2) q (1 + L + |v|) in a hidden number, of which an output
+# takes m times L, and 2 (m + 2) q (1 + L + |h|) there, with |h| <= 2 (n L |v| + |b|). In all it is
+# at most 8 (m + 2) (n + 2) q L² (1 + |v| + |b|).
+
+
+@_error_rule_of(SandwichLinear)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    outer, inner = (matrix.detach() for matrix in module.matrices())
+    _check_program(module, example, outer)
+    dtype, (units, inputs) = outer.dtype, inner.shape
+    whole, product = _sandwich_parts(module)
+    product = product * (1 + _gamma(units + 4, torch.float64))
+    absolute = _absolute_norm(functools.partial(rigorous_matrix_norm, product), p)
+    before = _absolute_norm(functools.partial(rigorous_matrix_norm, inner), p)
+    lipschitz = rigorous_matrix_norm(whole, 2) ** 2 / 2 * _UP if p == 2 else absolute
+    positions = example[0, ..., 0].numel()
+    bias = module.bias.detach()
+    behind = outer.double().abs() @ bias.double().abs() * (1 + _gamma(units + 4, torch.float64))
+    bias_norm = _bias_norm(bias, dtype, positions, p)
+    bias_behind = _bias_norm(behind, torch.float64, positions, p)  # of |M||b|
+    gamma = _gamma(units + inputs + 2, dtype)
+    largest = max(1.0, outer.abs().max().item(), inner.abs().max().item()) ** 2
+    quantum = 8 * (units + 2) * (inputs + 2) * torch.finfo(dtype).tiny * largest
+
+    def analysis(x: Tensor) -> ForwardError:
+        outputs = module(x)
+        size = _norms(x, p)
+        inside = absolute * size + bias_behind  # ‖|M| (|N||x| + |b|)‖
+        underflow = quantum * _entries(outputs, p)
+        room = torch.finfo(dtype).max / 4 - inside
+        hidden = torch.finfo(dtype).max / 4 - before * size - bias_norm
+        return ForwardError(
+            outputs,
+            lipschitz,
+            (gamma * inside + underflow * (1 + size + bias_norm)) * _UP,
+            (gamma * absolute + underflow) * _UP,
+            torch.minimum(room / max(absolute, 1e-300), hidden / max(before, 1e-300)),
         )
 
     return analysis
@@ -881,3 +1135,62 @@ def _freeze_step(module: Any) -> nn.Module:
 
 for _frozen in _STEPS:
     freeze_rule.register(_frozen, _freeze_step)
+
+
+class SandwichStep(_Sandwich):
+    r"""Frozen sandwich layer: what :class:`~lipbook.residual.SandwichLinear` freezes to.
+
+    .. math:: f(x) = M \sigma(N x + b), \qquad M = \sqrt2 A^\top \Psi, \quad
+        N = \sqrt2\, \Psi^{-1} B
+
+    with constants :math:`M, N, b, \Psi`. **Guaranteed**: what the layer that it was made of
+    guaranteed at that time. The Lipschitz rule computes the bound from the constants and does not
+    trust them.
+
+    Attributes
+    ----------
+    outer, inner : torch.Tensor
+        :math:`M`, (out, inner), and :math:`N`, (inner, in).
+    bias : torch.Tensor
+        :math:`b`, (inner,).
+    diagonal : torch.Tensor
+        That of :math:`\Psi`, (inner,).
+
+    Examples
+    --------
+    >>> from lipbook.freezing import freeze
+    >>> step = freeze(SandwichLinear(8, 3, 16))
+    >>> step
+    SandwichStep(in_features=8, out_features=3, inner_features=16, activation='relu')
+    >>> step.outer.shape, step.inner.shape
+    (torch.Size([3, 16]), torch.Size([16, 8]))
+    """
+
+    outer: Tensor
+    inner: Tensor
+    diagonal: Tensor
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Matrices behind and before the activation, (out, inner) and (inner, in)."""
+        return self.outer, self.inner
+
+    def scale(self) -> Tensor:
+        r"""Diagonal of :math:`\Psi`, (inner,)."""
+        return self.diagonal
+
+
+lipschitz_rule.register(SandwichStep, _sandwich_rule)
+forward_error_rule.register(SandwichStep, forward_error_rule.dispatch(SandwichLinear))
+
+
+@freeze_rule.register
+def _(module: SandwichLinear) -> nn.Module:
+    if not computes_as(module, SandwichLinear):
+        return module
+    step: Any = module
+    outer, inner = step.matrices()
+    step.register_buffer("diagonal", step.scale().clone())
+    del step.weight, step.log_scale, step.out_features
+    step.outer, step.inner = (nn.Parameter(matrix, False) for matrix in (outer, inner))
+    step.__class__ = SandwichStep
+    return step

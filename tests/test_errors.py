@@ -760,6 +760,12 @@ TABLE: dict[str, Row] = {
         )
         for name in ("SLLConv2d", "CPLConv2d")
     },
+    "residual.SandwichLinear": row(
+        residual.SandwichLinear,
+        in_features=("count", 4),
+        out_features=("count", 4),
+        activation=("choice", "relu"),
+    ),
     "residual.AverageResidual": row(
         residual.AverageResidual,
         others={"branch": nn.Identity()},
@@ -1041,7 +1047,7 @@ RETURNED = {
     *("generalization.MarginBound", "generalization.SpectralComplexity"),
     *("interpretability.Counterfactual", "graphs.Graph", "graphs.Node", "rounding.ForwardError"),
     *("wasserstein.TransportBracket", "wasserstein.HeldOut", "wasserstein.CriticHistory"),
-    *("export.ConvolutionStep", "export.DenseStep", "export.EnergyStep"),
+    *("export.ConvolutionStep", "export.DenseStep", "export.EnergyStep", "export.SandwichStep"),
     *("composition.lipschitz_rule", "export.freeze_rule"),
     "rounding.ieee_cuda",  # has no argument
 }

@@ -63,6 +63,7 @@ from lipbook.convolutions import (
 from lipbook.export import (
     ConvolutionStep,
     DenseStep,
+    SandwichStep,
     export_onnx,
     freeze,
     load_weights,
@@ -94,6 +95,7 @@ from lipbook.residual import (
     CPLConv2d,
     CPLLinear,
     OrthogonalResidual,
+    SandwichLinear,
     SLLConv2d,
     SLLLinear,
 )
@@ -291,6 +293,10 @@ TABLE = {
     "sll convolution": row(lambda: SLLConv2d(3, 4), IMAGE, "nonexpansive", ConvolutionStep),
     "cpl convolution": row(
         lambda: CPLConv2d(3, 2, 5, "zeros", "softplus"), IMAGE, "nonexpansive", ConvolutionStep
+    ),
+    "sandwich": row(lambda: SandwichLinear(5, 4, 7), (5,), "nonexpansive", SandwichStep),
+    "sandwich, many units": row(
+        lambda: SandwichLinear(2, 3, 7, "tanh"), (2,), "nonexpansive", SandwichStep
     ),
     "average residual": row(
         lambda: AverageResidual(OrthogonalLinear(5, 5), weight=0.3), (5,), "nonexpansive"
@@ -490,6 +496,7 @@ NUMPY: dict[str, tuple[Callable[[Any], nn.Module], Shape]] = {
     "shift": (lambda i: ShiftConv2d(i(2), i(3), i(2), [(i(0), i(1))]), (2, 4, 4)),
     "sll": (lambda i: SLLLinear(i(4), i(5)), (4,)),
     "cpl": (lambda i: CPLConv2d(i(2), i(3), i(3)), (2, 4, 4)),
+    "sandwich": (lambda i: SandwichLinear(i(4), i(3), i(5)), (4,)),
     "groupsort": (lambda i: GroupSort(i(2)), (4,)),
     "householder": (lambda i: Householder(i(4)), (4,)),
     "pooling": (lambda i: AveragePooling(i(2)), (2, 4, 4)),

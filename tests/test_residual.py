@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lipbook import residual
 from lipbook.activations import MaxMin
@@ -24,6 +25,7 @@ from lipbook.residual import (
     CPLConv2d,
     CPLLinear,
     OrthogonalResidual,
+    SandwichLinear,
     SLLConv2d,
     SLLLinear,
     cpl_scale,
@@ -362,7 +364,7 @@ def test_all_is_complete() -> None:
         for name, value in vars(residual).items()
         if not name.startswith("_") and getattr(value, "__module__", "") == residual.__name__
     }
-    frozen = {"ConvolutionStep", "DenseStep"}  # which lipbook.export passes on
+    frozen = {"ConvolutionStep", "DenseStep", "SandwichStep"}  # which lipbook.export passes on
     assert public - frozen == set(residual.__all__)
 
 
@@ -594,3 +596,122 @@ def test_the_bias_is_rounded_at_each_token(make: type[nn.Module]) -> None:
         layer.bias += 100  # type: ignore[operator]
     one, many = (forward_error(layer, x.expand(1, n, 4)).error.item() for n in (1, 64))
     assert 8 * one * (1 - 1e-6) <= many <= 8 * one * (1 + 1e-6)
+
+
+# ------------------------------------------------------------------------------- sandwiches
+
+
+def sandwich(n: int, m: int, inner: int, activation: Any = "relu", spread: float = 1.0) -> Any:
+    layer = SandwichLinear(n, m, inner, activation, dtype=torch.float64)
+    nn.init.normal_(layer.log_scale, std=spread)
+    return layer
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_sandwich_by_its_formula(activation: str) -> None:
+    layer = sandwich(4, 3, 5, activation)
+    sigma = {
+        "relu": lambda h: np.maximum(h, 0),
+        "tanh": np.tanh,
+        "softplus": lambda h: np.log1p(np.exp(h)),
+        "identity": lambda h: h,
+    }[activation]
+    whole = layer.weight.detach().numpy()  # (A B)ᵀ
+    A, B, psi = whole[:3].T, whole[3:].T, np.exp(layer.log_scale.detach().numpy())
+    np.testing.assert_allclose(A @ A.T + B @ B.T, np.eye(5), rtol=0, atol=1e-13)
+    x = np.random.default_rng(0).normal(size=(2, 6, 4))
+    hidden = sigma(math.sqrt(2) * x @ B.T / psi + layer.bias.detach().numpy())
+    expected = math.sqrt(2) * (psi * hidden) @ A
+    found = layer(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(
+    st.integers(1, 5), st.integers(1, 5), st.integers(1, 12), st.floats(0, 3), st.integers(0, 99)
+)
+@settings(max_examples=15)
+def test_no_choice_of_slopes_makes_a_sandwich_stretch(
+    n: int, m: int, inner: int, spread: float, seed: int
+) -> None:
+    """The theorem, for any slopes in [0, 1], and for more units than inputs and outputs."""
+    torch.manual_seed(seed)
+    layer = sandwich(n, m, inner, spread=spread)
+    outer, before = (matrix.detach().numpy() for matrix in layer.matrices())
+    generator = np.random.default_rng(seed)
+    for slopes in (generator.uniform(size=inner), generator.integers(0, 2, inner), np.ones(inner)):
+        norm = np.linalg.norm(outer @ (slopes[:, None] * before), 2)
+        assert norm <= 1 + 1e-10
+    assert lipschitz_bound(layer, (n,)).value == pytest.approx(1, abs=1e-10)
+    for p in (1, math.inf):
+        jacobian = outer @ (generator.integers(0, 2, (inner, 1)) * before)
+        bound = lipschitz_bound(layer, (n,), p).value
+        assert np.linalg.norm(jacobian, p) <= bound * (1 + 1e-12)
+
+
+def test_a_sandwich_attains_its_bound_where_its_matrices_agree() -> None:
+    """A = B = I / √2: where units are active the layer is the identity."""
+    layer = sandwich(3, 3, 3)
+    with torch.no_grad():
+        layer.weight = torch.cat((torch.eye(3), torch.eye(3))).double() / math.sqrt(2)
+        layer.bias.fill_(100.0)
+        layer.log_scale.zero_()
+    x, y = torch.randn(2, 1, 3, dtype=torch.float64)
+    torch.testing.assert_close(layer(x) - layer(y), x - y, rtol=1e-12, atol=1e-12)
+
+
+def test_the_bound_of_a_sandwich_trusts_no_constraint() -> None:
+    """Other matrices, (A B) of norm √2: with A = B = I all units active stretch by 2."""
+    layer = sandwich(3, 3, 3, "identity")
+    parametrize.remove_parametrizations(layer, "weight")
+    layer.weight.data = torch.cat((torch.eye(3), torch.eye(3))).double()
+    outer, before = layer.matrices()
+    stretch = torch.linalg.matrix_norm(outer @ before, 2).item()
+    assert stretch == pytest.approx(2)
+    for net in (layer, freeze(layer)):
+        assert lipschitz_bound(net, (3,)).value == pytest.approx(2, rel=1e-12)
+        assert forward_error(net, torch.randn(1, 3).double()).lipschitz >= 2
+
+
+def test_sorting_in_a_sandwich_would_stretch_by_two() -> None:
+    """Why MaxMin is refused: A takes the first unit, B gives the second, and a swap joins them."""
+    A, B, swap = np.diag([1.0, 0.0]), np.diag([0.0, 1.0]), np.array([[0.0, 1.0], [1.0, 0.0]])
+    np.testing.assert_array_equal(A @ A.T + B @ B.T, np.eye(2))
+    assert np.linalg.norm(2 * A.T @ swap @ B, 2) == 2
+    with pytest.raises(ValueError, match="activation must be one of"):
+        SandwichLinear(2, 2, activation="maxmin")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_errors_of_a_sandwich_are_bounded_frozen_or_not(p: float) -> None:
+    torch.manual_seed(0)
+    layer = sandwich(6, 4, 9, spread=2.0).float().eval()
+    x = torch.randn(4, 5, 6)
+    live, frozen = forward_error(layer, x, p), forward_error(freeze(layer), x, p)
+    assert torch.equal(live.error, frozen.error)
+    exact = freeze(layer).double()(x.double())
+    off = torch.linalg.vector_norm((layer(x).double() - exact).flatten(1), p, dim=1)
+    assert (off <= live.error).all()
+    assert (off > live.error / 1e4).all()
+    with pytest.raises(ValueError, match="the rounding of tanh is not known"):
+        forward_error(sandwich(2, 2, 2, "tanh"), torch.ones(1, 2).double())
+
+
+def test_gradcheck_of_a_sandwich() -> None:
+    layer = sandwich(3, 2, 4, "tanh")
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z, *_: layer(z), (x, *layer.parameters()))
+
+
+def test_a_sandwich_freezes_to_two_matrices() -> None:
+    layer = sandwich(4, 3, 5).float()
+    step = freeze(layer)
+    assert {name for name, _ in step.named_parameters()} == {"outer", "inner", "bias"}
+    for found, expected in zip((step.outer, step.inner), layer.matrices(), strict=True):
+        assert torch.equal(found, expected)
+
+    class Halved(SandwichLinear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) / 2
+
+    own, x = Halved(4, 3), torch.randn(2, 4)
+    assert torch.equal(freeze(own)(x), own(x))

@@ -72,6 +72,8 @@ from lipbook.residual import (
     CPLConv2d,
     CPLLinear,
     DenseStep,
+    SandwichLinear,
+    SandwichStep,
     SLLConv2d,
     SLLLinear,
 )
@@ -354,6 +356,13 @@ def _(module: Any, x: np.ndarray) -> np.ndarray:
     pixels = np.vectorize(Fraction, otypes=[object])(np.eye(x.size)).reshape(-1, *x.shape)
     matrix = np.stack([exact(convolution, pixel).reshape(-1) for pixel in pixels])
     return x - (matrix @ hidden.reshape(-1)).reshape(x.shape)
+
+
+@exact.register(SandwichLinear)
+@exact.register(SandwichStep)
+def _(module: Any, x: np.ndarray) -> np.ndarray:
+    outer, inner = (rational(matrix) for matrix in module.matrices())
+    return np.maximum(x @ inner.T + rational(module.bias), Fraction(0)) @ outer.T
 
 
 @exact.register(ShiftConv2d)
@@ -644,6 +653,8 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "CPLConv2d": (lambda: CPLConv2d(1, 1, padding_mode="zeros"), (1, 3, 3)),
     "SLLLinear frozen": (lambda: freeze(SLLLinear(3, 4)), (3,)),
     "CPLConv2d frozen": (lambda: freeze(CPLConv2d(1, 1)), (1, 3, 3)),
+    "SandwichLinear": (lambda: SandwichLinear(3, 2, 4), (3,)),
+    "SandwichLinear frozen": (lambda: freeze(SandwichLinear(3, 2, 4)), (3,)),
     "ShiftConv2d": (lambda: ShiftConv2d(2, 3, offsets=[(0, 1), (1, -1)]), (2, 2, 3)),
     "SkewOrthogonalConv2d": (lambda: SkewOrthogonalConv2d(1, 2, 3, terms=4), (1, 3, 3)),
     "deep": (deep, (1, 4, 4)),
@@ -683,7 +694,9 @@ def test_errors_of_programs_are_below_their_bounds(name: str, dtype: torch.dtype
             check_program(module, x, y, p)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name[:3] not in ("SLL", "CPL", "Ske")])
+@pytest.mark.parametrize(
+    "name", [name for name in SMALL if name[:3] not in ("SLL", "CPL", "Ske", "San")]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_errors_in_half_precision_are_below_their_bounds(name: str, dtype: torch.dtype) -> None:
     for seed, p in zip(range(3), EXPONENTS, strict=True):
