@@ -295,12 +295,15 @@ TABLE: dict[str, Row] = {
         squarings=("count", 4),
         fine="squarings: zero",
     ),
-    "convolutions.skew_kernel": row(convolutions.skew_kernel, weight=("raw", KERNEL[1])),
+    "convolutions.skew_kernel": row(
+        convolutions.skew_kernel, weight=("raw", KERNEL[1]), groups=("count", 1)
+    ),
     "convolutions.skew_exponential": row(
         convolutions.skew_exponential,
         x=IMAGE,
         kernel=("raw", KERNEL[1]),
         terms=("count", 4),
+        groups=("count", 1),
     ),
     "convolutions.cayley_kernel": row(
         convolutions.cayley_kernel, weight=("raw", KERNEL[1]), image_size=("size", 4)
@@ -339,9 +342,16 @@ TABLE: dict[str, Row] = {
         )
         for name in (f"{start}{dims}d" for dims in (1, 2, 3))
     },
-    "convolutions.SkewOrthogonalConv2d": row(
-        convolutions.SkewOrthogonalConv2d, **SIZES, stride=("size", 1), terms=("count", 4)
-    ),
+    **{
+        f"convolutions.{name}": row(
+            getattr(convolutions, name),
+            **SIZES,
+            stride=("size", 1),
+            terms=("count", 4),
+            groups=("size", 1),
+        )
+        for name in ("SkewOrthogonalConv2d", "SkewOrthogonalConvTranspose2d")
+    },
     "convolutions.block_reflector_kernel": row(
         convolutions.block_reflector_kernel, weight=("raw", KERNEL[1]), image_size=("size", 4)
     ),

@@ -59,6 +59,7 @@ from lipbook.convolutions import (
     OrthogonalConvTranspose3d,
     ShiftConv2d,
     SkewOrthogonalConv2d,
+    SkewOrthogonalConvTranspose2d,
 )
 from lipbook.export import (
     ConvolutionStep,
@@ -267,7 +268,14 @@ TABLE = {
     ),
     "soc": row(lambda: SkewOrthogonalConv2d(3, 4, 3), IMAGE, "nearly orthogonal"),
     "soc, stride": row(
-        lambda: SkewOrthogonalConv2d(2, 5, 3, stride=2, terms=4), (2, 4, 6), "roughly orthogonal"
+        lambda: SkewOrthogonalConv2d(2, 6, 3, stride=2, terms=4, groups=2),
+        (2, 4, 4),
+        "roughly orthogonal",
+    ),
+    "soc, transposed": row(
+        lambda: SkewOrthogonalConvTranspose2d(6, 2, 3, stride=2, terms=4, groups=2),
+        (6, 2, 2),
+        "roughly orthogonal",
     ),
     "block reflector": row(lambda: BlockReflectorLinear(4, 6), (4,), "orthogonal", nn.Linear),
     "block reflector convolution": row(

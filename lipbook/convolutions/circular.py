@@ -407,6 +407,7 @@ class OnUnshuffled(Constrained):
     """Strides by invertible downsampling, then a circular map of channels with a weight."""
 
     weight: Tensor
+    transposed = False  # or the map first, then upsampling
 
     def __init__(
         self,
@@ -463,8 +464,9 @@ def convolution_rule(module: Any, input_shape: tuple[int, ...], p: float) -> Bou
 
 def response_rule(module: Any, input_shape: tuple[int, ...], p: float) -> Bound:
     """Norm of the circular convolution whose kernel is the response to one bright pixel."""
-    channels = input_shape[0] * module.stride**2
-    size = [n // module.stride for n in input_shape[1:]]
+    stride = 1 if module.transposed else module.stride  # shuffling entries changes no norm
+    channels = input_shape[0] * stride**2
+    size = [n // stride for n in input_shape[1:]]
     pixel = torch.zeros(size, dtype=torch.float64)
     pixel[0, 0] = 1
     pixels = torch.eye(channels, dtype=torch.float64)[:, :, None, None] * pixel
