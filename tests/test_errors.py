@@ -783,6 +783,13 @@ TABLE: dict[str, Row] = {
         weight=("positive", 0.5),
         fine="shortcut: none",
     ),
+    "residual.ConcatenatedResidual": row(
+        residual.ConcatenatedResidual,
+        others={"branch": nn.Identity()},
+        shortcut=("module", nn.Identity()),
+        angle=("positive", 0.5),
+        fine="shortcut: none; angle: negative",
+    ),
     "residual.OrthogonalResidual": row(
         residual.OrthogonalResidual,
         branch=("module", nn.Identity()),

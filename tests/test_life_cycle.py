@@ -93,6 +93,7 @@ from lipbook.pooling import (
 )
 from lipbook.residual import (
     AverageResidual,
+    ConcatenatedResidual,
     CPLConv2d,
     CPLLinear,
     OrthogonalResidual,
@@ -316,6 +317,9 @@ TABLE = {
     ),
     "orthogonal residual": row(
         lambda: OrthogonalResidual(OrthogonalLinear(3, 3), angle=0.4), (6,), "orthogonal"
+    ),
+    "concatenated residual": row(
+        lambda: ConcatenatedResidual(OrthogonalLinear(4, 5), angle=0.4), (4,), "orthogonal"
     ),
     # sequences
     "lossless recurrence": row(

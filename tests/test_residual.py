@@ -22,6 +22,7 @@ from lipbook.orthogonal import OrthogonalLinear, Scale
 from lipbook.pooling import InvertibleDownsampling
 from lipbook.residual import (
     AverageResidual,
+    ConcatenatedResidual,
     CPLConv2d,
     CPLLinear,
     OrthogonalResidual,
@@ -584,6 +585,74 @@ def test_what_a_rotation_costs_in_other_norms_is_attained(p: float) -> None:
     ],
 )
 def test_rotations_of_halves_refuse(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ---------------------------------------------------------------------- skip and branch beside
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.7, -2.0, math.pi / 2])
+def test_skip_and_branch_beside_each_other_by_the_formula(angle: float) -> None:
+    skip = InvertibleDownsampling(2)
+    branch = OrthogonalConv2d(2, 3, 4, stride=2, dtype=torch.float64)
+    block = ConcatenatedResidual(branch, skip, angle, dtype=torch.float64)
+    x = torch.randn(3, 2, 4, 6, dtype=torch.float64)
+    parts = [math.cos(angle) * skip(x).numpy(), math.sin(angle) * branch(x).detach().numpy()]
+    found = block(x).detach().numpy()
+    np.testing.assert_allclose(found, np.concatenate(parts, 1), rtol=0, atol=1e-14)
+
+
+def test_a_branch_beside_the_skip_loses_no_norm() -> None:
+    """Both keep norms, the branch by having more outputs than inputs: all singular values are 1."""
+    for angle in (-3.0, 0.2, math.pi / 4, 1.5):
+        branch = OrthogonalConv2d(2, 9, 3, stride=2)
+        block = ConcatenatedResidual(branch, InvertibleDownsampling(2), angle).double()
+        x = torch.randn(2, 4, 4, dtype=torch.float64)
+        jacobian = torch.func.jacrev(lambda z, block=block: block(z[None])[0])(x)
+        values = np.linalg.svd(jacobian.detach().reshape(-1, 32).numpy(), compute_uv=False)
+        np.testing.assert_allclose(values, 1, rtol=0, atol=1e-6)
+        for net in (block, nn.Sequential(block)):  # by its rule, and by its graph
+            bound = lipschitz_bound(net, (2, 4, 4))
+            assert bound.value == pytest.approx(1, abs=1e-6)
+            assert bound.output_shape == (17, 2, 2)
+
+
+@pytest.mark.parametrize("numbers", [(1.0, 1.0), (1.0, 3.0), (2.0, 0.5)])
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_the_bound_of_parts_beside_each_other_is_attained(
+    numbers: tuple[float, float], p: float
+) -> None:
+    skip, number = numbers
+    block = ConcatenatedResidual(Scale(number), Scale(skip), -0.6).double()
+    x, y = torch.randn(2, 1, 4, dtype=torch.float64)
+    attained = ((block(x) - block(y)).norm(p) / (x - y).norm(p)).item()
+    expected = np.linalg.norm([math.cos(0.6) * skip, math.sin(0.6) * number], p)
+    assert attained == pytest.approx(expected, rel=1e-6)
+    for net in (block, nn.Sequential(block)):
+        bound = lipschitz_bound(net, (4,), p).value
+        assert attained * (1 - 1e-12) <= bound <= attained * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: ConcatenatedResidual(nn.AvgPool2d(2))(torch.zeros(2, 3, 4, 4)),
+            r"channels only, \(2, 3, 4, 4\), got \(2, 3, 2, 2\): give a shortcut",
+        ),
+        (
+            lambda: lipschitz_bound(ConcatenatedResidual(nn.AvgPool2d(2)), (3, 4, 4)),
+            "must agree on the sizes",
+        ),
+        (lambda: ConcatenatedResidual(nn.Tanh(), angle=math.nan), "angle must be finite"),
+        (
+            lambda: lipschitz_bound(ConcatenatedResidual(nn.ReLU(inplace=True)), (3,)),
+            "branch overwrites the input",
+        ),
+    ],
+)
+def test_parts_beside_each_other_are_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
