@@ -610,6 +610,8 @@ class SandwichLinear(_Sandwich):
     :cite:t:`wang2023lbdn`, the sandwich layer. The constant of other matrices is ours.
     """
 
+    weight: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -844,8 +846,8 @@ class ConcatenatedResidual(nn.Module):
     \sin^2\theta\, J_g^\top J_g`, the block keeps the norm of every input if both parts do. In the
     maximum norm the constant is the larger of :math:`\lvert\cos\theta\rvert \operatorname{Lip}(s)`
     and :math:`\lvert\sin\theta\rvert \operatorname{Lip}(g)`, in the 1-norm at most their sum, up to
-    :math:`\sqrt2`. **Not guaranteed**: that gradients keep their norms, as there are more outputs
-    than inputs.
+    :math:`\sqrt2`. **Not guaranteed**: that gradients keep their norms: the outputs are more
+    than the inputs.
 
     Parameters
     ----------
