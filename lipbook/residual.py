@@ -59,7 +59,19 @@ from torch.nn.utils import parametrize
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.composition.bounds import _branch_bound, _check_branch
 from lipbook.convolutions import circular_fold, kernel_norm_bound
-from lipbook.convolutions.circular import _pad_whole, check_groups
+from lipbook.convolutions.cayley import (
+    CayleyKernel,
+    _adjoint_in_frequencies,
+    _in_frequencies,
+    _of_size,
+)
+from lipbook.convolutions.circular import (
+    Size,
+    _pad_whole,
+    channel_counts,
+    check_groups,
+    one_size,
+)
 from lipbook.errors import (
     Analysis,
     ForwardError,
@@ -96,6 +108,7 @@ __all__ = [
     "OrthogonalResidual",
     "SLLConv2d",
     "SLLLinear",
+    "SandwichConv2d",
     "SandwichLinear",
     "cpl_scale",
     "sll_scale",
@@ -117,6 +130,9 @@ torch.fx.wrap("sll_scale")
 torch.fx.wrap("cpl_scale")
 torch.fx.wrap("_pad_whole")
 torch.fx.wrap("circular_fold")
+torch.fx.wrap("_of_size")
+torch.fx.wrap("_in_frequencies")
+torch.fx.wrap("_adjoint_in_frequencies")
 
 # Note [rounding]
 # The scales are rounded upwards by a few units in the last place, so that T is at least W Wᵀ for
@@ -656,6 +672,137 @@ class SandwichLinear(_Sandwich):
         return outer.to(weight.dtype), inner.mT.to(weight.dtype).contiguous()
 
 
+class SandwichConv2d(Constrained):
+    r"""Sandwich layer with convolutions, for one image size.
+
+    :class:`SandwichLinear` with :math:`A` and :math:`B` circular convolutions:
+    :math:`(\hat A(\theta)\; \hat B(\theta))^*` is a Cayley transform at each frequency
+    (:func:`~lipbook.convolutions.cayley_kernel`), and :math:`\Psi` has a number a channel. Both are
+    applied by fast Fourier transforms. **Guaranteed**: 1-Lipschitz in the 2-norm for the
+    activations of :class:`SandwichLinear`, on images of the size in the constructor; others are
+    refused. **Not guaranteed**: anything from below. How far its program is off is not known.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        c_in and c_out.
+    kernel_size : int
+        Of the raw parameter.
+    image_size : int or sequence of int
+        Size of the input, a multiple of the stride.
+    inner_channels : int, optional
+        Channels of the activation; ``out_channels`` if not given.
+    stride : int
+        By invertible downsampling before the layer.
+    activation, device, dtype
+        As in :class:`SandwichLinear`.
+
+    Attributes
+    ----------
+    weight : torch.Tensor
+        Kernel of :math:`(A\; B)^\top`, (c_out + c_in s², inner, h / s, w / s).
+    log_scale, bias : torch.Tensor
+        As in :class:`SandwichLinear`, (inner,).
+
+    Raises
+    ------
+    ValueError
+        If ``activation`` is unknown, or ``image_size`` is no multiple of ``stride`` or too small
+        for the kernel; when called, if the image has another size.
+
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read, and no weight can be assigned. Call
+    ``reset_parameters()`` to draw anew, or write into the raw parameter,
+    ``layer.parametrizations.weight.original``.
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> layer = SandwichConv2d(3, 4, 3, image_size=8, stride=2)
+    >>> layer(torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 4, 4, 4])
+    >>> round(lipschitz_bound(layer, (3, 8, 8)).value, 5)
+    1.0
+
+    References
+    ----------
+    :cite:t:`wang2023lbdn`; :cite:t:`trockman2021`.
+    """
+
+    weight: Tensor
+    not_in_onnx = "multiplies complex numbers, which torch cannot write as ONNX"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        image_size: Size,
+        inner_channels: int | None = None,
+        stride: int = 1,
+        activation: Activation = "relu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_activation(activation)
+        inputs, outputs = channel_counts(in_channels, out_channels)
+        inner = outputs if inner_channels is None else inner_channels
+        inner = _integer("inner_channels", inner, 1)
+        k = _integer("kernel_size", kernel_size, 1)
+        self.stride = _integer("stride", stride, 1)
+        self.image_size = one_size(image_size, k, self.stride)
+        self.out_channels, self.activation = outputs, activation
+        rows = outputs + inputs * self.stride**2
+        self.weight = nn.Parameter(torch.empty(rows, inner, k, k, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(inner, device=device, dtype=dtype))
+        self.log_scale = nn.Parameter(torch.empty_like(self.bias))
+        self.reset_parameters()
+        kernel = CayleyKernel([n // self.stride for n in self.image_size])
+        parametrize.register_parametrization(self, "weight", kernel, unsafe=True)
+
+    def reset_parameters(self) -> None:
+        """Draw the raw parameter and b as a convolution of torch does; Ψ = 1."""
+        raw = raw_parameters(self)[0]
+        nn.init.kaiming_uniform_(raw, a=math.sqrt(5))
+        bound = 1 / math.sqrt(raw[self.out_channels :, 0].numel())
+        nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.zeros_(self.log_scale)
+
+    def extra_repr(self) -> str:
+        """Shape of the kernel, size of the images, and the activation."""
+        return (
+            f"weight={tuple(self.weight.shape)}, image_size={self.image_size}, "
+            f"stride={self.stride}, activation={self.activation!r}"
+        )
+
+    def scale(self) -> Tensor:
+        r"""Diagonal of :math:`\Psi`, a number a channel, (inner,)."""
+        return _at_least_float32(self.log_scale).exp()
+
+    def kernels(self) -> tuple[Tensor, Tensor]:
+        r"""Kernels behind the activation, and of the adjoint of what is before it.
+
+        .. math:: \sqrt2 A^\top \Psi, \qquad \sqrt2 B^\top \Psi^{-1}
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            (c_out, inner, h / s, w / s) and (c_in s², inner, h / s, w / s).
+        """
+        weight, scale = math.sqrt(2) * self.weight, self.scale()[:, None, None]
+        outer, inner = weight[: self.out_channels] * scale, weight[self.out_channels :] / scale
+        return outer.to(weight.dtype), inner.to(weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (batch, c_in, h, w) to (batch, c_out, h / s, w / s)."""
+        outer, inner = self.kernels()
+        images = functional.pixel_unshuffle(_of_size(input, self.image_size), self.stride)
+        hidden = _adjoint_in_frequencies(images, inner) + self.bias.view(-1, 1, 1)
+        return _in_frequencies(_ACTIVATIONS[self.activation](hidden), outer)
+
+
 class AverageResidual(nn.Module):
     r"""Residual block whose skip and branch are averaged by a learnt weight.
 
@@ -1060,6 +1207,22 @@ def _sandwich_rule(module: Any, input_shape: tuple[int, ...], p: float) -> Bound
 
 
 lipschitz_rule.register(SandwichLinear, _sandwich_rule)
+
+
+@lipschitz_rule.register
+def _(module: SandwichConv2d, input_shape: Shape, p: float) -> Bound:
+    outer, inner = (kernel.detach().double() for kernel in module.kernels())
+    scale = module.scale().detach().double()[:, None, None]
+    size = list(outer.shape[2:])
+
+    def norm(kernel: Tensor, q: float) -> float:
+        geometry: dict[str, Any] = {"padding": "same", "padding_mode": "circular", "p": q}
+        return convolution_norm_bound(kernel, size, **geometry).item()
+
+    if p == 2:
+        whole = torch.cat((outer / scale, inner * scale))
+        return Bound(norm(whole, 2.0) ** 2 / 2 * _UP, "upper bound", p)
+    return Bound(norm(outer, p) * norm(inner, dual_exponent(p)) * _UP, "upper bound", p)
 
 
 # ------------------------------------------------------------------- errors of programs

@@ -776,6 +776,13 @@ TABLE: dict[str, Row] = {
         out_features=("count", 4),
         activation=("choice", "relu"),
     ),
+    "residual.SandwichConv2d": row(
+        residual.SandwichConv2d,
+        **SIZES,
+        stride=("size", 1),
+        image_size=("size", 4),
+        activation=("choice", "relu"),
+    ),
     "residual.AverageResidual": row(
         residual.AverageResidual,
         others={"branch": nn.Identity()},

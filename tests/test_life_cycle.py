@@ -97,6 +97,7 @@ from lipbook.residual import (
     CPLConv2d,
     CPLLinear,
     OrthogonalResidual,
+    SandwichConv2d,
     SandwichLinear,
     SLLConv2d,
     SLLLinear,
@@ -306,6 +307,9 @@ TABLE = {
     "sandwich": row(lambda: SandwichLinear(5, 4, 7), (5,), "nonexpansive", SandwichStep),
     "sandwich, many units": row(
         lambda: SandwichLinear(2, 3, 7, "tanh"), (2,), "nonexpansive", SandwichStep
+    ),
+    "sandwich convolution": row(
+        lambda: SandwichConv2d(2, 3, 2, 4, 2, stride=2), (2, 4, 4), "nonexpansive"
     ),
     "average residual": row(
         lambda: AverageResidual(OrthogonalLinear(5, 5), weight=0.3), (5,), "nonexpansive"

@@ -26,6 +26,7 @@ from lipbook.residual import (
     CPLConv2d,
     CPLLinear,
     OrthogonalResidual,
+    SandwichConv2d,
     SandwichLinear,
     SLLConv2d,
     SLLLinear,
@@ -763,6 +764,48 @@ def test_errors_of_a_sandwich_are_bounded_frozen_or_not(p: float) -> None:
     assert (off > live.error / 1e4).all()
     with pytest.raises(ValueError, match="the rounding of tanh is not known"):
         forward_error(sandwich(2, 2, 2, "tanh"), torch.ones(1, 2).double())
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_a_convolutional_sandwich_is_the_dense_one_of_its_matrices(activation: str) -> None:
+    """The matrices of its kernels, from torch's convolution; and A Aᵀ + B Bᵀ = I for them."""
+    layer = SandwichConv2d(2, 3, 2, (6, 4), 5, stride=2, activation=activation).double()
+    nn.init.normal_(layer.log_scale)
+    outer, inner = layer.kernels()
+
+    def as_matrix(kernel: Tensor) -> np.ndarray:  # tap t reads the pixel t ahead, on a circle
+        pixels = torch.eye(5 * 6, dtype=torch.float64).view(-1, 5, 3, 2)
+        around = nn.functional.pad(pixels, (0, 1, 0, 2), "circular")
+        return nn.functional.conv2d(around, kernel).detach().flatten(1).mT.numpy()
+
+    behind, before = as_matrix(outer), as_matrix(inner).T
+    scale = np.repeat(layer.scale().detach().numpy(), 6)[:, None]
+    whole = np.concatenate((behind.T / scale, before * scale), 1) / math.sqrt(2)
+    np.testing.assert_allclose(whole @ whole.T, np.eye(30), rtol=0, atol=1e-12)
+    x = torch.randn(4, 2, 6, 4, dtype=torch.float64)
+    images = nn.functional.pixel_unshuffle(x, 2).flatten(1).numpy()
+    hidden = images @ before.T + np.repeat(layer.bias.detach().numpy(), 6)
+    sigma = {"relu": lambda h: np.maximum(h, 0), "tanh": np.tanh}[activation]
+    found = layer(x).detach().flatten(1).numpy()
+    np.testing.assert_allclose(found, sigma(hidden) @ behind.T, rtol=0, atol=1e-12)
+    slopes = np.random.default_rng(0).uniform(size=(30, 1))
+    for p in (1, 2, math.inf):
+        bound = lipschitz_bound(layer, (2, 6, 4), p).value
+        assert np.linalg.norm(behind @ (slopes * before), p) <= bound * (1 + 1e-12)
+        assert p != 2 or bound == pytest.approx(1, abs=1e-10)
+
+
+def test_the_bound_of_a_convolutional_sandwich_trusts_no_constraint() -> None:
+    layer = SandwichConv2d(1, 1, 1, 2, activation="identity").double()
+    parametrize.remove_parametrizations(layer, "weight")
+    pixel = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
+    pixel[:, :, 0, 0] = 1  # A = B = I
+    layer.weight.data = pixel
+    x = torch.randn(3, 1, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(layer(x) - layer(0 * x), 2 * x)
+    assert lipschitz_bound(layer, (1, 2, 2)).value == pytest.approx(2, rel=1e-10)
+    with pytest.raises(ValueError, match="input must have the image size"):
+        layer(torch.zeros(1, 1, 4, 4))
 
 
 def test_gradcheck_of_a_sandwich() -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "CONV",
     "CONV_TRANSPOSE",
     "per_axis",
+    "one_size",
     "check_kernel",
     "channel_counts",
     "check_groups",
@@ -159,6 +160,17 @@ def per_axis(name: str, value: Size, dims: int, least: int = 1) -> tuple[int, ..
     if len(values) != dims or not all(hasattr(v, "__index__") and v >= least for v in values):
         raise ValueError(f"{name} must be one or {dims} integers >= {least}, got {value!r}")
     return tuple(operator.index(v) for v in values)
+
+
+def one_size(image_size: Size, kernel_size: int, stride: int) -> tuple[int, ...]:
+    """Size of the images of a layer that has a kernel as large as they are."""
+    sizes = per_axis("image_size", image_size, 2)
+    if any(n % stride or n < kernel_size * stride for n in sizes):
+        raise ValueError(
+            f"image_size must be a multiple of stride {stride} and hold {kernel_size} of them, "
+            f"got {sizes}"
+        )
+    return sizes
 
 
 def check_kernel(weight: Tensor, groups: int) -> int:
