@@ -808,6 +808,22 @@ def test_the_bound_of_a_convolutional_sandwich_trusts_no_constraint() -> None:
         layer(torch.zeros(1, 1, 4, 4))
 
 
+@pytest.mark.parametrize("convolution", [False, True])
+@pytest.mark.parametrize(("p", "expected"), [(1, 6.0), (math.inf, 8.0)])
+def test_bounds_of_a_sandwich_in_other_norms_are_attained(
+    convolution: bool, p: float, expected: float
+) -> None:
+    """2 Aᵀ B = 2 (3, 1): the largest column, and the row."""
+    layer: Any = SandwichLinear(2, 1, activation="identity")
+    if convolution:
+        layer = SandwichConv2d(2, 1, 1, 1, activation="identity")
+    parametrize.remove_parametrizations(layer, "weight")
+    layer.weight.data = torch.tensor([1.0, 3.0, 1.0]).view(3, 1, *[1, 1] * convolution)
+    for net in (layer, freeze(layer)):
+        shape = (2, 1, 1) if convolution else (2,)
+        assert lipschitz_bound(net, shape, p).value == pytest.approx(expected, rel=1e-6)
+
+
 def test_gradcheck_of_a_sandwich() -> None:
     layer = sandwich(3, 2, 4, "tanh")
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
