@@ -33,12 +33,13 @@ from lipbook._extras import imported
 from lipbook.attention import EnergyStep
 from lipbook.composition import _shape
 from lipbook.freezing import freeze, freeze_rule, located, plain_class
-from lipbook.residual import ConvolutionStep, DenseStep
+from lipbook.residual import ConvolutionStep, DenseStep, SandwichStep
 
 __all__ = [
     "ConvolutionStep",
     "DenseStep",
     "EnergyStep",
+    "SandwichStep",
     "export_onnx",
     "freeze",
     "freeze_rule",

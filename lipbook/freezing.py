@@ -69,6 +69,7 @@ def freeze(model: nn.Module) -> nn.Module:
     all other convolutions, SOC, Cayley,     the same class, with a constant kernel
     shift convolutions
     ``SLLLinear``, ``CPLConv2d``, ...        ``DenseStep``, ``ConvolutionStep``
+    ``SandwichLinear``                       ``SandwichStep``
     ``EnergyAttention``                      ``EnergyStep``
     other modules with parametrizations      the same class, with constant weights
     attention, transformers and recurrent    a subclass, which keeps to the kernels of the original

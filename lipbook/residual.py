@@ -19,7 +19,28 @@ float16 only while :math:`T` stays above 1e-4, for :math:`2 / T` to be in range.
 anything from below. Eigenvalues may be 0: these layers are nonexpansive, not norm-preserving.
 
 Any branch will do in an average, :math:`(1 - w)\, x + w f(x)` (:class:`AverageResidual`), which may
-lose norm, and in a rotation of two halves (:class:`OrthogonalResidual`), which loses none.
+lose norm, in a rotation of two halves (:class:`OrthogonalResidual`), which loses none, and beside
+the skip, :math:`(\cos\theta\, x, \sin\theta\, f(x))` (:class:`ConcatenatedResidual`).
+
+The sandwich layer (:class:`SandwichLinear`) has the same activations and no skip, and takes any
+number of inputs to any number of outputs:
+
+.. math::
+    f(x) = \sqrt2 A^\top \Psi\, \sigma(\sqrt2\, \Psi^{-1} B x + b), \qquad
+    0 \le \sigma' \le 1, \qquad A A^\top + B B^\top \preceq I, \qquad
+    \Psi \succ 0 \text{ diagonal} .
+
+**Why.** With :math:`D = \operatorname{diag}(\sigma')` its Jacobian is :math:`2 A^\top D B`, since
+diagonal matrices commute and :math:`\Psi` cancels. For :math:`a = Au` and :math:`c = Bv`,
+
+.. math::
+    u^\top (2 A^\top D B)\, v = \sum_i 2 d_i a_i c_i \le \sum_i \tfrac12 (a_i + c_i)^2
+    = \tfrac12 \lVert Au + Bv\rVert^2 \le \tfrac12 (\lVert u\rVert^2 + \lVert v\rVert^2),
+
+which is 1 for unit vectors: the first step since :math:`2 d_i a_i c_i` is at most 0 or
+:math:`2 a_i c_i`, and both are at most :math:`(a_i + c_i)^2 / 2`; the last since
+:math:`(A\; B)` has norm at most 1. With any other matrices the constant is at most
+:math:`\lVert(A\; B)\rVert^2`.
 """
 
 from __future__ import annotations
@@ -33,11 +54,24 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.composition.bounds import _branch_bound, _check_branch
 from lipbook.convolutions import circular_fold, kernel_norm_bound
-from lipbook.convolutions.circular import _pad_whole, check_groups
+from lipbook.convolutions.cayley import (
+    CayleyKernel,
+    _adjoint_in_frequencies,
+    _in_frequencies,
+    _of_size,
+)
+from lipbook.convolutions.circular import (
+    Size,
+    _pad_whole,
+    channel_counts,
+    check_groups,
+    one_size,
+)
 from lipbook.errors import (
     Analysis,
     ForwardError,
@@ -60,16 +94,22 @@ from lipbook.norms.rigorous import (
     rigorous_convolution_norm,
     rigorous_matrix_norm,
 )
+from lipbook.orthogonal.constrained import Constrained, raw_parameters
+from lipbook.orthogonal.layers import draw_orthonormal
 from lipbook.orthogonal.orthonormality import power_of_two, without_autocast
+from lipbook.orthogonal.rotations import Cayley
 from lipbook.rules import CONTAINERS, Shape
 
 __all__ = [
     "AverageResidual",
     "CPLConv2d",
     "CPLLinear",
+    "ConcatenatedResidual",
     "OrthogonalResidual",
     "SLLConv2d",
     "SLLLinear",
+    "SandwichConv2d",
+    "SandwichLinear",
     "cpl_scale",
     "sll_scale",
 ]
@@ -90,6 +130,9 @@ torch.fx.wrap("sll_scale")
 torch.fx.wrap("cpl_scale")
 torch.fx.wrap("_pad_whole")
 torch.fx.wrap("circular_fold")
+torch.fx.wrap("_of_size")
+torch.fx.wrap("_in_frequencies")
+torch.fx.wrap("_adjoint_in_frequencies")
 
 # Note [rounding]
 # The scales are rounded upwards by a few units in the last place, so that T is at least W Wᵀ for
@@ -199,6 +242,14 @@ def cpl_scale(weight: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
         return _rounded_up(squares).expand(weight.shape[0])
 
 
+def _check_activation(activation: str) -> None:
+    if activation not in tuple(_ACTIVATIONS):
+        raise ValueError(
+            f"activation must be one of {sorted(_ACTIVATIONS)}, elementwise with slopes in "
+            f"[0, 1], got {activation!r}"
+        )
+
+
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -216,11 +267,7 @@ class _PotentialStep(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], activation: str, device: Any, dtype: Any) -> None:
         super().__init__()
-        if activation not in tuple(_ACTIVATIONS):
-            raise ValueError(
-                f"activation must be one of {sorted(_ACTIVATIONS)}, elementwise with slopes in "
-                f"[0, 1], got {activation!r}"
-            )
+        _check_activation(activation)
         inner, outer, *sizes = shape
         name = "channels" if sizes else "features"
         _integer(name, outer, 1)
@@ -474,6 +521,288 @@ class CPLConv2d(_ConvolutionStep):
     _weighted = False
 
 
+class _Sandwich(Constrained):
+    """Two matrices and an activation between them."""
+
+    activation: str
+    bias: Tensor
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        r"""Matrices behind and before the activation.
+
+        .. math:: \sqrt2 A^\top \Psi, \qquad \sqrt2\, \Psi^{-1} B
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            (out, inner) and (inner, in).
+        """
+        raise NotImplementedError
+
+    def scale(self) -> Tensor:
+        r"""Diagonal of :math:`\Psi`, (inner,)."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Sizes, and the activation."""
+        outer, inner = self.matrices()
+        return (
+            f"in_features={inner.shape[1]}, out_features={len(outer)}, "
+            f"inner_features={len(inner)}, activation={self.activation!r}"
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (batch, ..., in) to (batch, ..., out)."""
+        outer, inner = self.matrices()
+        hidden = functional.linear(input, inner, self.bias)
+        return functional.linear(_ACTIVATIONS[self.activation](hidden), outer)
+
+
+class SandwichLinear(_Sandwich):
+    r"""Sandwich layer: a 1-Lipschitz layer with its activation inside, for any numbers of features.
+
+    .. math:: f(x) = \sqrt2 A^\top \Psi\, \sigma(\sqrt2\, \Psi^{-1} B x + b), \qquad
+        \begin{pmatrix} A^\top \\ B^\top \end{pmatrix} = \operatorname{cayley}(\cdot), \qquad
+        \Psi = \operatorname{diag}(e^{\psi})
+
+    ``layer.weight`` is :math:`A^\top` above :math:`B^\top`, with orthonormal columns, or rows if it
+    has fewer of them. **Guaranteed**: 1-Lipschitz in the 2-norm for every elementwise activation
+    with slopes in [0, 1], of which the four below are offered, as long as :math:`e^\psi` and its
+    inverse are in range of the dtype; the proof is at the head of :mod:`lipbook.residual`. The
+    Lipschitz rule trusts neither :func:`~lipbook.orthogonal.cayley` nor its rounding: it is
+    :math:`\lVert(A\; B)\rVert^2`, computed from the two matrices that multiply.
+    **Not guaranteed**: anything from below; a deep stack loses norm.
+
+    The two matrices may have norm :math:`\sqrt2` each, of which a product would say 2. Sorting is
+    no activation of this kind: its Jacobian is a permutation P, and :math:`2 A^\top P B` has norms
+    up to 2.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Lengths of inputs and outputs.
+    inner_features : int, optional
+        Units of the activation; ``out_features`` if not given.
+    activation : str
+        ``"relu"``, ``"tanh"``, ``"softplus"`` or ``"identity"``.
+    device, dtype
+        As in :class:`torch.nn.Linear`. In half precision the guarantee holds up to its rounding.
+
+    Attributes
+    ----------
+    weight : torch.Tensor
+        :math:`(A\; B)^\top`, (out + in, inner).
+    log_scale : torch.Tensor
+        :math:`\psi`, (inner,).
+    bias : torch.Tensor
+        :math:`b`, (inner,).
+
+    Raises
+    ------
+    ValueError
+        If ``activation`` is none of the above; if a weight is assigned that is not orthonormal.
+
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read: what is written into it in place is lost. Call
+    ``reset_parameters()`` to draw anew, assign an orthonormal weight, or write into the raw
+    parameter, ``layer.parametrizations.weight.original``.
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> layer = SandwichLinear(8, 3, 16)
+    >>> round(lipschitz_bound(layer, (8,)).value, 5)
+    1.0
+
+    Both matrices stretch, and the layer does not:
+
+    >>> outer, inner = layer.matrices()
+    >>> bool(torch.linalg.matrix_norm(outer, 2) * torch.linalg.matrix_norm(inner, 2) > 1.2)
+    True
+
+    References
+    ----------
+    :cite:t:`wang2023lbdn`, the sandwich layer. The constant of other matrices is ours.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        inner_features: int | None = None,
+        activation: Activation = "relu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_activation(activation)
+        inputs = _integer("in_features", in_features, 1)
+        outputs = _integer("out_features", out_features, 1)
+        inner = outputs if inner_features is None else _integer("inner_features", inner_features, 1)
+        self.out_features, self.activation = outputs, activation
+        self.weight = nn.Parameter(torch.empty(outputs + inputs, inner, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(inner, device=device, dtype=dtype))
+        self.log_scale = nn.Parameter(torch.empty_like(self.bias))
+        self.reset_parameters()
+        parametrize.register_parametrization(self, "weight", Cayley())
+
+    def reset_parameters(self) -> None:
+        """Draw the weight uniformly among all, and b as a linear layer of torch does; Ψ = 1."""
+        raw = raw_parameters(self)[0]
+        weight = draw_orthonormal(torch.empty_like(raw, requires_grad=False))
+        if parametrize.is_parametrized(self):
+            self.weight = weight
+        else:
+            self.weight = nn.Parameter(weight)
+        bound = 1 / math.sqrt(len(raw) - self.out_features)
+        nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.zeros_(self.log_scale)
+
+    def scale(self) -> Tensor:
+        r"""Diagonal of :math:`\Psi`, (inner,)."""
+        return _at_least_float32(self.log_scale).exp()
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Matrices behind and before the activation, (out, inner) and (inner, in)."""
+        weight, scale = math.sqrt(2) * self.weight, self.scale()
+        outer, inner = weight[: self.out_features] * scale, weight[self.out_features :] / scale
+        return outer.to(weight.dtype), inner.mT.to(weight.dtype).contiguous()
+
+
+class SandwichConv2d(Constrained):
+    r"""Sandwich layer with convolutions, for one image size.
+
+    :class:`SandwichLinear` with :math:`A` and :math:`B` circular convolutions:
+    :math:`(\hat A(\theta)\; \hat B(\theta))^*` is a Cayley transform at each frequency
+    (:func:`~lipbook.convolutions.cayley_kernel`), and :math:`\Psi` has a number a channel. Both are
+    applied by fast Fourier transforms. **Guaranteed**: 1-Lipschitz in the 2-norm for the
+    activations of :class:`SandwichLinear`, on images of the size in the constructor; others are
+    refused. **Not guaranteed**: anything from below. How far its program is off is not known.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        c_in and c_out.
+    kernel_size : int
+        Of the raw parameter.
+    image_size : int or sequence of int
+        Size of the input, a multiple of the stride.
+    inner_channels : int, optional
+        Channels of the activation; ``out_channels`` if not given.
+    stride : int
+        By invertible downsampling before the layer.
+    activation, device, dtype
+        As in :class:`SandwichLinear`.
+
+    Attributes
+    ----------
+    weight : torch.Tensor
+        Kernel of :math:`(A\; B)^\top`, (c_out + c_in s², inner, h / s, w / s).
+    log_scale, bias : torch.Tensor
+        As in :class:`SandwichLinear`, (inner,).
+
+    Raises
+    ------
+    ValueError
+        If ``activation`` is unknown, or ``image_size`` is no multiple of ``stride`` or too small
+        for the kernel; when called, if the image has another size.
+
+    Notes
+    -----
+    ``layer.weight`` is computed whenever it is read, and no weight can be assigned. Call
+    ``reset_parameters()`` to draw anew, or write into the raw parameter,
+    ``layer.parametrizations.weight.original``.
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> layer = SandwichConv2d(3, 4, 3, image_size=8, stride=2)
+    >>> layer(torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 4, 4, 4])
+    >>> round(lipschitz_bound(layer, (3, 8, 8)).value, 5)
+    1.0
+
+    References
+    ----------
+    :cite:t:`wang2023lbdn`; :cite:t:`trockman2021`.
+    """
+
+    weight: Tensor
+    not_in_onnx = "multiplies complex numbers, which torch cannot write as ONNX"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        image_size: Size,
+        inner_channels: int | None = None,
+        stride: int = 1,
+        activation: Activation = "relu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_activation(activation)
+        inputs, outputs = channel_counts(in_channels, out_channels)
+        inner = outputs if inner_channels is None else inner_channels
+        inner = _integer("inner_channels", inner, 1)
+        k = _integer("kernel_size", kernel_size, 1)
+        self.stride = _integer("stride", stride, 1)
+        self.image_size = one_size(image_size, k, self.stride)
+        self.out_channels, self.activation = outputs, activation
+        rows = outputs + inputs * self.stride**2
+        self.weight = nn.Parameter(torch.empty(rows, inner, k, k, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(inner, device=device, dtype=dtype))
+        self.log_scale = nn.Parameter(torch.empty_like(self.bias))
+        self.reset_parameters()
+        kernel = CayleyKernel([n // self.stride for n in self.image_size])
+        parametrize.register_parametrization(self, "weight", kernel, unsafe=True)
+
+    def reset_parameters(self) -> None:
+        """Draw the raw parameter and b as a convolution of torch does; Ψ = 1."""
+        raw = raw_parameters(self)[0]
+        nn.init.kaiming_uniform_(raw, a=math.sqrt(5))
+        bound = 1 / math.sqrt(raw[self.out_channels :, 0].numel())
+        nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.zeros_(self.log_scale)
+
+    def extra_repr(self) -> str:
+        """Shape of the kernel, size of the images, and the activation."""
+        return (
+            f"weight={tuple(self.weight.shape)}, image_size={self.image_size}, "
+            f"stride={self.stride}, activation={self.activation!r}"
+        )
+
+    def scale(self) -> Tensor:
+        r"""Diagonal of :math:`\Psi`, a number a channel, (inner,)."""
+        return _at_least_float32(self.log_scale).exp()
+
+    def kernels(self) -> tuple[Tensor, Tensor]:
+        r"""Kernels behind the activation, and of the adjoint of what is before it.
+
+        .. math:: \sqrt2 A^\top \Psi, \qquad \sqrt2 B^\top \Psi^{-1}
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            (c_out, inner, h / s, w / s) and (c_in s², inner, h / s, w / s).
+        """
+        weight, scale = math.sqrt(2) * self.weight, self.scale()[:, None, None]
+        outer, inner = weight[: self.out_channels] * scale, weight[self.out_channels :] / scale
+        return outer.to(weight.dtype), inner.to(weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (batch, c_in, h, w) to (batch, c_out, h / s, w / s)."""
+        outer, inner = self.kernels()
+        images = functional.pixel_unshuffle(_of_size(input, self.image_size), self.stride)
+        hidden = _adjoint_in_frequencies(images, inner) + self.bias.view(-1, 1, 1)
+        return _in_frequencies(_ACTIVATIONS[self.activation](hidden), outer)
+
+
 class AverageResidual(nn.Module):
     r"""Residual block whose skip and branch are averaged by a learnt weight.
 
@@ -631,10 +960,7 @@ class OrthogonalResidual(nn.Module):
         super().__init__()
         _check_branch("branch", branch)
         self.branch = branch
-        _real("angle", angle)
-        if not math.isfinite(angle):
-            raise ValueError(f"angle must be finite, got {angle}")
-        self._start = float(angle)
+        self._start = _finite_angle(angle)
         self.angle = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -651,6 +977,94 @@ class OrthogonalResidual(nn.Module):
         """Rotate skip and branch, (batch, channels, ...) to the same."""
         first, second = _halves(inputs)
         return _rotated(first, self.branch(second), self.rotation())
+
+
+class ConcatenatedResidual(nn.Module):
+    r"""Residual block that puts the branch beside the skip: more channels, and nothing lost.
+
+    .. math:: f(x) = \big(\cos\theta\; s(x),\; \sin\theta\; g(x)\big), \qquad
+        \operatorname{Lip}_2(f) \le \sqrt{\cos^2\theta \operatorname{Lip}_2(s)^2
+        + \sin^2\theta \operatorname{Lip}_2(g)^2}
+
+    along the channels, with the identity for :math:`s` if none is given. The square of
+    :math:`\lVert f(x) - f(y)\rVert` is the sum of those of the parts. **Guaranteed**: 1-Lipschitz
+    in the 2-norm if branch and shortcut are, for each :math:`\theta`, up to the rounding of cosine
+    and sine (6e-8 in float32); and since :math:`J_f^\top J_f = \cos^2\theta\, J_s^\top J_s +
+    \sin^2\theta\, J_g^\top J_g`, the block keeps the norm of every input if both parts do. In the
+    maximum norm the constant is the larger of :math:`\lvert\cos\theta\rvert \operatorname{Lip}(s)`
+    and :math:`\lvert\sin\theta\rvert \operatorname{Lip}(g)`, in the 1-norm at most their sum, up to
+    :math:`\sqrt2`. **Not guaranteed**: that gradients keep their norms: the outputs are more
+    than the inputs.
+
+    Parameters
+    ----------
+    branch : torch.nn.Module
+        :math:`g`, with any number of channels.
+    shortcut : torch.nn.Module, optional
+        :math:`s`, whose outputs have the sizes of those of the branch. With a stride
+        :class:`~lipbook.pooling.InvertibleDownsampling`, which keeps norms.
+    angle : float
+        :math:`\theta` at the beginning, in radians.
+    device, dtype
+        Of :math:`\theta`.
+
+    Attributes
+    ----------
+    angle : torch.Tensor
+        :math:`\theta`, a number.
+
+    Raises
+    ------
+    TypeError
+        If ``branch`` or ``shortcut`` is no module.
+    ValueError
+        If ``angle`` is not finite; when called, if skip and branch differ in more than the number
+        of channels.
+
+    Examples
+    --------
+    >>> from lipbook.orthogonal import OrthogonalLinear
+    >>> block, x = ConcatenatedResidual(OrthogonalLinear(4, 6, bias=False)), torch.randn(3, 4)
+    >>> block(x).shape, torch.allclose(block(x).norm(dim=1), x.norm(dim=1))
+    (torch.Size([3, 10]), True)
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module | None = None,
+        angle: float = math.pi / 4,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_branch("branch", branch)
+        self.branch = branch
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+        _check_branch("shortcut", self.shortcut)
+        self._start = _finite_angle(angle)
+        self.angle = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the angle to that of the beginning; branch and shortcut stay."""
+        nn.init.constant_(self.angle, self._start)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        r"""Weights of skip and branch, :math:`\cos\theta` and :math:`\sin\theta`."""
+        return self.angle.cos(), self.angle.sin()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Put skip and branch side by side, (batch, channels, ...)."""
+        skip, branch = self.weights()
+        return _beside(self.shortcut(inputs), self.branch(inputs), skip, branch)
+
+
+def _finite_angle(angle: float) -> float:
+    _real("angle", angle)
+    if not math.isfinite(angle):
+        raise ValueError(f"angle must be finite, got {angle}")
+    return float(angle)
 
 
 def _halves(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -683,7 +1097,18 @@ def _averaged(first: Tensor, second: Tensor, skip: Tensor, branch: Tensor) -> Te
     return skip * first + branch * second
 
 
+def _beside(first: Tensor, second: Tensor, skip: Tensor, branch: Tensor) -> Tensor:
+    if first.dim() < 2 or first.shape[:1] + first.shape[2:] != second.shape[:1] + second.shape[2:]:
+        raise ValueError(
+            "branch must have outputs that differ from those of the skip in their channels only, "
+            f"{tuple(first.shape)}, got {tuple(second.shape)}: give a shortcut that changes the "
+            "sizes alike"
+        )
+    return torch.cat((skip * first, branch * second), 1)
+
+
 torch.fx.wrap("_averaged")
+torch.fx.wrap("_beside")
 
 
 # ------------------------------------------------------------------------- Lipschitz rules
@@ -712,7 +1137,21 @@ def _(module: OrthogonalResidual, input_shape: Shape, p: float) -> Bound:
     return Bound(value, "upper bound", p, parts=(part,), output_shape=input_shape)
 
 
-CONTAINERS.update((AverageResidual, OrthogonalResidual))
+@lipschitz_rule.register
+def _(module: ConcatenatedResidual, input_shape: Shape, p: float) -> Bound:
+    names = ("shortcut", "branch")
+    parts = tuple(_branch_bound(getattr(module, n), input_shape, p, n) for n in names)
+    first, second = (part.output_shape for part in parts)
+    if first[1:] != second[1:]:
+        raise ValueError(f"branch and shortcut must agree on the sizes, got {first} and {second}")
+    weights = (abs(float(weight.detach())) for weight in module.weights())
+    sizes = [w * part.value for w, part in zip(weights, parts, strict=True)]
+    value = torch.linalg.vector_norm(torch.tensor(sizes, dtype=torch.float64), p).item() * _UP
+    shape = (first[0] + second[0], *first[1:])
+    return Bound(value, "upper bound", p, parts=parts, output_shape=shape)
+
+
+CONTAINERS.update((AverageResidual, ConcatenatedResidual, OrthogonalResidual))
 
 
 # Note [the bound of a potential step]
@@ -745,17 +1184,63 @@ for _layer in (SLLLinear, CPLLinear, SLLConv2d, CPLConv2d):
     lipschitz_rule.register(_layer, _step_rule)
 
 
+# Note [the bound of a sandwich]
+# Whatever matrices M and N stand behind and before the activation, and for any positive s, the
+# proof above with A = s^-1 Mᵀ / √2 and B = s N / √2 says that M D N has norm at most
+# ‖(s^-1 Mᵀ, s N)‖² / 2. With s the diagonal of Ψ that is 1 up to rounding. In other norms,
+# |M D N| <= |M| |N|, entry by entry.
+
+
+def _sandwich_parts(module: Any) -> tuple[Tensor, Tensor]:
+    """Compute (s^-1 Mᵀ, s N), whose squared norm is twice a bound, and |M| |N|, in float64."""
+    outer, inner = (matrix.detach().double() for matrix in module.matrices())
+    scale = module.scale().detach().double()[:, None]
+    return torch.cat((outer.mT / scale, inner * scale), 1), outer.abs() @ inner.abs()
+
+
+def _sandwich_rule(module: Any, input_shape: tuple[int, ...], p: float) -> Bound:
+    whole, product = _sandwich_parts(module)
+    if p == 2:
+        return Bound(operator_norm(whole, p).item() ** 2 / 2 * _UP, "upper bound", p)
+    slack = 1 + _gamma(len(whole) + 4, torch.float64)
+    return Bound(operator_norm(product, p).item() * slack * _UP, "upper bound", p)
+
+
+lipschitz_rule.register(SandwichLinear, _sandwich_rule)
+
+
+@lipschitz_rule.register
+def _(module: SandwichConv2d, input_shape: Shape, p: float) -> Bound:
+    outer, inner = (kernel.detach().double() for kernel in module.kernels())
+    scale = module.scale().detach().double()[:, None, None]
+    size = list(outer.shape[2:])
+
+    def norm(kernel: Tensor, q: float) -> float:
+        geometry: dict[str, Any] = {"padding": "same", "padding_mode": "circular", "p": q}
+        return convolution_norm_bound(kernel, size, **geometry).item()
+
+    if p == 2:
+        whole = torch.cat((outer / scale, inner * scale))
+        return Bound(norm(whole, 2.0) ** 2 / 2 * _UP, "upper bound", p)
+    return Bound(norm(outer, p) * norm(inner, dual_exponent(p)) * _UP, "upper bound", p)
+
+
 # ------------------------------------------------------------------- errors of programs
+
+
+def _check_program(module: Any, example: Tensor, weight: Tensor) -> None:
+    """Refuse programs whose rounding is not known."""
+    if module.activation not in ("relu", "identity"):
+        raise ValueError(f"the rounding of {module.activation} is not known: use 'relu'")
+    if _is_half(weight.dtype) or _computing_dtype(example, weight) != weight.dtype:
+        raise ValueError("half precision is not supported: use float32 or float64")
 
 
 @_error_rule_of(SLLLinear, CPLLinear, SLLConv2d, CPLConv2d)
 def _(module: Any, example: Tensor, p: float) -> Analysis:
     weight, dtype = module.weight.detach(), module.weight.dtype
     _check_direct(weight)
-    if module.activation not in ("relu", "identity"):
-        raise ValueError(f"the rounding of {module.activation} is not known: use 'relu'")
-    if _is_half(dtype) or _computing_dtype(example, weight) != dtype:
-        raise ValueError("half precision is not supported: use float32 or float64")
+    _check_program(module, example, weight)
     dense = weight.dim() == 2
     scale = 2 / module.scale().double()  # whose own rounding is one of those below
     geometry: dict[str, Any] = {}
@@ -798,6 +1283,52 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
             (gamma * inside + underflow * (2 + size + bias_norm)) * _UP,
             slope * _UP,
             torch.minimum(room, hidden / max(absolute, 1e-300)),
+        )
+
+    return analysis
+
+
+# Note [rounding of a sandwich]
+# M and N are what the program multiplies by, as it computes them. With n inputs and m units a
+# hidden number is off by gamma_{n+1} (|N||v| + |b|), which ReLU does not increase, and an output by
+# gamma_{m+n+1} |M| (|N||v| + |b|). With L the largest of 1 and all entries, what is flushed (Note
+# [constants of an analysis]) is 2 (n + 2) q (1 + L + |v|) in a hidden number, of which an output
+# takes m times L, and 2 (m + 2) q (1 + L + |h|) there, with |h| <= 2 (n L |v| + |b|). In all it is
+# at most 8 (m + 2) (n + 2) q L² (1 + |v| + |b|).
+
+
+@_error_rule_of(SandwichLinear)
+def _(module: Any, example: Tensor, p: float) -> Analysis:
+    outer, inner = (matrix.detach() for matrix in module.matrices())
+    _check_program(module, example, outer)
+    dtype, (units, inputs) = outer.dtype, inner.shape
+    whole, product = _sandwich_parts(module)
+    product = product * (1 + _gamma(units + 4, torch.float64))
+    absolute = _absolute_norm(functools.partial(rigorous_matrix_norm, product), p)
+    before = _absolute_norm(functools.partial(rigorous_matrix_norm, inner), p)
+    lipschitz = rigorous_matrix_norm(whole, 2) ** 2 / 2 * _UP if p == 2 else absolute
+    positions = example[0, ..., 0].numel()
+    bias = module.bias.detach()
+    behind = outer.double().abs() @ bias.double().abs() * (1 + _gamma(units + 4, torch.float64))
+    bias_norm = _bias_norm(bias, dtype, positions, p)
+    bias_behind = _bias_norm(behind, torch.float64, positions, p)  # of |M||b|
+    gamma = _gamma(units + inputs + 2, dtype)
+    largest = max(1.0, outer.abs().max().item(), inner.abs().max().item()) ** 2
+    quantum = 8 * (units + 2) * (inputs + 2) * torch.finfo(dtype).tiny * largest
+
+    def analysis(x: Tensor) -> ForwardError:
+        outputs = module(x)
+        size = _norms(x, p)
+        inside = absolute * size + bias_behind  # ‖|M| (|N||x| + |b|)‖
+        underflow = quantum * _entries(outputs, p)
+        room = torch.finfo(dtype).max / 4 - inside
+        hidden = torch.finfo(dtype).max / 4 - before * size - bias_norm
+        return ForwardError(
+            outputs,
+            lipschitz,
+            (gamma * inside + underflow * (1 + size + bias_norm)) * _UP,
+            (gamma * absolute + underflow) * _UP,
+            torch.minimum(room / max(absolute, 1e-300), hidden / max(before, 1e-300)),
         )
 
     return analysis
@@ -881,3 +1412,62 @@ def _freeze_step(module: Any) -> nn.Module:
 
 for _frozen in _STEPS:
     freeze_rule.register(_frozen, _freeze_step)
+
+
+class SandwichStep(_Sandwich):
+    r"""Frozen sandwich layer: what :class:`~lipbook.residual.SandwichLinear` freezes to.
+
+    .. math:: f(x) = M \sigma(N x + b), \qquad M = \sqrt2 A^\top \Psi, \quad
+        N = \sqrt2\, \Psi^{-1} B
+
+    with constants :math:`M, N, b, \Psi`. **Guaranteed**: what the layer that it was made of
+    guaranteed at that time. The Lipschitz rule computes the bound from the constants and does not
+    trust them.
+
+    Attributes
+    ----------
+    outer, inner : torch.Tensor
+        :math:`M`, (out, inner), and :math:`N`, (inner, in).
+    bias : torch.Tensor
+        :math:`b`, (inner,).
+    diagonal : torch.Tensor
+        That of :math:`\Psi`, (inner,).
+
+    Examples
+    --------
+    >>> from lipbook.freezing import freeze
+    >>> step = freeze(SandwichLinear(8, 3, 16))
+    >>> step
+    SandwichStep(in_features=8, out_features=3, inner_features=16, activation='relu')
+    >>> step.outer.shape, step.inner.shape
+    (torch.Size([3, 16]), torch.Size([16, 8]))
+    """
+
+    outer: Tensor
+    inner: Tensor
+    diagonal: Tensor
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Matrices behind and before the activation, (out, inner) and (inner, in)."""
+        return self.outer, self.inner
+
+    def scale(self) -> Tensor:
+        r"""Diagonal of :math:`\Psi`, (inner,)."""
+        return self.diagonal
+
+
+lipschitz_rule.register(SandwichStep, _sandwich_rule)
+forward_error_rule.register(SandwichStep, forward_error_rule.dispatch(SandwichLinear))
+
+
+@freeze_rule.register
+def _(module: SandwichLinear) -> nn.Module:
+    if not computes_as(module, SandwichLinear):
+        return module
+    step: Any = module
+    outer, inner = step.matrices()
+    step.register_buffer("diagonal", step.scale().clone())
+    del step.weight, step.log_scale, step.out_features
+    step.outer, step.inner = (nn.Parameter(matrix, False) for matrix in (outer, inner))
+    step.__class__ = SandwichStep
+    return step

@@ -44,6 +44,7 @@ from lipbook.convolutions import (
     OrthogonalConvTranspose3d,
     ShiftConv2d,
     SkewOrthogonalConv2d,
+    SkewOrthogonalConvTranspose2d,
     aol_kernel,
     bcop_kernel,
     block_convolution,
@@ -1006,6 +1007,57 @@ def test_skew_layer_changes_channels() -> None:
         assert values[-1] >= 1 - 3e-6
 
 
+SKEW = ((4, 8, 1, 2, 4), (8, 4, 1, 4, 3), (2, 8, 2, 2, 4), (4, 6, 2, 2, 4), (3, 2, 2, 1, 6))
+
+
+@pytest.mark.parametrize(("c_in", "c_out", "stride", "groups", "size"), SKEW)
+def test_groups_of_a_skew_layer_are_layers(
+    c_in: int, c_out: int, stride: int, groups: int, size: int
+) -> None:
+    """Each group of channels goes through a layer of its own, which has its part of the kernel."""
+    geometry: dict[str, Any] = {"stride": stride, "dtype": torch.float64}
+    layer = SkewOrthogonalConv2d(c_in, c_out, 3, groups=groups, **geometry)
+    parts = [
+        SkewOrthogonalConv2d(c_in // groups, c_out // groups, 3, **geometry) for _ in range(groups)
+    ]
+    raw = layer.parametrizations.weight.original
+    with torch.no_grad():
+        raw[: len(raw) // groups] *= 9  # groups of different norms
+        layer.bias.normal_()
+        for part, own, bias in zip(parts, raw.chunk(groups), layer.bias.chunk(groups), strict=True):
+            part.parametrizations.weight.original.copy_(own)
+            part.bias.copy_(bias)
+    x = torch.randn(2, c_in, size, size + stride, dtype=torch.float64)
+    expected = [part(own) for part, own in zip(parts, x.chunk(groups, 1), strict=True)]
+    torch.testing.assert_close(layer(x), torch.cat(expected, 1), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("c_in", "c_out", "stride", "groups", "size"), SKEW)
+def test_a_transposed_skew_layer_is_the_transposed_matrix(
+    c_in: int, c_out: int, stride: int, groups: int, size: int
+) -> None:
+    geometry: dict[str, Any] = {"stride": stride, "groups": groups, "dtype": torch.float64}
+    layer = SkewOrthogonalConv2d(c_in, c_out, 3, bias=False, **geometry)
+    adjoint = SkewOrthogonalConvTranspose2d(c_out, c_in, 3, **geometry)
+    adjoint.parametrizations.weight.original.data = layer.parametrizations.weight.original.data
+    shape = (c_out, size // stride, size // stride)
+    with torch.no_grad():
+        adjoint.bias.normal_()
+    at_zero = adjoint(torch.zeros(1, *shape, dtype=torch.float64)).detach()
+    torch.testing.assert_close(at_zero, adjoint.bias.detach().view(1, -1, 1, 1).expand_as(at_zero))
+    adjoint.bias = None
+    matrix = dense(adjoint, shape, torch.float64)
+    torch.testing.assert_close(
+        matrix, dense(layer, (c_in, size, size), torch.float64).mT, rtol=0, atol=1e-14
+    )
+    values = torch.linalg.svdvals(matrix)
+    assert values[0] <= 1 + 1e-14
+    assert values[-1] >= 1 - 3e-6
+    for p in (1, 2, math.inf):
+        bound = lipschitz_bound(adjoint, shape, p)
+        assert bound.value == pytest.approx(torch.linalg.matrix_norm(matrix, p).item(), abs=1e-9)
+
+
 def test_cayley_of_a_single_tap_is_the_cayley_transform() -> None:
     weight = torch.randn(4, 4, 1, 1, dtype=torch.float64)
     A = (weight - weight.transpose(0, 1))[..., 0, 0]
@@ -1173,6 +1225,12 @@ def test_shifts_refuse_other_offsets(offsets: Any, message: str) -> None:
             "padding must be integers",
         ),
         (lambda: SkewOrthogonalConv2d(3, 3, 2), "odd sizes"),
+        (lambda: SkewOrthogonalConv2d(4, 3, 3, groups=2), "groups must divide in_channels 4 and"),
+        (
+            lambda: SkewOrthogonalConvTranspose2d(3, 4, 3, groups=2),
+            "groups must divide in_channels",
+        ),
+        (lambda: skew_kernel(torch.ones(4, 4, 3, 3), 2), r"must be \(n, n / 2, \*k\) with odd"),
         (lambda: SkewOrthogonalConv2d(3, 3, 3, terms=6), "terms must be a positive multiple of 4"),
         (lambda: skew_exponential(torch.zeros(1, 2, 4), torch.zeros(2, 2, 3), 0), "terms must be"),
         (lambda: skew_kernel(torch.zeros(2, 3, 3)), "weight must be"),

@@ -295,12 +295,15 @@ TABLE: dict[str, Row] = {
         squarings=("count", 4),
         fine="squarings: zero",
     ),
-    "convolutions.skew_kernel": row(convolutions.skew_kernel, weight=("raw", KERNEL[1])),
+    "convolutions.skew_kernel": row(
+        convolutions.skew_kernel, weight=("raw", KERNEL[1]), groups=("count", 1)
+    ),
     "convolutions.skew_exponential": row(
         convolutions.skew_exponential,
         x=IMAGE,
         kernel=("raw", KERNEL[1]),
         terms=("count", 4),
+        groups=("count", 1),
     ),
     "convolutions.cayley_kernel": row(
         convolutions.cayley_kernel, weight=("raw", KERNEL[1]), image_size=("size", 4)
@@ -339,9 +342,16 @@ TABLE: dict[str, Row] = {
         )
         for name in (f"{start}{dims}d" for dims in (1, 2, 3))
     },
-    "convolutions.SkewOrthogonalConv2d": row(
-        convolutions.SkewOrthogonalConv2d, **SIZES, stride=("size", 1), terms=("count", 4)
-    ),
+    **{
+        f"convolutions.{name}": row(
+            getattr(convolutions, name),
+            **SIZES,
+            stride=("size", 1),
+            terms=("count", 4),
+            groups=("size", 1),
+        )
+        for name in ("SkewOrthogonalConv2d", "SkewOrthogonalConvTranspose2d")
+    },
     "convolutions.block_reflector_kernel": row(
         convolutions.block_reflector_kernel, weight=("raw", KERNEL[1]), image_size=("size", 4)
     ),
@@ -760,12 +770,32 @@ TABLE: dict[str, Row] = {
         )
         for name in ("SLLConv2d", "CPLConv2d")
     },
+    "residual.SandwichLinear": row(
+        residual.SandwichLinear,
+        in_features=("count", 4),
+        out_features=("count", 4),
+        activation=("choice", "relu"),
+    ),
+    "residual.SandwichConv2d": row(
+        residual.SandwichConv2d,
+        **SIZES,
+        stride=("size", 1),
+        image_size=("size", 4),
+        activation=("choice", "relu"),
+    ),
     "residual.AverageResidual": row(
         residual.AverageResidual,
         others={"branch": nn.Identity()},
         shortcut=("module", nn.Identity()),
         weight=("positive", 0.5),
         fine="shortcut: none",
+    ),
+    "residual.ConcatenatedResidual": row(
+        residual.ConcatenatedResidual,
+        others={"branch": nn.Identity()},
+        shortcut=("module", nn.Identity()),
+        angle=("positive", 0.5),
+        fine="shortcut: none; angle: negative",
     ),
     "residual.OrthogonalResidual": row(
         residual.OrthogonalResidual,
@@ -1041,7 +1071,7 @@ RETURNED = {
     *("generalization.MarginBound", "generalization.SpectralComplexity"),
     *("interpretability.Counterfactual", "graphs.Graph", "graphs.Node", "rounding.ForwardError"),
     *("wasserstein.TransportBracket", "wasserstein.HeldOut", "wasserstein.CriticHistory"),
-    *("export.ConvolutionStep", "export.DenseStep", "export.EnergyStep"),
+    *("export.ConvolutionStep", "export.DenseStep", "export.EnergyStep", "export.SandwichStep"),
     *("composition.lipschitz_rule", "export.freeze_rule"),
     "rounding.ieee_cuda",  # has no argument
 }

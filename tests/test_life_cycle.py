@@ -59,10 +59,12 @@ from lipbook.convolutions import (
     OrthogonalConvTranspose3d,
     ShiftConv2d,
     SkewOrthogonalConv2d,
+    SkewOrthogonalConvTranspose2d,
 )
 from lipbook.export import (
     ConvolutionStep,
     DenseStep,
+    SandwichStep,
     export_onnx,
     freeze,
     load_weights,
@@ -91,9 +93,12 @@ from lipbook.pooling import (
 )
 from lipbook.residual import (
     AverageResidual,
+    ConcatenatedResidual,
     CPLConv2d,
     CPLLinear,
     OrthogonalResidual,
+    SandwichConv2d,
+    SandwichLinear,
     SLLConv2d,
     SLLLinear,
 )
@@ -265,7 +270,14 @@ TABLE = {
     ),
     "soc": row(lambda: SkewOrthogonalConv2d(3, 4, 3), IMAGE, "nearly orthogonal"),
     "soc, stride": row(
-        lambda: SkewOrthogonalConv2d(2, 5, 3, stride=2, terms=4), (2, 4, 6), "roughly orthogonal"
+        lambda: SkewOrthogonalConv2d(2, 6, 3, stride=2, terms=4, groups=2),
+        (2, 4, 4),
+        "roughly orthogonal",
+    ),
+    "soc, transposed": row(
+        lambda: SkewOrthogonalConvTranspose2d(6, 2, 3, stride=2, terms=4, groups=2),
+        (6, 2, 2),
+        "roughly orthogonal",
     ),
     "block reflector": row(lambda: BlockReflectorLinear(4, 6), (4,), "orthogonal", nn.Linear),
     "block reflector convolution": row(
@@ -292,6 +304,13 @@ TABLE = {
     "cpl convolution": row(
         lambda: CPLConv2d(3, 2, 5, "zeros", "softplus"), IMAGE, "nonexpansive", ConvolutionStep
     ),
+    "sandwich": row(lambda: SandwichLinear(5, 4, 7), (5,), "nonexpansive", SandwichStep),
+    "sandwich, many units": row(
+        lambda: SandwichLinear(2, 3, 7, "tanh"), (2,), "nonexpansive", SandwichStep
+    ),
+    "sandwich convolution": row(
+        lambda: SandwichConv2d(2, 3, 2, 4, 2, stride=2), (2, 4, 4), "nonexpansive"
+    ),
     "average residual": row(
         lambda: AverageResidual(OrthogonalLinear(5, 5), weight=0.3), (5,), "nonexpansive"
     ),
@@ -302,6 +321,9 @@ TABLE = {
     ),
     "orthogonal residual": row(
         lambda: OrthogonalResidual(OrthogonalLinear(3, 3), angle=0.4), (6,), "orthogonal"
+    ),
+    "concatenated residual": row(
+        lambda: ConcatenatedResidual(OrthogonalLinear(4, 5), angle=0.4), (4,), "orthogonal"
     ),
     # sequences
     "lossless recurrence": row(
@@ -490,6 +512,7 @@ NUMPY: dict[str, tuple[Callable[[Any], nn.Module], Shape]] = {
     "shift": (lambda i: ShiftConv2d(i(2), i(3), i(2), [(i(0), i(1))]), (2, 4, 4)),
     "sll": (lambda i: SLLLinear(i(4), i(5)), (4,)),
     "cpl": (lambda i: CPLConv2d(i(2), i(3), i(3)), (2, 4, 4)),
+    "sandwich": (lambda i: SandwichLinear(i(4), i(3), i(5)), (4,)),
     "groupsort": (lambda i: GroupSort(i(2)), (4,)),
     "householder": (lambda i: Householder(i(4)), (4,)),
     "pooling": (lambda i: AveragePooling(i(2)), (2, 4, 4)),

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lipbook import residual
 from lipbook.activations import MaxMin
@@ -21,9 +22,12 @@ from lipbook.orthogonal import OrthogonalLinear, Scale
 from lipbook.pooling import InvertibleDownsampling
 from lipbook.residual import (
     AverageResidual,
+    ConcatenatedResidual,
     CPLConv2d,
     CPLLinear,
     OrthogonalResidual,
+    SandwichConv2d,
+    SandwichLinear,
     SLLConv2d,
     SLLLinear,
     cpl_scale,
@@ -362,7 +366,7 @@ def test_all_is_complete() -> None:
         for name, value in vars(residual).items()
         if not name.startswith("_") and getattr(value, "__module__", "") == residual.__name__
     }
-    frozen = {"ConvolutionStep", "DenseStep"}  # which lipbook.export passes on
+    frozen = {"ConvolutionStep", "DenseStep", "SandwichStep"}  # which lipbook.export passes on
     assert public - frozen == set(residual.__all__)
 
 
@@ -586,6 +590,74 @@ def test_rotations_of_halves_refuse(call: Callable[[], object], message: str) ->
         call()
 
 
+# ---------------------------------------------------------------------- skip and branch beside
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.7, -2.0, math.pi / 2])
+def test_skip_and_branch_beside_each_other_by_the_formula(angle: float) -> None:
+    skip = InvertibleDownsampling(2)
+    branch = OrthogonalConv2d(2, 3, 4, stride=2, dtype=torch.float64)
+    block = ConcatenatedResidual(branch, skip, angle, dtype=torch.float64)
+    x = torch.randn(3, 2, 4, 6, dtype=torch.float64)
+    parts = [math.cos(angle) * skip(x).numpy(), math.sin(angle) * branch(x).detach().numpy()]
+    found = block(x).detach().numpy()
+    np.testing.assert_allclose(found, np.concatenate(parts, 1), rtol=0, atol=1e-14)
+
+
+def test_a_branch_beside_the_skip_loses_no_norm() -> None:
+    """Both keep norms, the branch by having more outputs than inputs: all singular values are 1."""
+    for angle in (-3.0, 0.2, math.pi / 4, 1.5):
+        branch = OrthogonalConv2d(2, 9, 3, stride=2)
+        block = ConcatenatedResidual(branch, InvertibleDownsampling(2), angle).double()
+        x = torch.randn(2, 4, 4, dtype=torch.float64)
+        jacobian = torch.func.jacrev(lambda z, block=block: block(z[None])[0])(x)
+        values = np.linalg.svd(jacobian.detach().reshape(-1, 32).numpy(), compute_uv=False)
+        np.testing.assert_allclose(values, 1, rtol=0, atol=1e-6)
+        for net in (block, nn.Sequential(block)):  # by its rule, and by its graph
+            bound = lipschitz_bound(net, (2, 4, 4))
+            assert bound.value == pytest.approx(1, abs=1e-6)
+            assert bound.output_shape == (17, 2, 2)
+
+
+@pytest.mark.parametrize("numbers", [(1.0, 1.0), (1.0, 3.0), (2.0, 0.5)])
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_the_bound_of_parts_beside_each_other_is_attained(
+    numbers: tuple[float, float], p: float
+) -> None:
+    skip, number = numbers
+    block = ConcatenatedResidual(Scale(number), Scale(skip), -0.6).double()
+    x, y = torch.randn(2, 1, 4, dtype=torch.float64)
+    attained = ((block(x) - block(y)).norm(p) / (x - y).norm(p)).item()
+    expected = np.linalg.norm([math.cos(0.6) * skip, math.sin(0.6) * number], p)
+    assert attained == pytest.approx(expected, rel=1e-6)
+    for net in (block, nn.Sequential(block)):
+        bound = lipschitz_bound(net, (4,), p).value
+        assert attained * (1 - 1e-12) <= bound <= attained * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: ConcatenatedResidual(nn.AvgPool2d(2))(torch.zeros(2, 3, 4, 4)),
+            r"channels only, \(2, 3, 4, 4\), got \(2, 3, 2, 2\): give a shortcut",
+        ),
+        (
+            lambda: lipschitz_bound(ConcatenatedResidual(nn.AvgPool2d(2)), (3, 4, 4)),
+            "must agree on the sizes",
+        ),
+        (lambda: ConcatenatedResidual(nn.Tanh(), angle=math.nan), "angle must be finite"),
+        (
+            lambda: lipschitz_bound(ConcatenatedResidual(nn.ReLU(inplace=True)), (3,)),
+            "branch overwrites the input",
+        ),
+    ],
+)
+def test_parts_beside_each_other_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 @pytest.mark.parametrize("make", [SLLLinear, CPLLinear])
 def test_the_bias_is_rounded_at_each_token(make: type[nn.Module]) -> None:
     """Equal tokens are off alike: the norm of their errors grows as the root of their number."""
@@ -594,3 +666,180 @@ def test_the_bias_is_rounded_at_each_token(make: type[nn.Module]) -> None:
         layer.bias += 100  # type: ignore[operator]
     one, many = (forward_error(layer, x.expand(1, n, 4)).error.item() for n in (1, 64))
     assert 8 * one * (1 - 1e-6) <= many <= 8 * one * (1 + 1e-6)
+
+
+# ------------------------------------------------------------------------------- sandwiches
+
+
+def sandwich(n: int, m: int, inner: int, activation: Any = "relu", spread: float = 1.0) -> Any:
+    layer = SandwichLinear(n, m, inner, activation, dtype=torch.float64)
+    nn.init.normal_(layer.log_scale, std=spread)
+    return layer
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_sandwich_by_its_formula(activation: str) -> None:
+    layer = sandwich(4, 3, 5, activation)
+    sigma = {
+        "relu": lambda h: np.maximum(h, 0),
+        "tanh": np.tanh,
+        "softplus": lambda h: np.log1p(np.exp(h)),
+        "identity": lambda h: h,
+    }[activation]
+    whole = layer.weight.detach().numpy()  # (A B)ᵀ
+    A, B, psi = whole[:3].T, whole[3:].T, np.exp(layer.log_scale.detach().numpy())
+    np.testing.assert_allclose(A @ A.T + B @ B.T, np.eye(5), rtol=0, atol=1e-13)
+    x = np.random.default_rng(0).normal(size=(2, 6, 4))
+    hidden = sigma(math.sqrt(2) * x @ B.T / psi + layer.bias.detach().numpy())
+    expected = math.sqrt(2) * (psi * hidden) @ A
+    found = layer(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(
+    st.integers(1, 5), st.integers(1, 5), st.integers(1, 12), st.floats(0, 3), st.integers(0, 99)
+)
+@settings(max_examples=15)
+def test_no_choice_of_slopes_makes_a_sandwich_stretch(
+    n: int, m: int, inner: int, spread: float, seed: int
+) -> None:
+    """The theorem, for any slopes in [0, 1], and for more units than inputs and outputs."""
+    torch.manual_seed(seed)
+    layer = sandwich(n, m, inner, spread=spread)
+    outer, before = (matrix.detach().numpy() for matrix in layer.matrices())
+    generator = np.random.default_rng(seed)
+    for slopes in (generator.uniform(size=inner), generator.integers(0, 2, inner), np.ones(inner)):
+        norm = np.linalg.norm(outer @ (slopes[:, None] * before), 2)
+        assert norm <= 1 + 1e-10
+    assert lipschitz_bound(layer, (n,)).value == pytest.approx(1, abs=1e-10)
+    for p in (1, math.inf):
+        jacobian = outer @ (generator.integers(0, 2, (inner, 1)) * before)
+        bound = lipschitz_bound(layer, (n,), p).value
+        assert np.linalg.norm(jacobian, p) <= bound * (1 + 1e-12)
+
+
+def test_a_sandwich_attains_its_bound_where_its_matrices_agree() -> None:
+    """A = B = I / √2: where units are active the layer is the identity."""
+    layer = sandwich(3, 3, 3)
+    with torch.no_grad():
+        layer.weight = torch.cat((torch.eye(3), torch.eye(3))).double() / math.sqrt(2)
+        layer.bias.fill_(100.0)
+        layer.log_scale.zero_()
+    x, y = torch.randn(2, 1, 3, dtype=torch.float64)
+    torch.testing.assert_close(layer(x) - layer(y), x - y, rtol=1e-12, atol=1e-12)
+
+
+def test_the_bound_of_a_sandwich_trusts_no_constraint() -> None:
+    """Other matrices, (A B) of norm √2: with A = B = I all units active stretch by 2."""
+    layer = sandwich(3, 3, 3, "identity")
+    parametrize.remove_parametrizations(layer, "weight")
+    layer.weight.data = torch.cat((torch.eye(3), torch.eye(3))).double()
+    outer, before = layer.matrices()
+    stretch = torch.linalg.matrix_norm(outer @ before, 2).item()
+    assert stretch == pytest.approx(2)
+    for net in (layer, freeze(layer)):
+        assert lipschitz_bound(net, (3,)).value == pytest.approx(2, rel=1e-12)
+        assert forward_error(net, torch.randn(1, 3).double()).lipschitz >= 2
+
+
+def test_sorting_in_a_sandwich_would_stretch_by_two() -> None:
+    """Why MaxMin is refused: A takes the first unit, B gives the second, and a swap joins them."""
+    A, B, swap = np.diag([1.0, 0.0]), np.diag([0.0, 1.0]), np.array([[0.0, 1.0], [1.0, 0.0]])
+    np.testing.assert_array_equal(A @ A.T + B @ B.T, np.eye(2))
+    assert np.linalg.norm(2 * A.T @ swap @ B, 2) == 2
+    with pytest.raises(ValueError, match="activation must be one of"):
+        SandwichLinear(2, 2, activation="maxmin")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_errors_of_a_sandwich_are_bounded_frozen_or_not(p: float) -> None:
+    torch.manual_seed(0)
+    layer = sandwich(6, 4, 9, spread=2.0).float().eval()
+    x = torch.randn(4, 5, 6)
+    live, frozen = forward_error(layer, x, p), forward_error(freeze(layer), x, p)
+    assert torch.equal(live.error, frozen.error)
+    exact = freeze(layer).double()(x.double())
+    off = torch.linalg.vector_norm((layer(x).double() - exact).flatten(1), p, dim=1)
+    assert (off <= live.error).all()
+    assert (off > live.error / 1e4).all()
+    with pytest.raises(ValueError, match="the rounding of tanh is not known"):
+        forward_error(sandwich(2, 2, 2, "tanh"), torch.ones(1, 2).double())
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_a_convolutional_sandwich_is_the_dense_one_of_its_matrices(activation: str) -> None:
+    """The matrices of its kernels, from torch's convolution; and A Aᵀ + B Bᵀ = I for them."""
+    layer = SandwichConv2d(2, 3, 2, (6, 4), 5, stride=2, activation=activation).double()
+    nn.init.normal_(layer.log_scale)
+    outer, inner = layer.kernels()
+
+    def as_matrix(kernel: Tensor) -> np.ndarray:  # tap t reads the pixel t ahead, on a circle
+        pixels = torch.eye(5 * 6, dtype=torch.float64).view(-1, 5, 3, 2)
+        around = nn.functional.pad(pixels, (0, 1, 0, 2), "circular")
+        return nn.functional.conv2d(around, kernel).detach().flatten(1).mT.numpy()
+
+    behind, before = as_matrix(outer), as_matrix(inner).T
+    scale = np.repeat(layer.scale().detach().numpy(), 6)[:, None]
+    whole = np.concatenate((behind.T / scale, before * scale), 1) / math.sqrt(2)
+    np.testing.assert_allclose(whole @ whole.T, np.eye(30), rtol=0, atol=1e-12)
+    x = torch.randn(4, 2, 6, 4, dtype=torch.float64)
+    images = nn.functional.pixel_unshuffle(x, 2).flatten(1).numpy()
+    hidden = images @ before.T + np.repeat(layer.bias.detach().numpy(), 6)
+    sigma = {"relu": lambda h: np.maximum(h, 0), "tanh": np.tanh}[activation]
+    found = layer(x).detach().flatten(1).numpy()
+    np.testing.assert_allclose(found, sigma(hidden) @ behind.T, rtol=0, atol=1e-12)
+    slopes = np.random.default_rng(0).uniform(size=(30, 1))
+    for p in (1, 2, math.inf):
+        bound = lipschitz_bound(layer, (2, 6, 4), p).value
+        assert np.linalg.norm(behind @ (slopes * before), p) <= bound * (1 + 1e-12)
+        assert p != 2 or bound == pytest.approx(1, abs=1e-10)
+
+
+def test_the_bound_of_a_convolutional_sandwich_trusts_no_constraint() -> None:
+    layer = SandwichConv2d(1, 1, 1, 2, activation="identity").double()
+    parametrize.remove_parametrizations(layer, "weight")
+    pixel = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
+    pixel[:, :, 0, 0] = 1  # A = B = I
+    layer.weight.data = pixel
+    x = torch.randn(3, 1, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(layer(x) - layer(0 * x), 2 * x)
+    assert lipschitz_bound(layer, (1, 2, 2)).value == pytest.approx(2, rel=1e-10)
+    with pytest.raises(ValueError, match="input must have the image size"):
+        layer(torch.zeros(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+@pytest.mark.parametrize(("p", "expected"), [(1, 6.0), (math.inf, 8.0)])
+def test_bounds_of_a_sandwich_in_other_norms_are_attained(
+    convolution: bool, p: float, expected: float
+) -> None:
+    """2 Aᵀ B = 2 (3, 1): the largest column, and the row."""
+    layer: Any = SandwichLinear(2, 1, activation="identity")
+    if convolution:
+        layer = SandwichConv2d(2, 1, 1, 1, activation="identity")
+    parametrize.remove_parametrizations(layer, "weight")
+    layer.weight.data = torch.tensor([1.0, 3.0, 1.0]).view(3, 1, *[1, 1] * convolution)
+    for net in (layer, freeze(layer)):
+        shape = (2, 1, 1) if convolution else (2,)
+        assert lipschitz_bound(net, shape, p).value == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradcheck_of_a_sandwich() -> None:
+    layer = sandwich(3, 2, 4, "tanh")
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z, *_: layer(z), (x, *layer.parameters()))
+
+
+def test_a_sandwich_freezes_to_two_matrices() -> None:
+    layer = sandwich(4, 3, 5).float()
+    step = freeze(layer)
+    assert {name for name, _ in step.named_parameters()} == {"outer", "inner", "bias"}
+    for found, expected in zip((step.outer, step.inner), layer.matrices(), strict=True):
+        assert torch.equal(found, expected)
+
+    class Halved(SandwichLinear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) / 2
+
+    own, x = Halved(4, 3), torch.randn(2, 4)
+    assert torch.equal(freeze(own)(x), own(x))

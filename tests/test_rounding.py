@@ -33,6 +33,7 @@ from lipbook.convolutions import (
     OrthogonalConvTranspose2d,
     ShiftConv2d,
     SkewOrthogonalConv2d,
+    SkewOrthogonalConvTranspose2d,
 )
 from lipbook.errors import (
     _Affine,
@@ -72,6 +73,8 @@ from lipbook.residual import (
     CPLConv2d,
     CPLLinear,
     DenseStep,
+    SandwichLinear,
+    SandwichStep,
     SLLConv2d,
     SLLLinear,
 )
@@ -356,6 +359,13 @@ def _(module: Any, x: np.ndarray) -> np.ndarray:
     return x - (matrix @ hidden.reshape(-1)).reshape(x.shape)
 
 
+@exact.register(SandwichLinear)
+@exact.register(SandwichStep)
+def _(module: Any, x: np.ndarray) -> np.ndarray:
+    outer, inner = (rational(matrix) for matrix in module.matrices())
+    return np.maximum(x @ inner.T + rational(module.bias), Fraction(0)) @ outer.T
+
+
 @exact.register(ShiftConv2d)
 def _(module: ShiftConv2d, x: np.ndarray) -> np.ndarray:  # without a stride
     y = np.einsum("ij,jkl->ikl", rational(module.weight), x) + rational(module.bias)[:, None, None]
@@ -363,16 +373,34 @@ def _(module: ShiftConv2d, x: np.ndarray) -> np.ndarray:  # without a stride
     return np.concatenate([np.roll(part, offset, (1, 2)) for part, offset in parts])
 
 
-@exact.register(SkewOrthogonalConv2d)
-def _(module: SkewOrthogonalConv2d, x: np.ndarray) -> np.ndarray:  # without a stride
-    convolution = nn.Conv2d(*module.weight.shape[1::-1], 3, padding=1, bias=False)
+def exact_exponential(module: Any, kernel: Tensor, x: np.ndarray) -> np.ndarray:
+    """Series of a circular convolution in groups, on channels that are as many as the kernel's."""
+    n, own = kernel.shape[:2]
+    convolution = nn.Conv2d(n, n, 3, padding=1, bias=False)
     convolution.padding_mode = "circular"
-    convolution.weight.data = module.weight.detach().double()
-    y = np.concatenate([x, np.full_like(x, Fraction(0))])
-    term = y
+    convolution = convolution.double()
+    convolution.weight.data.zero_()
+    for start in range(0, n, own):
+        block = slice(start, start + own)
+        convolution.weight.data[block, block] = kernel[block].detach().double()
+    y = term = x
     for j in range(1, module.terms + 1):
         term = exact(convolution, term) / Fraction(j)
         y = y + term
+    return y
+
+
+@exact.register(SkewOrthogonalConv2d)
+def _(module: SkewOrthogonalConv2d, x: np.ndarray) -> np.ndarray:  # twice the channels, no stride
+    x = x.reshape(module.groups, -1, *x.shape[1:])
+    padded = np.concatenate([x, np.full_like(x, Fraction(0))], 1).reshape(-1, *x.shape[2:])
+    return exact_exponential(module, module.weight, padded) + rational(module.bias)[:, None, None]
+
+
+@exact.register(SkewOrthogonalConvTranspose2d)
+def _(module: SkewOrthogonalConvTranspose2d, x: np.ndarray) -> np.ndarray:  # to a quarter as many
+    y = exact_exponential(module, -module.weight, x).reshape(-1, 2, 2, *x.shape[1:])
+    y = y.transpose(0, 3, 1, 4, 2).reshape(len(y), 2 * x.shape[1], 2 * x.shape[2])
     return y + rational(module.bias)[:, None, None]
 
 
@@ -644,8 +672,17 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "CPLConv2d": (lambda: CPLConv2d(1, 1, padding_mode="zeros"), (1, 3, 3)),
     "SLLLinear frozen": (lambda: freeze(SLLLinear(3, 4)), (3,)),
     "CPLConv2d frozen": (lambda: freeze(CPLConv2d(1, 1)), (1, 3, 3)),
+    "SandwichLinear": (lambda: SandwichLinear(3, 2, 4), (3,)),
+    "SandwichLinear frozen": (lambda: freeze(SandwichLinear(3, 2, 4)), (3,)),
     "ShiftConv2d": (lambda: ShiftConv2d(2, 3, offsets=[(0, 1), (1, -1)]), (2, 2, 3)),
-    "SkewOrthogonalConv2d": (lambda: SkewOrthogonalConv2d(1, 2, 3, terms=4), (1, 3, 3)),
+    "SkewOrthogonalConv2d": (
+        lambda: SkewOrthogonalConv2d(2, 4, 3, terms=4, groups=2),
+        (2, 2, 2),
+    ),
+    "SkewOrthogonalConvTranspose2d": (
+        lambda: SkewOrthogonalConvTranspose2d(4, 1, 3, stride=2, terms=4),
+        (4, 2, 2),
+    ),
     "deep": (deep, (1, 4, 4)),
 }
 
@@ -683,7 +720,9 @@ def test_errors_of_programs_are_below_their_bounds(name: str, dtype: torch.dtype
             check_program(module, x, y, p)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name[:3] not in ("SLL", "CPL", "Ske")])
+@pytest.mark.parametrize(
+    "name", [name for name in SMALL if name[:3] not in ("SLL", "CPL", "Ske", "San")]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_errors_in_half_precision_are_below_their_bounds(name: str, dtype: torch.dtype) -> None:
     for seed, p in zip(range(3), EXPONENTS, strict=True):

@@ -336,8 +336,8 @@ FAULTS = (
     ),
     Fault(
         "convolutions/skew",
-        "return (kernel / bound.clamp(min=1)).to(weight.dtype)",
-        "return kernel.to(weight.dtype)",
+        "kernel = kernel / bounds.clamp(min=1)",
+        "kernel = kernel / bounds.clamp(min=1, max=1)",
         "the skew kernel is not bounded",
     ),
     Fault(
@@ -413,6 +413,30 @@ FAULTS = (
         "max(1.0, 2 * excess - 1)",
         "1.0",
         "the rule trusts the theorem",
+    ),
+    Fault(
+        "residual",
+        "weight[self.out_features :] / scale",
+        "weight[self.out_features :] * scale",
+        "a sandwich layer whose scales do not cancel",
+    ),
+    Fault(
+        "residual",
+        "operator_norm(whole, p).item() ** 2 / 2 * _UP",
+        "1.0",
+        "the rule of a sandwich layer trusts the theorem",
+    ),
+    Fault(
+        "residual",
+        "return self.angle.cos(), self.angle.sin()",
+        "return self.angle.cos(), 1 - self.angle.cos()",
+        "parts beside each other lose norm",
+    ),
+    Fault(
+        "convolutions/skew",
+        "_on_channels(x, -weight,",
+        "_on_channels(x, weight,",
+        "a transposed skew layer that is no adjoint",
     ),
     Fault(
         "pooling",

@@ -13,7 +13,7 @@ layer                          singular values (circular padding)  kernel
 ``OrthogonalConv``: BCOP       all 1                               any size, k ≥ stride
 ``NonexpansiveConv``: RKO      at most 1; all 1 if k = stride      any size
 ``NonexpansiveConv``: AOL      at most 1                           any size
-``SkewOrthogonalConv2d``: SOC  between 1 - 3e-6 and 1              odd size; not explicit
+``SkewOrthogonalConv``: SOC    between 1 - 3e-6 and 1              odd size; not explicit
 ``ShiftConv2d``                all 1                               a matrix, then shifts
 ``CayleyConv2d``               all 1                               as large as the image
 ``BlockReflectorConv2d``: BRO  all 1                               as large as the image
@@ -57,7 +57,13 @@ from lipbook.convolutions.reflector import (
     block_reflector_kernel,
 )
 from lipbook.convolutions.shift import ShiftConv2d, channel_shift
-from lipbook.convolutions.skew import SOC, SkewOrthogonalConv2d, skew_exponential, skew_kernel
+from lipbook.convolutions.skew import (
+    SOC,
+    SkewOrthogonalConv2d,
+    SkewOrthogonalConvTranspose2d,
+    skew_exponential,
+    skew_kernel,
+)
 
 __all__ = [
     "block_convolution",
@@ -91,6 +97,7 @@ __all__ = [
     "NonexpansiveConvTranspose2d",
     "NonexpansiveConvTranspose3d",
     "SkewOrthogonalConv2d",
+    "SkewOrthogonalConvTranspose2d",
     "CayleyConv2d",
     "BlockReflectorConv2d",
     "ShiftConv2d",

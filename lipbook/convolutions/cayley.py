@@ -14,6 +14,7 @@ from lipbook.convolutions.circular import (
     OnUnshuffled,
     Size,
     channel_counts,
+    one_size,
     per_axis,
     response_rule,
 )
@@ -30,6 +31,7 @@ __all__ = [
 # Steps of their own in torch.fx, see circular.py.
 torch.fx.wrap("_of_size")
 torch.fx.wrap("_in_frequencies")
+torch.fx.wrap("_adjoint_in_frequencies")
 
 
 def cayley_kernel(weight: Tensor, image_size: Size) -> Tensor:
@@ -144,12 +146,7 @@ class OneSizeConv2d(OnUnshuffled):
         device: Any,
         dtype: Any,
     ) -> None:
-        sizes = per_axis("image_size", image_size, 2)
-        if any(n % stride or n < kernel_size * stride for n in sizes):
-            raise ValueError(
-                f"image_size must be a multiple of stride {stride} and hold {kernel_size} of them, "
-                f"got {sizes}"
-            )
+        sizes = one_size(image_size, kernel_size, stride)
         weight = torch.empty(*raw, kernel_size, kernel_size, device=device, dtype=dtype)
         kernel = constraint([n // stride for n in sizes])
         super().__init__(out_channels, stride, bias, weight, kernel, new_shape=True)
@@ -242,6 +239,15 @@ def _in_frequencies(x: Tensor, weight: Tensor) -> Tensor:
         response = torch.fft.rfft2(weight).conj()  # of a cross-correlation
         images = torch.fft.rfft2(x.to(weight.dtype))
         outputs = torch.einsum("oihw,...ihw->...ohw", response, images)
+        return torch.fft.irfft2(outputs, s=x.shape[-2:]).to(x.dtype)
+
+
+def _adjoint_in_frequencies(x: Tensor, weight: Tensor) -> Tensor:
+    """Adjoint of :func:`_in_frequencies`, from the outputs of the kernel to its inputs."""
+    with without_autocast(x):
+        weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+        images = torch.fft.rfft2(x.to(weight.dtype))
+        outputs = torch.einsum("oihw,...ohw->...ihw", torch.fft.rfft2(weight), images)
         return torch.fft.irfft2(outputs, s=x.shape[-2:]).to(x.dtype)
 
 

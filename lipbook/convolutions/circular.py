@@ -27,6 +27,7 @@ __all__ = [
     "CONV",
     "CONV_TRANSPOSE",
     "per_axis",
+    "one_size",
     "check_kernel",
     "channel_counts",
     "check_groups",
@@ -159,6 +160,17 @@ def per_axis(name: str, value: Size, dims: int, least: int = 1) -> tuple[int, ..
     if len(values) != dims or not all(hasattr(v, "__index__") and v >= least for v in values):
         raise ValueError(f"{name} must be one or {dims} integers >= {least}, got {value!r}")
     return tuple(operator.index(v) for v in values)
+
+
+def one_size(image_size: Size, kernel_size: int, stride: int) -> tuple[int, ...]:
+    """Size of the images of a layer that has a kernel as large as they are."""
+    sizes = per_axis("image_size", image_size, 2)
+    if any(n % stride or n < kernel_size * stride for n in sizes):
+        raise ValueError(
+            f"image_size must be a multiple of stride {stride} and hold {kernel_size} of them, "
+            f"got {sizes}"
+        )
+    return sizes
 
 
 def check_kernel(weight: Tensor, groups: int) -> int:
@@ -407,6 +419,7 @@ class OnUnshuffled(Constrained):
     """Strides by invertible downsampling, then a circular map of channels with a weight."""
 
     weight: Tensor
+    transposed = False  # or the map first, then upsampling
 
     def __init__(
         self,
@@ -463,8 +476,9 @@ def convolution_rule(module: Any, input_shape: tuple[int, ...], p: float) -> Bou
 
 def response_rule(module: Any, input_shape: tuple[int, ...], p: float) -> Bound:
     """Norm of the circular convolution whose kernel is the response to one bright pixel."""
-    channels = input_shape[0] * module.stride**2
-    size = [n // module.stride for n in input_shape[1:]]
+    stride = 1 if module.transposed else module.stride  # shuffling entries changes no norm
+    channels = input_shape[0] * stride**2
+    size = [n // stride for n in input_shape[1:]]
     pixel = torch.zeros(size, dtype=torch.float64)
     pixel[0, 0] = 1
     pixels = torch.eye(channels, dtype=torch.float64)[:, :, None, None] * pixel

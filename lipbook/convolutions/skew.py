@@ -14,6 +14,7 @@ from lipbook.convolutions.circular import (
     CONV,
     OnUnshuffled,
     channel_counts,
+    check_groups,
     circular_pad,
     response_rule,
 )
@@ -39,13 +40,14 @@ __all__ = [
     "skew_exponential",
     "SOC",
     "SkewOrthogonalConv2d",
+    "SkewOrthogonalConvTranspose2d",
 ]
 
 
 torch.fx.wrap("_on_channels")  # a step of its own in torch.fx, see circular.py
 
 
-def skew_kernel(weight: Tensor) -> Tensor:
+def skew_kernel(weight: Tensor, groups: int = 1) -> Tensor:
     r"""Skew-symmetric kernel of norm at most 1, the logarithm of a skew orthogonal convolution.
 
     .. math::
@@ -61,7 +63,9 @@ def skew_kernel(weight: Tensor) -> Tensor:
     Parameters
     ----------
     weight : torch.Tensor
-        (n, n, \*k) with odd sizes k.
+        (n, n / groups, \*k) with odd sizes k.
+    groups : int
+        Of the convolution, a divisor of n. Each group has a bound of its own.
 
     Returns
     -------
@@ -84,20 +88,24 @@ def skew_kernel(weight: Tensor) -> Tensor:
     :cite:t:`singla2021soc`, Theorem 1.
     """
     _floating("weight", weight)
+    groups = _integer("groups", groups, 1)
     if (
         weight.dim() < 3
-        or weight.shape[0] != weight.shape[1]
+        or weight.shape[0] != weight.shape[1] * groups
         or not all(size % 2 for size in weight.shape[2:])
     ):
-        raise ValueError(f"weight must be (n, n, *k) with odd sizes k, got {tuple(weight.shape)}")
+        expected = "(n, n, *k)" if groups == 1 else f"(n, n / {groups}, *k)"
+        raise ValueError(f"weight must be {expected} with odd sizes k, got {tuple(weight.shape)}")
     with without_autocast(weight):
         kernel = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        kernel = kernel - kernel.transpose(0, 1).flip(list(range(2, kernel.dim())))
-        bound = kernel_norm_bound(kernel)
-        return (kernel / bound.clamp(min=1)).to(weight.dtype)
+        kernel = kernel.unflatten(0, (groups, -1))
+        kernel = kernel - kernel.transpose(1, 2).flip(list(range(3, kernel.dim())))
+        bounds = torch.stack([kernel_norm_bound(part) for part in kernel])
+        kernel = kernel / bounds.clamp(min=1).view(-1, *[1] * (kernel.dim() - 1))
+        return kernel.flatten(0, 1).to(weight.dtype)
 
 
-def skew_exponential(x: Tensor, kernel: Tensor, terms: int = 8) -> Tensor:
+def skew_exponential(x: Tensor, kernel: Tensor, terms: int = 8, groups: int = 1) -> Tensor:
     r"""Exponential of a circular convolution, applied to images: skew orthogonal convolution (SOC).
 
     .. math:: y = \sum_{j=0}^{m} \frac{1}{j!}\, A^j x \;\approx\; e^{A} x
@@ -117,9 +125,11 @@ def skew_exponential(x: Tensor, kernel: Tensor, terms: int = 8) -> Tensor:
     x : torch.Tensor
         (batch, n, \*size).
     kernel : torch.Tensor
-        :math:`A`, (n, n, \*k).
+        :math:`A`, (n, n / groups, \*k).
     terms : int
         :math:`m`, a positive multiple of 4. Each term costs a convolution.
+    groups : int
+        Of the convolution, a divisor of n.
 
     Returns
     -------
@@ -145,6 +155,7 @@ def skew_exponential(x: Tensor, kernel: Tensor, terms: int = 8) -> Tensor:
     _check_terms(terms)
     _floating("x", x, 3)
     _floating("kernel", kernel, 3)
+    check_groups(len(kernel), groups)
     if x.dim() < kernel.dim() - 1:
         raise ValueError(
             f"x must have the {kernel.dim() - 2} axes of kernel, got shape {tuple(x.shape)}"
@@ -152,7 +163,7 @@ def skew_exponential(x: Tensor, kernel: Tensor, terms: int = 8) -> Tensor:
     pads = [(size // 2, size // 2) for size in kernel.shape[2:]]
     term = x
     for j in range(1, terms + 1):
-        term = CONV[len(pads) - 1](circular_pad(term, pads), kernel) / j
+        term = CONV[len(pads) - 1](circular_pad(term, pads), kernel, groups=groups) / j
         x = x + term
     return x
 
@@ -166,19 +177,61 @@ def _check_terms(terms: int) -> None:
 
 
 class SOC(nn.Module):
-    """Parametrization by :func:`skew_kernel`: a skew-symmetric kernel of norm at most 1."""
+    """Parametrization by :func:`skew_kernel`: a skew-symmetric kernel of norm at most 1.
+
+    Parameters
+    ----------
+    groups : int
+        Of the convolution.
+    """
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.groups = groups
 
     def forward(self, weight: Tensor) -> Tensor:
         """Kernel, like ``weight``."""
-        return skew_kernel(weight)
+        return skew_kernel(weight, self.groups)
 
 
-class SkewOrthogonalConv2d(OnUnshuffled):
+class _SkewOrthogonal(OnUnshuffled):
+    """Exponential of a skew-symmetric convolution between two numbers of channels."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        bias: bool = True,
+        terms: int = 8,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        groups: int = 1,
+    ) -> None:
+        _check_terms(terms)
+        in_channels, out_channels = channel_counts(in_channels, out_channels)
+        kernel_size = _integer("kernel_size", kernel_size, 1)
+        stride, groups = _integer("stride", stride, 1), _integer("groups", groups, 1)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide in_channels {in_channels} and out_channels {out_channels}, "
+                f"got {groups}"
+            )
+        phases = (1, stride**2) if self.transposed else (stride**2, 1)
+        n = max(in_channels * phases[0], out_channels * phases[1])
+        weight = torch.empty(n, n // groups, kernel_size, kernel_size, device=device, dtype=dtype)
+        super().__init__(out_channels, stride, bias, weight, SOC(groups))
+        self.terms, self.groups = int(terms), groups
+
+
+class SkewOrthogonalConv2d(_SkewOrthogonal):
     r"""Skew orthogonal convolution (SOC): the exponential of a skew-symmetric convolution.
 
     ``layer.weight`` is the skew kernel :math:`A`, the layer is :func:`skew_exponential`. Channels
-    are padded with zeros if there are more outputs, and cut if there are more inputs; a stride
-    is invertible downsampling.
+    are padded with zeros if there are more outputs, and cut if there are more inputs, in each
+    group; a stride is invertible downsampling.
 
     **Guaranteed**: norm at most 1, and all singular values above 1 - 3e-6 with 8 terms.
     **Not guaranteed**: reaching every orthogonal convolution; the eigenvalues of the
@@ -198,11 +251,14 @@ class SkewOrthogonalConv2d(OnUnshuffled):
         Of the series, a multiple of 4; each is a convolution with max(c_out, c_in s²) channels.
     device, dtype
         As in :class:`torch.nn.Conv2d`.
+    groups : int
+        A divisor of both numbers of channels: groups of inputs that do not mix, each with a kernel
+        of its own.
 
     Raises
     ------
     ValueError
-        If ``kernel_size`` is even or ``terms`` no multiple of 4.
+        If ``kernel_size`` is even, ``terms`` no multiple of 4, or ``groups`` no divisor.
 
     Notes
     -----
@@ -222,38 +278,74 @@ class SkewOrthogonalConv2d(OnUnshuffled):
     :cite:t:`singla2021soc`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        bias: bool = True,
-        terms: int = 8,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        _check_terms(terms)
-        in_channels, out_channels = channel_counts(in_channels, out_channels)
-        kernel_size = _integer("kernel_size", kernel_size, 1)
-        stride, terms = _integer("stride", stride, 1), int(terms)
-        n = max(in_channels * stride**2, out_channels)
-        weight = torch.empty(n, n, kernel_size, kernel_size, device=device, dtype=dtype)
-        super().__init__(out_channels, stride, bias, weight, SOC())
-        self.terms = terms
-
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Exponential, from the phases (batch, c_in s², h / s, w / s)."""
-        return _on_channels(x, weight, self.terms, self.out_channels)
+        return _on_channels(x, weight, self.terms, self.out_channels, self.groups)
 
 
-def _on_channels(x: Tensor, kernel: Tensor, terms: int, channels: int) -> Tensor:
-    """Exponential on images with channels of zeros added and outputs cut."""
-    x = functional.pad(x, (0, 0, 0, 0, 0, kernel.shape[0] - x.shape[-3]))
-    return skew_exponential(x, kernel, terms).narrow(-3, 0, channels)
+class SkewOrthogonalConvTranspose2d(_SkewOrthogonal):
+    r"""Transposed skew orthogonal convolution: the adjoint of :class:`SkewOrthogonalConv2d`.
+
+    .. math:: \langle y, S\, T_m(A)\, P x\rangle = \langle P^\top T_m(-A)\, S^\top y, x\rangle
+
+    with :math:`P` for downsampling and channels of zeros, and :math:`S` for cut channels: the
+    exponential of :math:`-A`, then upsampling. The layer with the same raw parameter as one from
+    ``out_channels`` to ``in_channels`` is its adjoint. **Guaranteed**: norm at most 1, and all
+    singular values above 1 - 3e-6 with 8 terms. **Not guaranteed**: reaching every orthogonal
+    convolution.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        c_in and c_out.
+    kernel_size : int
+        Odd.
+    stride : int
+        The outputs are larger by it.
+    bias, device, dtype, groups
+        As in :class:`SkewOrthogonalConv2d`.
+    terms : int
+        Of the series, a multiple of 4; each is a convolution with max(c_in, c_out s²) channels.
+
+    Raises
+    ------
+    ValueError
+        As in :class:`SkewOrthogonalConv2d`.
+
+    Examples
+    --------
+    >>> layer = SkewOrthogonalConvTranspose2d(8, 2, 3, stride=2, bias=False)
+    >>> x = torch.randn(5, 8, 4, 4)
+    >>> layer(x).shape, 1 - 3e-6 < (layer(x).norm() / x.norm()).item() < 1 + 1e-6
+    (torch.Size([5, 2, 8, 8]), True)
+
+    References
+    ----------
+    :cite:t:`singla2021soc`.
+    """
+
+    transposed = True
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Exponential of the adjoint, to the phases (batch, c_out s², h, w)."""
+        return _on_channels(x, -weight, self.terms, self.out_channels * self.stride**2, self.groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve, (batch, c_in, h, w) to (batch, c_out, h * stride, w * stride)."""
+        output = functional.pixel_shuffle(self.linear(input, self.weight), self.stride)
+        return output if self.bias is None else output + self.bias.view(-1, 1, 1)
+
+
+def _on_channels(x: Tensor, kernel: Tensor, terms: int, channels: int, groups: int) -> Tensor:
+    """Exponential on images with channels of zeros added and outputs cut, in each group."""
+    x = x.unflatten(-3, (groups, -1))
+    x = functional.pad(x, (0, 0, 0, 0, 0, kernel.shape[1] - x.shape[-3])).flatten(-4, -3)
+    y = skew_exponential(x, kernel, terms, groups).unflatten(-3, (groups, -1))
+    return y.narrow(-3, 0, channels // groups).flatten(-4, -3)
 
 
 lipschitz_rule.register(SkewOrthogonalConv2d, response_rule)
+lipschitz_rule.register(SkewOrthogonalConvTranspose2d, response_rule)
 
 
 # ------------------------------------------------------------------- errors of programs
@@ -264,22 +356,26 @@ lipschitz_rule.register(SkewOrthogonalConv2d, response_rule)
 # pair to positive numbers for 0 < λ² ≤ 6. So ‖T_m(A)‖ ≤ T_m(0) = 1 if ‖A‖ ≤ 2, which is checked.
 
 
-@_error_rule_of(SkewOrthogonalConv2d)
+@_error_rule_of(SkewOrthogonalConv2d, SkewOrthogonalConvTranspose2d)
 def _(module: Any, example: Tensor, p: float) -> Analysis:
     weight, dtype = module.weight.detach(), module.weight.dtype
     _check_direct(weight)
     if _is_half(dtype) or _computing_dtype(example, weight) != dtype:
         raise ValueError("half precision is not supported: use float32 or float64")
-    size = [n // module.stride for n in example.shape[2:]]
+    size = list(example.shape[2:])
+    if not module.transposed:
+        size = [n // module.stride for n in size]
+    pixels = math.prod(size) * (module.stride**2 if module.transposed else 1)
 
     def norm(q: float) -> float:
         padding = weight.shape[-1] // 2
         return rigorous_convolution_norm(
-            weight, size, padding=padding, padding_mode="circular", p=q
+            weight, size, padding=padding, padding_mode="circular", p=q, groups=module.groups
         )
 
     a, absolute = norm(p), _absolute_norm(norm, p)
-    skew = torch.equal(weight, -weight.transpose(0, 1).flip(2, 3))
+    parts = weight.unflatten(0, (module.groups, -1))
+    skew = torch.equal(parts, -parts.transpose(1, 2).flip(3, 4))
     gamma = _gamma(weight[0].numel() + 4, dtype)
     # Norms of the terms A^j x / j! and of their errors, in units of ‖x‖, and the sums of both.
     term, wrong = 1.0, 0.0
@@ -290,7 +386,7 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
         total, error = total + term + wrong, error + wrong
     rate = (error + _gamma(module.terms + 2, dtype) * total) * _UP
     lipschitz = 1.0 if p == 2 and skew and a <= 2 else total * _UP
-    bias_norm = _bias_norm(module.bias, dtype, math.prod(size), p)
+    bias_norm = _bias_norm(module.bias, dtype, pixels, p)
     unit = _gamma(2, dtype)
 
     def analysis(x: Tensor) -> ForwardError:

@@ -58,6 +58,12 @@ METHODS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def draw_orthonormal(like: Tensor) -> Tensor:
+    """Draw a matrix with orthonormal columns or rows, uniformly among all."""
+    gaussian = torch.randn_like(like, dtype=working_dtype(like.dtype))
+    return qr(gaussian).to(like.dtype)
+
+
 class _ConstrainedLinear(Constrained, nn.Linear):
     """Linear layer whose weight is the image of a raw parameter."""
 
@@ -90,9 +96,7 @@ class _ConstrainedLinear(Constrained, nn.Linear):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def _draw(self, weight: Tensor) -> Tensor:
-        """Draw a matrix with orthonormal columns or rows, uniformly among all."""
-        gaussian = torch.randn_like(weight, dtype=working_dtype(weight.dtype))
-        return qr(gaussian).to(weight.dtype)
+        return draw_orthonormal(weight)
 
 
 class OrthogonalLinear(_ConstrainedLinear):

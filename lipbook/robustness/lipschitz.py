@@ -98,8 +98,8 @@ def certify(
     If the last layer is a :class:`torch.nn.Linear`, its rows give the bound of each difference
     (the second form of :func:`certified_radius`), and the rest of the network the
     :math:`L`. Weights under a parametrization are computed once, and those are the weights that
-    the certificate is about. So are the scales of SLL and CPL layers, as this run computes
-    them. Autocast, if on, is part of the program.
+    the certificate is about. So are the scales of SLL and CPL layers, and the matrices of
+    sandwich layers, as this run computes them. Autocast, if on, is part of the program.
 
     Parameters
     ----------
