@@ -296,7 +296,7 @@ def householder(x: Tensor, angle: Tensor, dim: int = 1, pairing: Pairing = "neig
         half = _beside(angle, first, dim) / 2
         wrong = half.cos() * second < half.sin() * first
     dtype = torch.promote_types(x.dtype, angle.dtype)
-    return _turned(pairs, angle[None], [wrong], axis, dim, dtype).flatten(dim, dim + 1)
+    return _turned(pairs, angle.unsqueeze(0), [wrong], axis, dim, dtype).flatten(dim, dim + 1)
 
 
 # Note [a zigzag of angles]
