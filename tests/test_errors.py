@@ -273,6 +273,12 @@ TABLE: dict[str, Row] = {
     "composition.check_layer": row(
         composition.check_layer, layer=MODULE, input_shape=SHAPE, samples=("count", 2)
     ),
+    **{
+        f"composition.{name}": row(
+            getattr(composition, name), layer=("module", nn.Linear(4, 3)), input_shape=SHAPE
+        )
+        for name in ("layer_singular_values", "stable_rank")
+    },
     "composition.lipschitz_bound": row(
         composition.lipschitz_bound,
         module=MODULE,
