@@ -335,6 +335,8 @@ TABLE: dict[str, Row] = {
     "convolutions.circular_fold": row(
         convolutions.circular_fold, x=IMAGE, others={"pads": [(1, 1), (1, 1)]}, fine="x: integers"
     ),
+    "convolutions.orthogonal_": row(convolutions.orthogonal_, layer=("module", nn.Conv2d(4, 4, 3))),
+    "convolutions.identity_": row(convolutions.identity_, layer=("module", nn.Conv2d(4, 4, 3))),
     "convolutions.BCOP": row(
         lambda groups, rank: convolutions.BCOP((4, 4, 3, 3), groups=groups, rank=rank),
         groups=("count", 1),

@@ -58,6 +58,7 @@ from lipbook.convolutions.reflector import (
 )
 from lipbook.convolutions.shift import ShiftConv2d, channel_shift
 from lipbook.convolutions.skew import SOC, SkewOrthogonalConv2d, skew_exponential, skew_kernel
+from lipbook.convolutions.starts import identity_, orthogonal_
 
 __all__ = [
     "block_convolution",
@@ -72,6 +73,8 @@ __all__ = [
     "channel_shift",
     "circular_pad",
     "circular_fold",
+    "orthogonal_",
+    "identity_",
     "BCOP",
     "RKO",
     "AOL",
