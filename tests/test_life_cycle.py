@@ -336,6 +336,8 @@ TABLE = {
     "invertible upsampling": row(lambda: InvertibleUpsampling((1, 3)), IMAGE, "orthogonal"),
     "norm pooling": row(lambda: NormPooling(2), IMAGE, "orthogonal"),
     "average pooling": row(lambda: AveragePooling((2, 3)), IMAGE, "orthogonal"),
+    "average pooling, global": row(lambda: AveragePooling("global"), IMAGE, "orthogonal"),
+    "norm pooling, global": row(lambda: NormPooling("global"), IMAGE, "orthogonal"),
     "upsampling": row(lambda: Upsampling(2), (3, 3, 2), "orthogonal"),
     # activations
     "groupsort": row(lambda: GroupSort(3), (6,), "orthogonal"),
