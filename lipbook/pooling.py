@@ -318,7 +318,7 @@ class _Pooled(_Windowed):
             nn.Module.__init__(self)
             self.window = window
         else:
-            super().__init__(cast(Size, window))
+            super().__init__(window)
 
 
 class InvertibleDownsampling(_Pooled):
