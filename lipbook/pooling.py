@@ -24,7 +24,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 Size = int | Sequence[int]
+Window = Size | Literal["global"]
 
 # torch.fx records a call of these as one step, since their course depends on sizes.
 torch.fx.wrap("invertible_downsampling")
@@ -70,7 +71,7 @@ torch.fx.wrap("upsampling")
 
 
 @traced_as(lambda window: InvertibleDownsampling(window))  # noqa: PLW0108 - the class stands below
-def invertible_downsampling(x: Tensor, window: Size) -> Tensor:
+def invertible_downsampling(x: Tensor, window: Window) -> Tensor:
     r"""Invertible downsampling: each pixel of a window becomes a channel.
 
     .. math:: y_{(c, a, b),\, i,\, j} = x_{c,\, s i + a,\, s j + b}
@@ -82,8 +83,9 @@ def invertible_downsampling(x: Tensor, window: Size) -> Tensor:
     ----------
     x : torch.Tensor
         (batch, c, \*size), with one or more axes after the channels.
-    window : int or sequence of int
-        Size of a window, for all axes or for each.
+    window : int or sequence of int or str
+        Size of a window, for all axes or for each; ``"global"`` for one window as large as the
+        image, whatever its size.
 
     Returns
     -------
@@ -149,7 +151,7 @@ def invertible_upsampling(x: Tensor, window: Size) -> Tensor:
 
 
 @traced_as(lambda window: NormPooling(window))  # noqa: PLW0108 - the class stands below
-def norm_pooling(x: Tensor, window: Size) -> Tensor:
+def norm_pooling(x: Tensor, window: Window) -> Tensor:
     r"""Norm pooling: the Euclidean norm of each window.
 
     .. math:: y_{c, i} = \Big(\sum_{a \in \text{window } i} x_{c, a}^2\Big)^{1/2}
@@ -162,8 +164,8 @@ def norm_pooling(x: Tensor, window: Size) -> Tensor:
     ----------
     x : torch.Tensor
         (batch, c, \*size).
-    window : int or sequence of int
-        Size of a window.
+    window : int or sequence of int or str
+        Size of a window; ``"global"`` for one window as large as the image, whatever its size.
 
     Returns
     -------
@@ -186,7 +188,7 @@ def norm_pooling(x: Tensor, window: Size) -> Tensor:
 
 
 @traced_as(lambda window: AveragePooling(window))  # noqa: PLW0108 - the class stands below
-def average_pooling(x: Tensor, window: Size) -> Tensor:
+def average_pooling(x: Tensor, window: Window) -> Tensor:
     r"""Average pooling, rescaled to norm 1.
 
     .. math:: y_{c, i} = \frac{1}{\sqrt w} \sum_{a \in \text{window } i} x_{c, a}
@@ -198,8 +200,8 @@ def average_pooling(x: Tensor, window: Size) -> Tensor:
     ----------
     x : torch.Tensor
         (batch, c, \*size).
-    window : int or sequence of int
-        Size of a window.
+    window : int or sequence of int or str
+        Size of a window; ``"global"`` for one window as large as the image, whatever its size.
 
     Returns
     -------
@@ -216,6 +218,8 @@ def average_pooling(x: Tensor, window: Size) -> Tensor:
     >>> average_pooling(torch.ones(1, 1, 4, 4), 2)
     tensor([[[[2., 2.],
               [2., 2.]]]])
+    >>> average_pooling(torch.ones(1, 1, 4, 4), "global")
+    tensor([[[[4.]]]])
     """
     windows, counts = _windows(x, window)
     dims = tuple(range(2, 2 + counts))
@@ -272,9 +276,15 @@ def _positive(size: Any) -> bool:
     return hasattr(size, "__index__") and size >= 1
 
 
-def _windows(x: Tensor, window: Size) -> tuple[Tensor, int]:
+def _sizes(x: Tensor, window: Window) -> tuple[int, ...]:
+    """One integer for each of the axes after the channels, those of the image if global."""
+    whole = isinstance(window, str) and window == "global" and isinstance(x, Tensor) and x.dim() > 2
+    return tuple(x.shape[2:]) if whole else _per_axis(x, cast(Size, window))
+
+
+def _windows(x: Tensor, window: Window) -> tuple[Tensor, int]:
     """Take windows apart, (batch, c, *window, *(size / window)), and count their axes."""
-    sizes = _per_axis(x, window)
+    sizes = _sizes(x, window)
     if any(n % s for n, s in zip(x.shape[2:], sizes, strict=True)):
         raise ValueError(f"window must divide the size {tuple(x.shape[2:])}, got {sizes}")
     for axis, size in enumerate(sizes):
@@ -287,6 +297,8 @@ def _windows(x: Tensor, window: Size) -> tuple[Tensor, int]:
 
 
 class _Windowed(nn.Module):
+    window: Window
+
     def __init__(self, window: Size) -> None:
         super().__init__()
         sizes = tuple(window) if isinstance(window, Sequence) else (window,)
@@ -297,16 +309,26 @@ class _Windowed(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the window."""
-        return f"window={self.window}"
+        return f"window={self.window!r}"
 
 
-class InvertibleDownsampling(_Windowed):
+class _Pooled(_Windowed):
+    def __init__(self, window: Window) -> None:
+        if isinstance(window, str) and window == "global":
+            nn.Module.__init__(self)
+            self.window = window
+        else:
+            super().__init__(window)
+
+
+class InvertibleDownsampling(_Pooled):
     r"""Invertible downsampling, a permutation: see :func:`invertible_downsampling`.
 
     Parameters
     ----------
-    window : int or sequence of int
-        Size of a window; one number holds for all axes, of which there may be any number.
+    window : int or sequence of int or str
+        Size of a window, or ``"global"``; one number holds for all axes, of which there may be any
+        number.
 
     Examples
     --------
@@ -335,16 +357,16 @@ class InvertibleUpsampling(_Windowed):
 
     def forward(self, input: Tensor) -> Tensor:
         """Rearrange, (batch, c · w, *size) to (batch, c, *(size · window))."""
-        return invertible_upsampling(input, self.window)
+        return invertible_upsampling(input, cast(Size, self.window))
 
 
-class NormPooling(_Windowed):
+class NormPooling(_Pooled):
     r"""Norm pooling, 1-Lipschitz and gradient-norm preserving: see :func:`norm_pooling`.
 
     Parameters
     ----------
-    window : int or sequence of int
-        Size of a window.
+    window : int or sequence of int or str
+        Size of a window, or ``"global"``.
 
     Examples
     --------
@@ -358,13 +380,13 @@ class NormPooling(_Windowed):
         return norm_pooling(input, self.window)
 
 
-class AveragePooling(_Windowed):
+class AveragePooling(_Pooled):
     r"""Average pooling of norm 1, semi-orthogonal: see :func:`average_pooling`.
 
     Parameters
     ----------
-    window : int or sequence of int
-        Size of a window.
+    window : int or sequence of int or str
+        Size of a window, or ``"global"``.
 
     Examples
     --------
@@ -398,7 +420,7 @@ class Upsampling(_Windowed):
 
     def forward(self, input: Tensor) -> Tensor:
         """Fill windows, (batch, c, *size) to (batch, c, *(size · window))."""
-        return upsampling(input, self.window)
+        return upsampling(input, cast(Size, self.window))
 
 
 # ------------------------------------------------------------------------- Lipschitz rules
@@ -407,7 +429,7 @@ class Upsampling(_Windowed):
 
 
 def _rule(exponents: dict[float, float], module: Any, input_shape: Any, p: float) -> Bound:
-    pixels = math.prod(_per_axis(torch.empty(1, *input_shape, device="meta"), module.window))
+    pixels = math.prod(_sizes(torch.empty(1, *input_shape, device="meta"), module.window))
     return Bound(pixels ** exponents[p], "exact", p)
 
 

@@ -17,13 +17,17 @@ from lipbook.activations import (
     FullSort,
     GroupSort,
     Householder,
+    HouseholderOrder2,
     MaxMin,
+    NActivation,
     Pairing,
     absolute_value,
     full_sort,
     group_sort,
     householder,
+    householder_order_2,
     max_min,
+    n_activation,
 )
 from lipbook.composition import lipschitz_bound
 from lipbook.rules import Range, pullback_rule
@@ -39,6 +43,34 @@ def bent_householder() -> Householder:
     return module
 
 
+def bent_halves() -> Householder:
+    module = Householder(12, pairing="halves", dtype=torch.float64)
+    module.load_state_dict(bent_householder().state_dict())
+    return module
+
+
+def bent_twice() -> HouseholderOrder2:
+    """Among the lengths are 0, some that are folded, and neither sector of pair 2 is wide."""
+    module = HouseholderOrder2(12, dtype=torch.float64)
+    rows = [
+        [0.3, -2.0, 4.0, 1.0, 0.0, -1.0],
+        [1.0, 2.5, 0.01, -0.7, 9.0, math.pi],
+        [0.5, 0.0, 0.02, 3.0, -1.2, 1.0],
+    ]
+    with torch.no_grad():
+        module.angles.copy_(torch.tensor(rows, dtype=torch.float64))
+    return module
+
+
+def bent_zigzag() -> NActivation:
+    module = NActivation(12, dtype=torch.float64)
+    with torch.no_grad():
+        module.kinks.copy_(torch.linspace(-1.5, 2, 24).view(2, 12).double())
+        module.kinks[:, ::3] = module.kinks[:, ::3].flip(0)
+        module.kinks[:, 1] = 0.25
+    return module
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "GroupSort(2)": lambda: GroupSort(2),
     "GroupSort(3)": lambda: GroupSort(3),
@@ -47,9 +79,13 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "MaxMin halves": lambda: MaxMin(pairing="halves"),
     "FullSort": FullSort,
     "Householder": bent_householder,
+    "Householder halves": bent_halves,
+    "HouseholderOrder2": bent_twice,
+    "NActivation": bent_zigzag,
     "AbsoluteValue": AbsoluteValue,
 }
-PERMUTING = [name for name in MODULES if name not in ("Householder", "AbsoluteValue")]
+PERMUTING = [name for name in MODULES if name.startswith(("GroupSort", "MaxMin", "FullSort"))]
+LINEAR = [name for name in MODULES if name != "NActivation"]  # on each piece, without a constant
 
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -120,6 +156,80 @@ def test_householder_starts_as_max_min() -> None:
     assert torch.allclose(module(x), max_min(x), rtol=0, atol=1e-15)
 
 
+def test_halves_of_householder_are_neighbours_up_to_a_permutation() -> None:
+    x = torch.randn(5, 8)
+    interleaved = x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1)  # 0 4 1 5 2 6 3 7
+    for function, weight in (
+        (householder, torch.linspace(-3, 3, 4)),
+        (householder_order_2, torch.linspace(-3, 3, 12).view(3, 4)),
+    ):
+        expected = function(interleaved, weight).unflatten(1, (4, 2)).transpose(1, 2).flatten(1)
+        assert torch.equal(function(x, weight, pairing="halves"), expected)
+
+
+def angle_by_definition(t: float, a: float, b: float) -> float:
+    if t <= a:
+        return t
+    if t <= a + b:
+        return 2 * a - t
+    return t - 2 * b if t <= math.pi + b else -t
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 1.0, math.pi / 2, 3.0, math.pi]))
+def test_order_two_maps_angles_by_its_definition(seed: int, b: float) -> None:
+    random = np.random.default_rng(seed)
+    theta, a = random.uniform(-4, 4), random.choice([0.0, math.pi, random.uniform(0, math.pi)])
+    angles = torch.tensor([[theta], [a], [b]], dtype=torch.float64)
+    t, r = random.uniform(0, 2 * math.pi, 40), random.uniform(0.1, 10, 40)
+    x = np.stack((r * np.cos(t + theta / 2), r * np.sin(t + theta / 2)), 1)
+    image = np.array([angle_by_definition(each, a, b) for each in t]) + theta / 2
+    expected = np.stack((r * np.cos(image), r * np.sin(image)), 1)
+    found = householder_order_2(torch.from_numpy(x), angles).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
+
+
+def test_order_two_holds_the_others() -> None:
+    x = torch.randn(50, 6, 3, dtype=torch.float64)
+    theta, zero = torch.tensor([0.3, -2.0, 4.0], dtype=torch.float64), torch.zeros(3).double()
+    for a, b in ((0.3, 0.0), (2.0, 0.0), (math.pi, 1.0)):
+        angles = torch.stack((theta, zero + a, zero + b))
+        assert torch.allclose(householder_order_2(x, angles), householder(x, theta), atol=1e-14)
+    right = zero + math.pi / 2
+    found = householder_order_2(x, torch.stack((zero, right, right)))
+    assert torch.allclose(found, x.abs(), atol=1e-14)
+    module = HouseholderOrder2(6, dtype=torch.float64)
+    assert torch.allclose(module(x), max_min(x), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_order_two_is_continuous_where_sectors_are_narrow(dtype: torch.dtype) -> None:
+    """Neighbours on a fine circle stay neighbours, whatever the rounding of the sectors' ends."""
+    lengths = [0.0, 1e-9, 1e-3, 1.3, math.pi - 1e-3, math.pi, math.pi + 1e-3]
+    a, b = torch.meshgrid(*2 * [torch.tensor(lengths)], indexing="ij")
+    angles = torch.stack((torch.full((49,), 0.7), a.flatten(), b.flatten())).to(dtype)
+    around = torch.linspace(0, 2 * math.pi, 2001).double() + 0.35
+    x = torch.stack((around.cos(), around.sin()), 1).to(dtype)
+    image = householder_order_2(x.repeat(1, 49), angles).double().unflatten(1, (49, 2))
+    steps, away = image.diff(dim=0).norm(dim=-1), x.double().diff(dim=0).norm(dim=-1)
+    assert (steps - away[:, None]).max() <= 100 * torch.finfo(dtype).eps
+
+
+@given(st.integers(0, 2**31))
+def test_the_zigzag_by_its_definition(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    x, kinks = random.standard_normal((20, 3)), random.standard_normal((2, 3))
+    expected = np.empty_like(x)
+    for i, j in np.ndindex(*x.shape):
+        low, high = sorted(kinks[:, j])
+        value = x[i, j]
+        piece = value - 2 * low if value <= low else value - 2 * high if value >= high else -value
+        expected[i, j] = piece
+    found = n_activation(torch.from_numpy(x), torch.from_numpy(kinks))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-15)
+    ends = torch.from_numpy(np.sort(kinks, 0))
+    assert torch.equal(n_activation(ends, ends), -ends)
+
+
 def test_householder_is_continuous_where_it_starts_to_reflect() -> None:
     angle = torch.tensor([0.7], dtype=torch.float64)
     on_the_mirror = torch.tensor([[math.cos(0.35), math.sin(0.35)]], dtype=torch.float64)
@@ -171,11 +281,12 @@ def test_differences_grow_at_most_by_the_lipschitz_constant(
     after = torch.linalg.vector_norm(module(x) - module(y), p, dim=1)
     bound = lipschitz_bound(module, (12,), p)
     assert bound.kind == "exact"
-    # rounding of sums of 12 terms, relative to the points whose difference is taken
-    assert bool((after <= bound.value * before + 1e-14 * scale * 12).all())
+    # rounding of sums of 12 terms, relative to the points whose difference is taken, and to kinks
+    size = scale if name in LINEAR else scale + 2
+    assert bool((after <= bound.value * before + 1e-14 * size * 12).all())
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", LINEAR)
 def test_norm_of_vectors_is_kept(name: str) -> None:
     x = torch.randn(30, 12, 4, dtype=torch.float64)
     assert torch.allclose(MODULES[name]()(x).norm(dim=1), x.norm(dim=1), rtol=1e-14, atol=0)
@@ -221,6 +332,9 @@ def test_max_min_makes_the_absolute_value_of_two_units() -> None:
         lambda x, dim: max_min(x, dim, "halves"),
         full_sort,
         lambda x, dim: householder(x, torch.tensor([0.3, 2.0, -1.0]), dim),
+        lambda x, dim: householder(x, torch.tensor([0.3, 2.0, -1.0]), dim, "halves"),
+        lambda x, dim: householder_order_2(x, torch.linspace(0, 2, 9).view(3, 3), dim),
+        lambda x, dim: n_activation(x, torch.linspace(-1, 1, 12).view(2, 6), dim),
     ],
 )
 def test_any_dimension_holds_the_channels(
@@ -238,6 +352,12 @@ def test_modules_pass_their_dimension_on() -> None:
     assert torch.equal(MaxMin(2, "halves")(x), max_min(x, 2, "halves"))
     assert torch.equal(FullSort(2)(x), full_sort(x, 2))
     assert torch.equal(Householder(6, dim=2)(x), householder(x, angle, 2))
+    assert torch.equal(Householder(6, 2, "halves")(x), householder(x, angle, 2, "halves"))
+    angles = torch.stack((angle, angle, 0 * angle))
+    twice = HouseholderOrder2(6, 2, "halves")(x)
+    assert torch.equal(twice, householder_order_2(x, angles, 2, "halves"))
+    kinks = torch.tensor([[-1.0], [0.0]]).expand(2, 6)
+    assert torch.equal(NActivation(6, -1)(x), n_activation(x, kinks, 2))
 
 
 # -------------------------------------------------------------------------------------- errors
@@ -280,6 +400,19 @@ def test_modules_pass_their_dimension_on() -> None:
             ValueError,
             r"angle must have shape \(3,\).*6 channels.*got \(2,\)",
         ),
+        (
+            lambda: householder_order_2(torch.zeros(2, 6), torch.zeros(3)),
+            ValueError,
+            r"angles must have shape \(3, 3\).*6 channels.*got \(3,\)",
+        ),
+        (
+            lambda: n_activation(torch.zeros(2, 6), torch.zeros(2, 3)),
+            ValueError,
+            r"kinks must have shape \(2, 6\).*got \(2, 3\)",
+        ),
+        (lambda: HouseholderOrder2(5), ValueError, "channels must be even and at least 2, got 5"),
+        (lambda: Householder(4, 1, "thirds"), ValueError, "pairing.*neighbours.*thirds"),  # type: ignore[arg-type]
+        (lambda: NActivation(0), ValueError, "channels must be at least 1, got 0"),
         (lambda: Householder(5), ValueError, "channels must be even and at least 2, got 5"),
         (lambda: Householder(0), ValueError, "channels must be even and at least 2, got 0"),
         (lambda: lipschitz_bound(GroupSort(2), (5,)), ValueError, "size 2 and 5 channels"),
@@ -316,7 +449,9 @@ def test_repr_shows_the_arguments() -> None:
     assert repr(GroupSort(3)) == "GroupSort(group_size=3, dim=1)"
     assert repr(MaxMin(pairing="halves")) == "MaxMin(dim=1, pairing='halves')"
     assert repr(FullSort(-1)) == "FullSort(dim=-1)"
-    assert repr(Householder(6)) == "Householder(6, dim=1)"
+    assert repr(Householder(6)) == "Householder(6, dim=1, pairing='neighbours')"
+    assert repr(HouseholderOrder2(6, 2)) == "HouseholderOrder2(6, dim=2, pairing='neighbours')"
+    assert repr(NActivation(5)) == "NActivation(5, dim=1)"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -360,21 +495,44 @@ def test_strides_do_not_matter_to_an_exchange() -> None:
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-def test_gradcheck_of_the_angle() -> None:
-    x = torch.randn(4, 6, dtype=torch.float64)
-    angle = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda angle: householder(x, angle), (angle,))
+WEIGHTED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
+    "householder": (householder, (3,)),
+    "householder, halves": (lambda x, w: householder(x, w, pairing="halves"), (3,)),
+    "householder_order_2": (householder_order_2, (3, 3)),
+    "n_activation": (n_activation, (2, 6)),
+}
 
 
-def test_the_angle_is_trained() -> None:
-    module = Householder(6)
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_gradcheck_of_the_weight(name: str) -> None:
+    function, shape = WEIGHTED[name]
+    x = torch.randn(4, 6, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (x, weight), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (x, weight))
+
+
+def test_kinks_that_coincide_have_a_gradient() -> None:
+    """The mean of those of the two orders."""
+    x = torch.tensor([[-2.0], [0.5], [3.0], [4.0]])
+    kinks = torch.full((2, 1), 0.5, requires_grad=True)
+    n_activation(x, kinks).sum().backward()
+    assert kinks.grad is not None
+    assert kinks.grad.flatten().tolist() == [-3.0, -3.0]
+
+
+@pytest.mark.parametrize("make", [Householder, HouseholderOrder2, NActivation])
+def test_the_weight_is_trained(make: type[nn.Module]) -> None:
+    module = make(6)
+    (weight,) = module.parameters()
+    start = weight.detach().clone()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     x = torch.randn(64, 6, 4)
     for _ in range(25):
         optimizer.zero_grad()
         module(x)[:, ::2].sum().backward()
         optimizer.step()
-    assert bool((module.angle - math.pi / 2).abs().min() > 0.1)
+    assert (weight - start).abs().flatten(1 - weight.dim()).amax() > 0.1
     matrix = jacobian(module, torch.randn(1, 6))
     assert (torch.linalg.svdvals(matrix) - 1).abs().max() < 1e-6
 
@@ -410,9 +568,19 @@ def test_rows_are_pulled_back_through_a_sort_group_by_group() -> None:
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, -1, -2])
-def test_units_of_a_sort_compute_what_it_does_along_any_dimension(dim: int) -> None:
-    layer = GroupSort(2, dim)
+@pytest.mark.parametrize("kind", ["sort", "order 1", "order 2", "zigzag"])
+def test_units_compute_what_the_layer_does_along_any_dimension(kind: str, dim: int) -> None:
     x = torch.randn(5, 4, 6, 2, dtype=torch.float64)
+    size = x.shape[dim]
+    layer: nn.Module = {
+        "sort": lambda: GroupSort(2, dim),
+        "order 1": lambda: Householder(size, dim, "halves"),
+        "order 2": lambda: HouseholderOrder2(size, dim, "halves" if dim > 1 else "neighbours"),
+        "zigzag": lambda: NActivation(size, dim),
+    }[kind]().double()
+    for weight in layer.parameters():
+        nn.init.uniform_(weight, -2, 2)
     units = units_rule(layer, (4, 6, 2))
     assert units is not None
-    assert torch.allclose(units(x.flatten(1)), layer(x).flatten(1), atol=1e-14)
+    with torch.no_grad():
+        assert torch.allclose(units(x.flatten(1)), layer(x).flatten(1), atol=1e-14)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lipbook.activations import GroupSort, Householder, MaxMin
+from lipbook.activations import GroupSort, Householder, HouseholderOrder2, MaxMin, NActivation
 from lipbook.composition import Ball, Bound, Box, check_layer, lipschitz_rule
 from lipbook.errors import ForwardError, forward_error_rule
 from lipbook.freezing import freeze_rule
@@ -27,6 +27,8 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "MaxMin": (MaxMin(), (4, 2)),
     "GroupSort": (GroupSort(3, dim=-1), (2, 6)),
     "Householder": (Householder(4), (4,)),
+    "HouseholderOrder2": (HouseholderOrder2(4), (4,)),
+    "NActivation": (NActivation(4, -1), (2, 4)),
     "MaxPool2d": (nn.MaxPool2d(3, 2, 1), (2, 5, 5)),
     "MaxPool1d": (nn.MaxPool1d(2), (2, 6)),
     "AvgPool2d": (nn.AvgPool2d(3, 1, 1), (1, 4, 4)),

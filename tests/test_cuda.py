@@ -22,7 +22,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
+from lipbook.activations import (
+    AbsoluteValue,
+    FullSort,
+    GroupSort,
+    Householder,
+    HouseholderOrder2,
+    MaxMin,
+)
 from lipbook.composition import Bound, Box, lipschitz_rule
 from lipbook.convolutions import (
     NonexpansiveConv2d,
@@ -470,6 +477,7 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "variance": lambda: nn.GroupNorm(1, 2),
     "softmax": lambda: nn.Softmax(1),
     "cosines": lambda: Householder(2),
+    "cosines of three angles": lambda: HouseholderOrder2(2),
     "root": lambda: NormPooling(2),
     "skew": lambda: SkewOrthogonalConv2d(2, 2, 3),
     "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),

@@ -191,7 +191,21 @@ TABLE: dict[str, Row] = {
     ),
     "activations.full_sort": row(activations.full_sort, x=RAW, fine="x: integers"),
     "activations.householder": row(
-        activations.householder, x=RAW, angle=("raw", tensor(2)), fine="x: integers"
+        activations.householder,
+        x=RAW,
+        angle=("raw", tensor(2)),
+        pairing=("choice", "halves"),
+        fine="x: integers",
+    ),
+    "activations.householder_order_2": row(
+        activations.householder_order_2,
+        x=RAW,
+        angles=("raw", tensor(3, 2)),
+        pairing=("choice", "halves"),
+        fine="x: integers",
+    ),
+    "activations.n_activation": row(
+        activations.n_activation, x=RAW, kinks=("raw", tensor(2, 4)), fine="x: integers"
     ),
     "activations.absolute_value": row(
         activations.absolute_value, x=RAW, fine="x: integers, number"
@@ -200,6 +214,10 @@ TABLE: dict[str, Row] = {
     "activations.MaxMin": row(activations.MaxMin, pairing=("choice", "halves")),
     "activations.FullSort": row(activations.FullSort(), x=RAW, fine="x: integers"),
     "activations.Householder": row(activations.Householder, channels=("count", 4)),
+    "activations.HouseholderOrder2": row(
+        activations.HouseholderOrder2, channels=("count", 4), pairing=("choice", "halves")
+    ),
+    "activations.NActivation": row(activations.NActivation, channels=("count", 4)),
     "activations.AbsoluteValue": row(
         activations.AbsoluteValue(), x=RAW, fine="x: integers, number"
     ),
@@ -255,6 +273,12 @@ TABLE: dict[str, Row] = {
     "composition.check_layer": row(
         composition.check_layer, layer=MODULE, input_shape=SHAPE, samples=("count", 2)
     ),
+    **{
+        f"composition.{name}": row(
+            getattr(composition, name), layer=("module", nn.Linear(4, 3)), input_shape=SHAPE
+        )
+        for name in ("layer_singular_values", "stable_rank")
+    },
     "composition.lipschitz_bound": row(
         composition.lipschitz_bound,
         module=MODULE,
@@ -314,6 +338,8 @@ TABLE: dict[str, Row] = {
     "convolutions.circular_fold": row(
         convolutions.circular_fold, x=IMAGE, others={"pads": [(1, 1), (1, 1)]}, fine="x: integers"
     ),
+    "convolutions.orthogonal_": row(convolutions.orthogonal_, layer=("module", nn.Conv2d(4, 4, 3))),
+    "convolutions.identity_": row(convolutions.identity_, layer=("module", nn.Conv2d(4, 4, 3))),
     "convolutions.BCOP": row(
         lambda groups, rank: convolutions.BCOP((4, 4, 3, 3), groups=groups, rank=rank),
         groups=("count", 1),

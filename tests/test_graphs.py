@@ -24,12 +24,16 @@ from lipbook.activations import (
     FullSort,
     GroupSort,
     Householder,
+    HouseholderOrder2,
     MaxMin,
+    NActivation,
     absolute_value,
     full_sort,
     group_sort,
     householder,
+    householder_order_2,
     max_min,
+    n_activation,
 )
 from lipbook.composition import Ball, Box, lipschitz_bound, lipschitz_lower_bound
 from lipbook.composition.local import ranges_of
@@ -221,7 +225,18 @@ OURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], nn.Module]]] = {
     "group_sort": (lambda x: group_sort(x, 4), lambda: GroupSort(4)),
     "max_min": (lambda x: max_min(x, dim=1, pairing="halves"), lambda: MaxMin(pairing="halves")),
     "full_sort": (full_sort, FullSort),
-    "householder": (lambda x: householder(x, torch.full((2,), 0.5)), lambda: reflecting(0.5)),
+    "householder": (
+        lambda x: householder(x, torch.full((2,), 0.5)),
+        lambda: filled(Householder(4), 0.5),
+    ),
+    "householder_order_2": (
+        lambda x: householder_order_2(x, torch.full((3, 2), 0.5), pairing="halves"),
+        lambda: filled(HouseholderOrder2(4, pairing="halves"), 0.5),
+    ),
+    "n_activation": (
+        lambda x: n_activation(x, kinks=torch.full((2, 4), 0.5)),
+        lambda: filled(NActivation(4), 0.5),
+    ),
     "absolute_value": (absolute_value, AbsoluteValue),
     "invertible_downsampling": (
         lambda x: invertible_downsampling(x, 2),
@@ -238,9 +253,9 @@ OURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], nn.Module]]] = {
 }
 
 
-def reflecting(angle: float) -> Householder:
-    layer = Householder(4)
-    nn.init.constant_(layer.angle, angle)
+def filled(layer: nn.Module, value: float) -> nn.Module:
+    for weight in layer.parameters():
+        nn.init.constant_(weight, value)
     return layer
 
 

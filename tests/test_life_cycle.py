@@ -39,7 +39,15 @@ from lipbook import (
     residual,
     sequences,
 )
-from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
+from lipbook.activations import (
+    AbsoluteValue,
+    FullSort,
+    GroupSort,
+    Householder,
+    HouseholderOrder2,
+    MaxMin,
+    NActivation,
+)
 from lipbook.attention import BallProjection, EnergyAttention, EnergyStep, L2MultiheadAttention
 from lipbook.composition import Residual, Sum, check_layer, lipschitz_bound
 from lipbook.convolutions import (
@@ -350,6 +358,8 @@ TABLE = {
     "invertible upsampling": row(lambda: InvertibleUpsampling((1, 3)), IMAGE, "orthogonal"),
     "norm pooling": row(lambda: NormPooling(2), IMAGE, "orthogonal"),
     "average pooling": row(lambda: AveragePooling((2, 3)), IMAGE, "orthogonal"),
+    "average pooling, global": row(lambda: AveragePooling("global"), IMAGE, "orthogonal"),
+    "norm pooling, global": row(lambda: NormPooling("global"), IMAGE, "orthogonal"),
     "upsampling": row(lambda: Upsampling(2), (3, 3, 2), "orthogonal"),
     # activations
     "groupsort": row(lambda: GroupSort(3), (6,), "orthogonal"),
@@ -357,6 +367,11 @@ TABLE = {
     "maxmin, halves": row(lambda: MaxMin(pairing="halves"), (6,), "orthogonal"),
     "fullsort": row(FullSort, (5,), "orthogonal"),
     "householder activation": row(lambda: Householder(6), (6, 2, 2), "orthogonal"),
+    "householder activation, halves": row(
+        lambda: Householder(6, pairing="halves"), (6, 2), "orthogonal"
+    ),
+    "householder activation of order 2": row(lambda: HouseholderOrder2(6), (6, 2), "orthogonal"),
+    "n-activation": row(lambda: NActivation(6), (6, 2), "orthogonal"),
     "absolute value": row(AbsoluteValue, (5,), "orthogonal"),
 }
 every_row = pytest.mark.parametrize("name", TABLE)
@@ -515,6 +530,7 @@ NUMPY: dict[str, tuple[Callable[[Any], nn.Module], Shape]] = {
     "sandwich": (lambda i: SandwichLinear(i(4), i(3), i(5)), (4,)),
     "groupsort": (lambda i: GroupSort(i(2)), (4,)),
     "householder": (lambda i: Householder(i(4)), (4,)),
+    "n-activation": (lambda i: NActivation(i(4)), (4,)),
     "pooling": (lambda i: AveragePooling(i(2)), (2, 4, 4)),
     "pooling, each axis": (lambda i: NormPooling((i(2), i(4))), (2, 4, 4)),
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipbook import orthogonal
+from lipbook.activations import MaxMin
 from lipbook.composition import lipschitz_bound
 from lipbook.orthogonal import (
     QR,
@@ -707,6 +708,16 @@ def test_bounds_of_networks() -> None:
     infinity = nn.Sequential(InfinityNormLinear(6, 8), InfinityNormLinear(8, 5))
     assert lipschitz_bound(infinity, (6,), math.inf).value <= 1 + 1e-6
     assert 1 <= lipschitz_bound(UnitNormLinear(6, 4), (6,)).value <= 2
+
+
+def test_a_constant_may_stand_at_the_end_or_in_equal_parts_at_each_layer() -> None:
+    layers = [OrthogonalLinear(6, 8, bias=False), MaxMin(), OrthogonalLinear(8, 5, bias=False)]
+    at_the_end = nn.Sequential(*layers, Scale(9.0))
+    at_each = nn.Sequential(layers[0], Scale(3.0), layers[1], layers[2], Scale(3.0))
+    x = torch.randn(7, 6)
+    assert torch.allclose(at_each(x), at_the_end(x), rtol=1e-5)
+    for net in (at_each, at_the_end):
+        assert lipschitz_bound(net, (6,)).value == pytest.approx(9, rel=1e-5)
 
 
 def test_scale() -> None:

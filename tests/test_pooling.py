@@ -88,6 +88,52 @@ def test_jacobian_and_rules(layer: type[nn.Module], window: tuple[int, ...]) -> 
         assert bound.value == pytest.approx(attained, rel=1e-13)
 
 
+@pytest.mark.parametrize("function", [average_pooling, norm_pooling, invertible_downsampling])
+@pytest.mark.parametrize("size", [(5,), (2, 3), (2, 1, 4)])
+def test_a_global_window_is_as_large_as_the_image(
+    function: Callable[[Tensor, Any], Tensor], size: tuple[int, ...]
+) -> None:
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    found = function(x, "global")
+    assert torch.equal(found, function(x, size))
+    assert found.shape[2:] == (1,) * len(size)
+    layer = getattr(pooling, function.__name__.title().replace("_", ""))("global")
+    assert torch.equal(layer(x), found)
+    for p in (1, 2, math.inf):
+        expected = lipschitz_bound(type(layer)(size), (3, *size), p)
+        assert lipschitz_bound(layer, (3, *size), p).value == expected.value
+    assert repr(layer) == f"{type(layer).__name__}(window='global')"
+    for wrong in ("whole", ""):
+        with pytest.raises(ValueError, match=r"window must be .*positive integer"):
+            function(x, wrong)
+
+
+def test_no_window_of_upsampling_is_global() -> None:
+    for layer in (pooling.Upsampling, pooling.InvertibleUpsampling):
+        with pytest.raises(ValueError, match="window must be one or more positive integers"):
+            layer("global")
+
+
+CROPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "negative padding": lambda x: functional.pad(x, (-1, -1, -2, 0)),
+    "slices": lambda x: x[:, :, 1:-1, 2:],
+    "the largest pixel": lambda x: functional.adaptive_max_pool2d(x, 1),
+}
+
+
+@pytest.mark.parametrize("name", CROPS)
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_crops_of_torch_have_constant_one(name: str, p: float) -> None:
+    class Crop(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return CROPS[name](x)
+
+    x = torch.randn(1, 2, 4, 5, dtype=torch.float64)
+    assert torch.linalg.matrix_norm(jacobian(Crop(), x), p).item() == 1
+    bound = lipschitz_bound(Crop(), (2, 4, 5), p)
+    assert (bound.value, bound.kind) == (1, "exact")
+
+
 def test_norm_pooling_keeps_norms_and_has_finite_gradients_at_zero() -> None:
     x = torch.randn(3, 2, 4, 6, dtype=torch.float64)
     assert norm_pooling(x, 2).norm().item() == pytest.approx(x.norm().item(), rel=1e-13)

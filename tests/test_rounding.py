@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
+from lipbook.activations import (
+    AbsoluteValue,
+    FullSort,
+    GroupSort,
+    Householder,
+    HouseholderOrder2,
+    MaxMin,
+    NActivation,
+)
 from lipbook.attention import BallProjection, EnergyAttention, L2MultiheadAttention, _EnergyLayer
 from lipbook.composition import Ball, Box, Residual, Sum, lipschitz_bound
 from lipbook.convolutions import (
@@ -871,7 +879,10 @@ def test_rules_with_roots_against_float64(seed: int, log_scale: float, p: float)
     norm.running_var.uniform_(0.01, 2)
     bent = Householder(4)
     bent.angle.data.uniform_(-4, 4)
-    for module in (bent, NormPooling(2), norm.eval(), nn.AvgPool2d(2), nn.PReLU(4)):
+    twice, zigzag = HouseholderOrder2(4, pairing="halves"), NActivation(4)
+    twice.angles.data.uniform_(-9, 9)
+    zigzag.kinks.data.normal_()
+    for module in (bent, twice, zigzag, NormPooling(2), norm.eval(), nn.AvgPool2d(2), nn.PReLU(4)):
         x = 10**log_scale * torch.randn(3, 4, 4, 4)
         y = x + 0.1 * 10**log_scale * torch.randn(3, 4, 4, 4)
         with torch.no_grad():
@@ -900,6 +911,22 @@ def test_reflections_near_their_border() -> None:
         result = forward_error(bent, x)
         true = copy.deepcopy(bent).double()(x.double())
     assert ((result.outputs.double() - true).norm(dim=1) <= result.error).all()
+
+
+@pytest.mark.parametrize("b", [0.0, 1.0, math.pi])
+def test_sectors_near_their_ends(b: float) -> None:
+    """Also where a sector has no width, or one of the size of rounding."""
+    twice = HouseholderOrder2(2)
+    twice.angles.data = torch.tensor([[1.234], [0.4], [b]])
+    ends = torch.tensor([0.0, 0.4, 0.4 + b, math.pi + b]) + 0.617
+    around = (ends[:, None] + 1e-7 * torch.linspace(-1, 1, 1001)).flatten().double()
+    x = (3 * torch.stack((around.cos(), around.sin()), 1)).float()
+    with torch.no_grad():
+        result = forward_error(twice, x)
+        true = copy.deepcopy(twice).double()(x.double())
+    error = (result.outputs.double() - true).norm(dim=1)
+    assert (error <= result.error).all()
+    assert error.max() > 0
 
 
 def large_weights() -> nn.Module:
@@ -1316,7 +1343,16 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     """No rule is left without a test that knows better."""
     tested = {type(module) for name in SMALL for module in small(name, 0)[0].modules()}
     tested = {c for kind in tested for c in kind.__mro__}
-    by_float64 = {Householder, NormPooling, nn.BatchNorm2d, nn.PReLU, Sine, UnitNormalize}
+    by_float64 = {
+        Householder,
+        HouseholderOrder2,
+        NActivation,
+        NormPooling,
+        nn.BatchNorm2d,
+        nn.PReLU,
+        Sine,
+        UnitNormalize,
+    }
     by_float64 |= {nn.Softmax2d, nn.LocalResponseNorm, BallProjection}
     by_float64 |= {_EnergyLayer, L2MultiheadAttention}
     by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}

@@ -25,7 +25,15 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from lipbook import composition
-from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
+from lipbook.activations import (
+    AbsoluteValue,
+    FullSort,
+    GroupSort,
+    Householder,
+    HouseholderOrder2,
+    MaxMin,
+    NActivation,
+)
 from lipbook.composition import Bound, lipschitz_bound, lipschitz_lower_bound, lipschitz_rule
 from lipbook.lab import ordinary
 from lipbook.orthogonal import OrthogonalLinear
@@ -922,6 +930,27 @@ def test_exact_of_small_networks_of_any_units(seed: int, data: st.DataObject) ->
     act = {**MANY_PIECES, **TWO_PIECES}[name]
     net = network(act, *widths, seed=seed, scale=10.0 ** data.draw(st.integers(-2, 2)))
     check_exact(net, widths[0], data.draw(st.sampled_from(NORMS)), seed % 1000)
+
+
+def bent() -> HouseholderOrder2:
+    layer = HouseholderOrder2(4, dtype=torch.float64)
+    layer.angles.data = torch.tensor([[0.4, -1.0], [1.2, 5.0], [0.7, 0.0]], dtype=torch.float64)
+    return layer
+
+
+def zigzag() -> NActivation:
+    layer = NActivation(4, dtype=torch.float64)
+    layer.kinks.data = torch.tensor([[-0.2, 0.1, 0.4, 0.0], [0.3, -0.1, 0.0, 0.0]]).double()
+    return layer
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("act", [bent, zigzag])
+def test_exact_of_learnt_activations(act: Callable[[], nn.Module], p: float) -> None:
+    net = network(act, 2, 4, 4, 2, seed=4, scale=2.0)
+    exact = check_exact(net, 2, p, 0)
+    for method in ("eclipse", "lipsdp") if p == 2 else ():
+        assert lipschitz_bound(net, (2,), p, method).value >= exact.value * (1 - 1e-12), method
 
 
 SORTING = [GroupSort(4), GroupSort(3, dim=-1), nn.MaxPool1d(3, 2, 1), nn.AdaptiveMaxPool1d(4)]

@@ -12,6 +12,7 @@ result can be from the truth. A layer joins by one function, registered with
 from lipbook.composition.bounds import Residual, Sum, bound_method, lipschitz_bound
 from lipbook.composition.checks import LayerReport, check_layer
 from lipbook.composition.lower import _steepest, lipschitz_lower_bound
+from lipbook.composition.spectrum import layer_singular_values, stable_rank
 from lipbook.rules import (
     _COMPUTATION,
     Affine,
@@ -42,7 +43,9 @@ __all__ = [
     "Residual",
     "Sum",
     "check_layer",
+    "layer_singular_values",
     "lipschitz_bound",
     "lipschitz_lower_bound",
     "lipschitz_rule",
+    "stable_rank",
 ]

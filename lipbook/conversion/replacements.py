@@ -367,7 +367,7 @@ def _activation(old: nn.Module, shape: Shape, axis: int, at_end: bool, choice: C
         odd = choice.activation != "absolute_value"
         return Chosen(AbsoluteValue(), f"{why}; {channels} channels have no pairs" if odd else why)
     if choice.activation == "householder":
-        new = Householder(channels, axis, choice.device, choice.dtype)
+        new = Householder(channels, axis, device=choice.device, dtype=choice.dtype)
         return Chosen(new, "keeps the norm of gradients")
     return Chosen(MaxMin(axis), "keeps the norm of gradients")
 

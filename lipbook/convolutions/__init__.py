@@ -64,6 +64,7 @@ from lipbook.convolutions.skew import (
     skew_exponential,
     skew_kernel,
 )
+from lipbook.convolutions.starts import identity_, orthogonal_
 
 __all__ = [
     "block_convolution",
@@ -78,6 +79,8 @@ __all__ = [
     "channel_shift",
     "circular_pad",
     "circular_fold",
+    "orthogonal_",
+    "identity_",
     "BCOP",
     "RKO",
     "AOL",

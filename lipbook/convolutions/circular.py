@@ -228,11 +228,12 @@ def resolve_padding(
     return before, [(pad, max(total - pad, 0) if 2 * pad >= total else pad) for pad, total in pairs]
 
 
-def semi_orthogonal(like: Tensor) -> Tensor:
+def semi_orthogonal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Random matrices with orthonormal columns, or rows if they are fewer, (..., m, n)."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     wide = like.shape[-2] < like.shape[-1]
-    normal = torch.randn(like.mT.shape if wide else like.shape, dtype=dtype, device=like.device)
+    shape = like.mT.shape if wide else like.shape
+    normal = torch.randn(shape, dtype=dtype, device=like.device, generator=generator)
     factor, triangle = torch.linalg.qr(normal)
     factor = factor * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
     return (factor.mT if wide else factor).contiguous().to(like.dtype)

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from lipbook.activations import MaxMin
+from lipbook.convolutions import identity_
 from lipbook.export import freeze
 from lipbook.interpretability import margin_gradient
 from lipbook.lab.data import mnist
@@ -108,7 +109,7 @@ def network(way: str, activation: str, depth: int) -> nn.Sequential:
     def hidden() -> nn.Module:
         linear = OrthogonalLinear(WIDTH, WIDTH)
         if way == "chain from I":
-            linear.weight = torch.eye(WIDTH)
+            identity_(linear)
         centering = [BatchCentering(WIDTH)] if way == "centered chain" else []
         block = nn.Sequential(linear, *centering, ACTIVATIONS[activation]())
         return AverageResidual(block, weight=1 / depth) if way == "average" else block
