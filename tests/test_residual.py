@@ -606,7 +606,7 @@ def test_skip_and_branch_beside_each_other_by_the_formula(angle: float) -> None:
 
 def test_a_branch_beside_the_skip_loses_no_norm() -> None:
     """Both keep norms, the branch by having more outputs than inputs: all singular values are 1."""
-    for angle in (-3.0, 0.2, math.pi / 4, 1.5):
+    for angle in (-3.0, math.pi / 4):
         branch = OrthogonalConv2d(2, 9, 3, stride=2)
         block = ConcatenatedResidual(branch, InvertibleDownsampling(2), angle).double()
         x = torch.randn(2, 4, 4, dtype=torch.float64)
@@ -699,7 +699,7 @@ def test_a_sandwich_by_its_formula(activation: str) -> None:
 @given(
     st.integers(1, 5), st.integers(1, 5), st.integers(1, 12), st.floats(0, 3), st.integers(0, 99)
 )
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_no_choice_of_slopes_makes_a_sandwich_stretch(
     n: int, m: int, inner: int, spread: float, seed: int
 ) -> None:
