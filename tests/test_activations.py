@@ -167,6 +167,19 @@ def test_halves_of_householder_are_neighbours_up_to_a_permutation() -> None:
         assert torch.equal(function(x, weight, pairing="halves"), expected)
 
 
+def test_large_batches_are_reflected_as_small_ones_are() -> None:
+    """Two ways to compute it: values to the bit, and gradients of pairs and angles."""
+    x = torch.randn(2**14, 8, dtype=torch.float64, requires_grad=True)
+    angle = torch.linspace(-3, 3, 4).double().requires_grad_()
+    whole, parts = householder(x, angle), [householder(part, angle) for part in x.split(2**12)]
+    assert torch.equal(whole, torch.cat(parts))
+    cotangent = torch.randn_like(whole)
+    found = torch.autograd.grad(whole, (x, angle), cotangent)
+    expected = torch.autograd.grad(torch.cat(parts), (x, angle), cotangent)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 def angle_by_definition(t: float, a: float, b: float) -> float:
     if t <= a:
         return t
