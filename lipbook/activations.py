@@ -61,6 +61,7 @@ __all__ = [
 
 Pairing = Literal["neighbours", "halves"]
 _PAIRINGS = ("neighbours", "halves")
+_SMALL = 2**16  # entries up to which fewer calls matter more than fewer passes
 
 # torch.fx records a call of these as one step, since their course depends on sizes.
 torch.fx.wrap("group_sort")
@@ -291,10 +292,15 @@ def householder(x: Tensor, angle: Tensor, dim: int = 1, pairing: Pairing = "neig
     dim = _channel_dim(x, dim)
     pairs, axis = _pairs(x, dim, pairing)
     _check_angles(x, angle, dim, ())
+    first, second = pairs.unbind(axis)
+    theta = _beside(angle, first, dim)
     with torch.no_grad():
-        first, second = pairs.unbind(axis)
-        half = _beside(angle, first, dim) / 2
-        wrong = half.cos() * second < half.sin() * first
+        wrong = (theta / 2).cos() * second < (theta / 2).sin() * first
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.numel() < _SMALL:
+        cosine, sine = theta.cos(), theta.sin()
+        upper = torch.where(wrong, cosine * first + sine * second, first)
+        lower = torch.where(wrong, sine * first - cosine * second, second)
+        return torch.stack((upper, lower), axis).flatten(dim, dim + 1)
     dtype = torch.promote_types(x.dtype, angle.dtype)
     return _turned(pairs, angle.unsqueeze(0), [wrong], axis, dim, dtype).flatten(dim, dim + 1)
 

@@ -167,6 +167,19 @@ def test_halves_of_householder_are_neighbours_up_to_a_permutation() -> None:
         assert torch.equal(function(x, weight, pairing="halves"), expected)
 
 
+def test_large_batches_are_reflected_as_small_ones_are() -> None:
+    """Two ways to compute it: values to the bit, and gradients of pairs and angles."""
+    x = torch.randn(2**14, 8, dtype=torch.float64, requires_grad=True)
+    angle = torch.linspace(-3, 3, 4).double().requires_grad_()
+    whole, parts = householder(x, angle), [householder(part, angle) for part in x.split(2**12)]
+    assert torch.equal(whole, torch.cat(parts))
+    cotangent = torch.randn_like(whole)
+    found = torch.autograd.grad(whole, (x, angle), cotangent)
+    expected = torch.autograd.grad(torch.cat(parts), (x, angle), cotangent)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 def angle_by_definition(t: float, a: float, b: float) -> float:
     if t <= a:
         return t
@@ -310,6 +323,28 @@ def test_householder_constants_on_paper() -> None:
     assert lipschitz_bound(module, (4,), 2).value == 1
     assert lipschitz_bound(module, (4,), 1).value == pytest.approx(math.sqrt(2), rel=1e-15)
     assert lipschitz_bound(module, (4,), math.inf).value == pytest.approx(math.sqrt(2), rel=1e-15)
+
+
+@pytest.mark.parametrize("p", [1, math.inf])
+def test_constants_of_order_two_are_those_of_its_sectors(p: float) -> None:
+    """Each sector alone turns by 45 degrees, and one without width counts for nothing."""
+    module, eighth = HouseholderOrder2(2, dtype=torch.float64), math.pi / 8
+    for angles, value in (
+        ((0.0, 0.0, eighth), math.sqrt(2)),
+        ((0.0, eighth, math.pi / 2), math.sqrt(2)),
+        ((0.0, -eighth, 1e-3), math.sqrt(2)),
+        ((0.0, eighth, 0.0), 1.0),
+        ((2 * eighth, -eighth, 0.0), math.sqrt(2)),
+        ((4 * eighth, 4 * eighth, 0.0), 1.0),
+    ):
+        module.angles.data = torch.tensor(angles, dtype=torch.float64)[:, None]
+        assert lipschitz_bound(module, (2,), p).value == pytest.approx(value, rel=1e-14), angles
+    module.angles.data = torch.tensor([[0.1], [0.2], [0.3]], dtype=torch.float64)
+    seen = max(
+        torch.linalg.matrix_norm(jacobian(module, torch.randn(1, 2).double()), p).item()
+        for _ in range(60)
+    )
+    assert lipschitz_bound(module, (2,), p).value == pytest.approx(seen, rel=1e-14)
 
 
 def test_max_min_makes_the_absolute_value_of_two_units() -> None:
