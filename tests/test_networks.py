@@ -41,6 +41,26 @@ def test_a_transformer_learns_which_tokens_are_equal_and_stays_1_lipschitz() -> 
     assert lipschitz_bound(networks.transformer(3, 50, 2).eval(), (50, 3)).value <= 1 + 1e-5
 
 
+@pytest.mark.parametrize(("depth", "kernel_size"), [(4, 2), (2, 3), (1, 1)])
+def test_a_temporal_network_is_causal_sees_its_field_and_is_1_lipschitz(
+    depth: int, kernel_size: int
+) -> None:
+    torch.manual_seed(0)
+    net = networks.temporal(3, 2, width=6, depth=depth, kernel_size=kernel_size).double().eval()
+    field, time = 1 + (kernel_size - 1) * (2**depth - 1), 24
+    x = torch.randn(3, time, dtype=torch.float64)
+    jacobian: Any = torch.autograd.functional.jacobian(lambda v: net(v[None])[0], x)
+    seen = jacobian.abs().amax((0, 2)) > 0  # of an output at a step, by an input at a step
+    later, earlier = torch.arange(time)[:, None], torch.arange(time)
+    assert torch.equal(seen, (earlier <= later) & (later < earlier + field))
+    bound = lipschitz_bound(net, (3, time)).value
+    assert torch.linalg.matrix_norm(jacobian.reshape(2 * time, -1), 2) <= bound <= 1 + 1e-9
+    assert lipschitz_bound(net, (3, 1000)).value <= 1 + 1e-9
+    for arguments, message in ({"width": 5}, "width must be even"), ({"depth": 0}, "depth must be"):
+        with pytest.raises(ValueError, match=message):
+            networks.temporal(3, 2, **arguments)
+
+
 @pytest.mark.parametrize(
     ("build", "shape", "architecture", "arguments"),
     [

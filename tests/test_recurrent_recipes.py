@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lipbook.composition import lipschitz_bound
 from lipbook.lab import records
 from lipbook.lab.data import Mnist
 from lipbook.lab.data import mnist as fresh_mnist
-from lipbook.lab.recipes import Rows, memory, pixel_digits
+from lipbook.lab.recipes import Rows, adding, memory, permuted_pixels, pixel_digits
 from lipbook.lab.training import accuracy
 from lipbook.sequences import LosslessRNN
 
@@ -100,6 +101,64 @@ def test_the_record_of_memory_follows_from_its_trials() -> None:
         assert [(r["seed"], r["lr"]) for r in rows] == [(seed, lr) for seed in range(3)]
 
 
+# ----------------------------------------------------------------------------------- adding
+
+
+def test_the_adding_problem_by_hand() -> None:
+    x, answer = adding.adding(400, 7, torch.Generator().manual_seed(1))
+    places = set()
+    for one, said in zip(x.tolist(), answer.tolist(), strict=True):
+        marked = [t for t, (_, mark) in enumerate(one) if mark == 1]
+        assert len(marked) == 2
+        assert sum(mark for _, mark in one) == 2
+        assert marked[0] < 3 <= marked[1]
+        assert said == pytest.approx(sum(one[t][0] for t in marked))
+        places |= {(0, marked[0]), (1, marked[1])}
+    assert len(places) == 7
+    assert x[..., 0].min() >= 0
+    assert x[..., 0].max() < 1
+    squares = (answer - 1).square()
+    assert squares.mean() == pytest.approx(adding.BASELINE, abs=4 * squares.std().item() / 20)
+    with pytest.raises(ValueError, match="name: expected one of"):
+        adding.network("GRU")
+
+
+def test_the_sum_is_lipschitz_with_the_root_of_two() -> None:
+    """Over marks that agree in none, one or both places, and numbers that are far apart."""
+    generator = torch.Generator().manual_seed(0)
+    x, answer = adding.adding(500, 4, generator)
+    x = torch.cat([x, torch.stack([x[..., 0].round(), x[..., 1]], 2)]).flatten(1).double()
+    answer = (x[:, ::2] * x[:, 1::2]).sum(1)
+    slopes = (answer[:, None] - answer).abs() / torch.cdist(x, x).clamp_min(1e-3)
+    assert slopes.max() == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize("name", adding.NETWORKS)
+def test_errors_of_the_first_steps_come_again(name: str) -> None:
+    rows = records.read("adding").results["rows"]
+    one = next(row for row in rows if row["name"] == name and row["seed"] == 0)
+    model, errors = adding.fit(name, lr=one["lr"], until=1500 // adding.PARTS)
+    assert errors == pytest.approx(one["errors"][:1], rel=0.02)
+    bound = lipschitz_bound(model, (12, 2)).value
+    assert math.isfinite(bound) or name == "LSTM"
+    x = adding.adding(1, 12, torch.Generator().manual_seed(0))[0].double()
+    J = torch.autograd.functional.jacobian(lambda z: model.double()(z)[0], x).flatten(1)
+    assert J.norm() <= bound
+
+
+def test_the_record_of_addition_follows_from_its_trials() -> None:
+    record = records.read("adding")
+    found = adding.summary(record)
+    for name, cell in found.items():
+        tried = [r for r in record.results["tried"] if r["name"] == name]
+        assert [r["lr"] for r in tried] == list(adding.RATES)
+        assert cell["lr"] == min(tried, key=lambda r: r["validation"])["lr"]
+        rows = [r for r in record.results["rows"] if r["name"] == name]
+        assert [(r["seed"], r["lr"]) for r in rows] == [(seed, cell["lr"]) for seed in range(3)]
+        assert all(len(r["errors"]) == adding.PARTS for r in rows)
+        assert cell["test"][0][0] == pytest.approx(np.mean([r["test"][0] for r in rows]))
+
+
 # ------------------------------------------------------------------------------ pixel_digits
 
 
@@ -115,6 +174,17 @@ def test_views_are_orders_of_the_pixels() -> None:
         assert torch.equal(patch, digit[0, 0, row : row + 4, column : column + 4].flatten().long())
         corners.add((row, column))
     assert corners == {(4 * i, 4 * j) for i in range(7) for j in range(7)}
+
+
+def test_pixels_are_half_sums_in_one_order_for_all_digits() -> None:
+    digits = torch.rand(3, 1, 28, 28)
+    quarters = digits.view(3, 14, 2, 14, 2).sum((2, 4)).flatten(1) / 2
+    pixels, permuted = (pixel_digits.View(view)(digits)[..., 0] for view in permuted_pixels.VIEWS)
+    assert torch.allclose(pixels, quarters)
+    order = (permuted[0, :, None] == pixels[0]).int().argmax(1)
+    assert sorted(order.tolist()) == list(range(196)) != order.tolist()
+    assert torch.equal(permuted, pixels[:, order])
+    assert lipschitz_bound(pixel_digits.View("permuted"), (1, 28, 28)).value == pytest.approx(1)
 
 
 def test_everything_keeps_every_norm() -> None:
@@ -143,21 +213,34 @@ def test_networks_on_sequences_learn_and_are_bounded(name: str) -> None:
             pixel_digits.network(*arguments)
 
 
-def test_a_row_of_the_sequences_comes_again() -> None:
+@pytest.mark.parametrize(
+    ("recipe", "view", "count"),
+    [("pixel_digits", "rows", 5000), ("permuted_pixels", "permuted", 3000)],
+)
+def test_a_row_of_the_sequences_comes_again(recipe: str, view: str, count: int) -> None:
     name = "orthogonal"
-    rows = records.read("pixel_digits").results["rows"]
-    one = next(row for row in rows if (row["name"], row["view"]) == (name, "rows"))
+    rows = records.read(recipe).results["rows"]
+    one = next(row for row in rows if (row["name"], row["view"]) == (name, view))
     digits = mnist()
-    order = torch.from_numpy(np.random.default_rng([0, 0]).permutation(12_000))[:5000]
+    order = torch.from_numpy(np.random.default_rng([0, 0]).permutation(12_000))[:count]
     fitted = digits.train_images[order], digits.train_labels[order]
-    model = pixel_digits.fit(name, "rows", *fitted, lr=one["lr"], seed=0)
+    model = pixel_digits.fit(name, view, *fitted, lr=one["lr"], seed=0)
     assert abs(accuracy(model, *digits[2:]) - one["test"]["clean"]) < 0.03
 
 
-def test_the_record_of_the_sequences_follows_from_its_trials() -> None:
-    record = records.read("pixel_digits")
+@pytest.mark.parametrize(
+    ("recipe", "views", "names"),
+    [
+        ("pixel_digits", ("rows", "patches"), pixel_digits.NETWORKS),
+        ("permuted_pixels", permuted_pixels.VIEWS, permuted_pixels.NETWORKS),
+    ],
+)
+def test_the_record_of_the_sequences_follows_from_its_trials(
+    recipe: str, views: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    record = records.read(recipe)
     found = pixel_digits.summary(record)
-    assert len(found) == len(pixel_digits.VIEWS) * len(pixel_digits.NETWORKS)
+    assert set(found) == set(itertools.product(views, names))
     for (view, name), cell in found.items():
         tried = [r for r in record.results["tried"] if (r["view"], r["name"]) == (view, name)]
         scores = [r["validation"]["clean"] + r["validation"]["certified"] for r in tried]
@@ -178,7 +261,7 @@ def test_rates_are_chosen_on_what_was_held_out_and_rows_resume(
 ) -> None:
     asked = []
 
-    def measured(name: str, other: Any, *data: Any, **given: Any) -> Any:
+    def measured(name: str, other: Any = None, *data: Any, **given: Any) -> Any:
         asked.append(data)
         good = 1.0 if given["lr"] == (0.1 if name == "LSTM" else 0.2) else 0.5
         marks = {"clean": good, "certified": 0.0}
@@ -193,21 +276,26 @@ def test_rates_are_chosen_on_what_was_held_out_and_rows_resume(
     monkeypatch.setattr(memory, "start", lambda name, seed: ({"name": name, "seed": seed}, {}))
     runs: list[tuple[Any, dict[str, Any]]] = [
         (pixel_digits, {"views": ("rows",), "train_count": 900, "validation": 300}),
+        (permuted_pixels, {"views": ("pixels",), "train_count": 900, "validation": 300}),
         (memory, {"delays": (3,), "seeds": 2}),
+        (adding, {"seeds": 2}),
     ]
     for module, sizes in runs:
         asked.clear()
-        monkeypatch.setattr(module, "row", measured)
+        trained = pixel_digits if module is permuted_pixels else module
+        monkeypatch.setattr(trained, "row", measured)
         sizes |= {"rates": (0.1, 0.2), "rows": Rows(tmp_path / module.__name__)}
         results, _ = module.run(**sizes)
         count = len(asked)
         assert count == len(module.NETWORKS) * (2 + sizes.get("seeds", 3) - 1)
         assert module.run(**sizes)[0] == results
         assert len(asked) == count
-        assert {(r["name"] == "LSTM", r["lr"]) for r in results["rows"]} == {(1, 0.1), (0, 0.2)}
-        if module is pixel_digits:
+        assert {(r["name"] == "LSTM", r["lr"]) for r in results["rows"]} == (
+            {(1, 0.2), (0, 0.1)} if module is adding else {(1, 0.1), (0, 0.2)}  # least errors
+        )
+        if trained is pixel_digits:
             (images, _), ((held_out, _), (test, _)) = asked[-1]
             assert (len(images), len(held_out)) == (900, 300)
             assert len(torch.cat([images, held_out]).flatten(1).unique(dim=0)) == 1200
             assert test is few.test_images
-    assert memory.run(**runs[1][1])[0]["start"][0]["name"] == "lossless"
+    assert memory.run(**runs[2][1])[0]["start"][0]["name"] == "lossless"

@@ -23,9 +23,11 @@ from lipbook.export import freeze
 from lipbook.lab import records
 from lipbook.lab.data import mnist
 from lipbook.lab.fast_images import MOVES
+from lipbook.norms.arguments import _integer
 from lipbook.orthogonal import OrthogonalLinear
 from lipbook.pooling import AveragePooling
 from lipbook.residual import AverageResidual, OrthogonalResidual, SLLLinear
+from lipbook.sequences import CausalOrthogonalConv1d
 
 __all__ = [
     "critic",
@@ -40,6 +42,7 @@ __all__ = [
     "rebuilt",
     "resnet",
     "small",
+    "temporal",
     "transformer",
 ]
 
@@ -229,6 +232,64 @@ class _Total(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sum(1) / math.sqrt(x.shape[1])
+
+
+def temporal(
+    features: int, outputs: int, width: int = 32, depth: int = 4, kernel_size: int = 2
+) -> nn.Sequential:
+    r"""Build a 1-Lipschitz temporal network: causal convolutions whose dilation doubles.
+
+    Layer i of the stack is a :class:`~lipbook.sequences.CausalOrthogonalConv1d` with dilation
+    :math:`2^i`, with MaxMin behind it; the last layer has kernel size 1. An output depends on its
+    own step and on those before it, of which it sees in all
+
+    .. math:: r = 1 + (k - 1)(2^d - 1)
+
+    with k the kernel size and d the depth. **Guaranteed**: sequences of any length are mapped to
+    sequences of that length with constant 1, and so to any one step of them.
+
+    Parameters
+    ----------
+    features : int
+        Channels of a sequence (batch, channels, time).
+    outputs : int
+        Channels of the outputs, (batch, outputs, time).
+    width : int
+        Channels inside, an even number.
+    depth : int
+        Dilated layers.
+    kernel_size : int
+        Taps of a dilated layer.
+
+    Returns
+    -------
+    torch.nn.Sequential
+
+    Raises
+    ------
+    ValueError
+        If a size is no positive number, or ``width`` is odd.
+
+    Examples
+    --------
+    What comes after a step, or more than r = 16 steps before its end, does not change it:
+
+    >>> net, x = temporal(3, 2), torch.randn(1, 3, 40)
+    >>> torch.equal(net(x)[:, :, 29], net(x[:, :, 14:30])[:, :, -1])
+    True
+
+    References
+    ----------
+    Without a constraint: :cite:t:`bai2018temporal`.
+    """
+    if _integer("width", width, 1) % 2:
+        raise ValueError(f"width must be even, which MaxMin asks for, got {width}")
+    layers: list[nn.Module] = []
+    channels = features
+    for layer in range(_integer("depth", depth, 1)):
+        layers += [CausalOrthogonalConv1d(channels, width, kernel_size, 2**layer), MaxMin()]
+        channels = width
+    return nn.Sequential(*layers, CausalOrthogonalConv1d(width, outputs, 1))
 
 
 def _circular(c_in: int, c_out: int, size: int, stride: int) -> nn.Conv2d:
