@@ -30,13 +30,12 @@ from lipbook.activations import MaxMin
 from lipbook.convolutions import ShiftConv2d
 from lipbook.export import freeze
 from lipbook.lab.fast import SHARED, AbsoluteNet, _turned
+from lipbook.lab.networks import MOVES
 from lipbook.orthogonal import polar
 
-__all__ = ["MOVES", "ShiftNet", "Stage", "fit", "views"]
+__all__ = ["ShiftNet", "Stage", "fit", "views"]
 
 CLASSES = 10
-#: Half of the channels stay, an eighth goes to each neighbour.
-MOVES = (*[(0, 0)] * 4, (0, 1), (0, -1), (1, 0), (-1, 0))
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 

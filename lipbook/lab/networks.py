@@ -22,7 +22,6 @@ from lipbook.convolutions import OrthogonalConv2d, ShiftConv2d
 from lipbook.export import freeze
 from lipbook.lab import records
 from lipbook.lab.data import mnist
-from lipbook.lab.fast_images import MOVES
 from lipbook.norms.arguments import _integer
 from lipbook.orthogonal import OrthogonalLinear
 from lipbook.pooling import AveragePooling
@@ -30,6 +29,7 @@ from lipbook.residual import AverageResidual, OrthogonalResidual, SLLLinear
 from lipbook.sequences import CausalOrthogonalConv1d
 
 __all__ = [
+    "MOVES",
     "critic",
     "data",
     "dense",
@@ -47,6 +47,8 @@ __all__ = [
 ]
 
 WIDE = 128  # channels of the wide network, the Large one times four
+#: Of shift convolutions: half of the channels stay, an eighth goes to each neighbour.
+MOVES = (*[(0, 0)] * 4, (0, 1), (0, -1), (1, 0), (-1, 0))
 SHIFT = (128, 256, 512)  # channels of the shift network's stages
 DATA = "data/"  # how the names of tensors begin that are no weights
 Convolution = Callable[[int, int, int, int], nn.Module]  # c_in, c_out, kernel size, stride
