@@ -13,7 +13,8 @@ from torch.nn import functional
 from lipbook.composition import lipschitz_bound
 from lipbook.convolutions import channel_shift
 from lipbook.lab import fast_images
-from lipbook.lab.fast_images import MOVES, ShiftNet, Stage
+from lipbook.lab.fast_images import ShiftNet, Stage
+from lipbook.lab.networks import MOVES
 from lipbook.losses import OffsetCrossEntropyLoss
 
 STAGES = (Stage(16, 2, 2), Stage(32, 1, 1), Stage(16, 2, 1))
