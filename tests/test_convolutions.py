@@ -273,8 +273,10 @@ def test_rko_reshaped_kernel_is_semi_orthogonal() -> None:
 
 
 def test_aol_scales_by_the_row_sums_of_the_dense_gram_matrix() -> None:
-    for stride, dilation, groups in ((1, 1, 1), ((2, 3), 1, 2), (2, 3, 1), (3, 2, 2), (2, 2, 1)):
-        weight = torch.randn(4, 4 // groups, 3, 2, dtype=torch.float64)
+    few = [(1, 1, 1), ((2, 3), 1, 2), (2, 3, 1), (3, 2, 2), (2, 2, 1)]
+    many = [(1, 1, 2, (4, 3)), ((2, 1), 1, 1, (5, 4))]  # whose sums are those of a correlation
+    for stride, dilation, groups, sizes in [*[(*case, (3, 2)) for case in few], *many]:
+        weight = torch.randn(4, 4 // groups, *sizes, dtype=torch.float64)
         options = {"stride": stride, "dilation": dilation, "groups": groups}
         plain = functools.partial(functional.conv2d, **options)
         matrix = dense(functools.partial(plain, weight=weight), (4, 18, 18), torch.float64)
