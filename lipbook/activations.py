@@ -546,10 +546,11 @@ def _selected(pairs: Tensor, swap: Tensor, dim: int) -> Tensor:
 
 # Note [exchange]
 # Where a pair is exchanged, its gradient is, and its tangent: one linear map that is its own
-# transpose. For the bits of two numbers a and b, a ^ (a ^ b) = b. So one pass of xor exchanges
-# the pairs for which a ^ b is kept and leaves those for which it is zero, whatever the numbers are;
-# two selections by torch.where and a stack of their results take five times as long. They are
-# kept for what torch has no rule for: a batch of gradients (is_grads_batched) seen as integers.
+# transpose. For the bits of two numbers a and b, a ^ (a ^ b) = b. So xor exchanges the pairs for
+# which a ^ b is kept and leaves those for which it is zero, whatever the numbers are. It is taken
+# in place in a copy, whatever the order of the channels in memory. Two selections by torch.where
+# and a stack of their results take five times as long; they are kept for what torch has no rule
+# for: a batch of gradients (is_grads_batched) seen as integers, or of only one of two operands.
 _BITS = {size: getattr(torch, f"int{8 * size}") for size in (1, 2, 4, 8)}
 
 
@@ -559,12 +560,14 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(pairs: Tensor, swap: Tensor, dim: int) -> Tensor:
         try:
-            bits = pairs.view(_BITS[pairs.element_size()])
+            bits = pairs.view(_BITS[pairs.element_size()]).clone()
+            first, second = bits.unbind(dim)
+            change = (first ^ second).mul_(swap)
+            first.bitwise_xor_(change)
+            second.bitwise_xor_(change)
         except RuntimeError:
             return _selected(pairs, swap, dim)
-        first, second = bits.unbind(dim)
-        change = (first ^ second) * swap
-        return (bits ^ change.unsqueeze(dim)).view(pairs.dtype)
+        return bits.view(pairs.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
