@@ -13,6 +13,7 @@ __all__ = [
     "spectrum",
     "images_of",
     "frequency_matrices",
+    "large_kernel_matrices",
     "in_frequencies",
 ]
 
@@ -34,14 +35,23 @@ def _weights(size: Sequence[int], like: Tensor) -> Tensor:
     return (counts / math.prod(size)).sqrt()
 
 
+def _transformed(images: Tensor) -> Tensor:
+    values = torch.fft.rfft2(images)
+    values = values * _weights(images.shape[-2:], values)
+    return values.permute(2, 3, 1, 0).contiguous()
+
+
+def _transformed_back(values: Tensor, size: Sequence[int]) -> Tensor:
+    values = values.permute(3, 2, 0, 1) / _weights(size, values)
+    return torch.fft.irfft2(values, s=size)
+
+
 class _Spectrum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(images: Tensor) -> Tensor:
-        values = torch.fft.rfft2(images)
-        values *= _weights(images.shape[-2:], values)
-        return values.permute(2, 3, 1, 0).contiguous()
+        return _transformed(images)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -61,8 +71,7 @@ class _Images(torch.autograd.Function):
 
     @staticmethod
     def forward(values: Tensor, size: tuple[int, int]) -> Tensor:
-        values = values.permute(3, 2, 0, 1) / _weights(size, values)
-        return torch.fft.irfft2(values, s=size)
+        return _transformed_back(values, size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, int]], output: Tensor) -> None:
@@ -77,31 +86,38 @@ class _Images(torch.autograd.Function):
         return images_of(tangent, ctx.size)
 
 
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def spectrum(images: Tensor) -> Tensor:
     """Half spectrum F x of real images (batch, c, h, w), as (h, w // 2 + 1, c, batch)."""
-    result: Tensor = _Spectrum.apply(images)
+    result: Tensor = _transformed(images) if _traced() else _Spectrum.apply(images)
     return result
 
 
 def images_of(values: Tensor, size: tuple[int, int]) -> Tensor:
     """Real images Fᵀ z of a half spectrum, (batch, c, *size)."""
-    result: Tensor = _Images.apply(values, size)
+    result: Tensor = _transformed_back(values, size) if _traced() else _Images.apply(values, size)
     return result
 
 
-def frequency_matrices(kernel: Tensor, size: Sequence[int]) -> Tensor:
-    """Matrices of a convolution at half of the frequencies, (h, w // 2 + 1, c_out, c_in).
+def frequency_matrices(kernel: Tensor, size: Sequence[int], ahead: bool = True) -> Tensor:
+    """Matrices of a convolution at half of the frequencies, (*size but half, c_out, c_in).
 
-    The kernel (c_out, c_in, k, k) may be larger than the image, around which it then winds.
+    A tap behind the middle reads a pixel ahead, as in torch, or behind. The kernel
+    (c_out, c_in, *k) may be larger than the image, around which it then winds.
     """
-    (rows, columns), (h, w) = kernel.shape[2:], size
-    down = _phases(rows, h, h)[:, None, :, None]
-    across = _phases(columns, w // 2 + 1, w)[:, None]
-    waves = torch.polar(torch.ones(()).double(), 2 * math.pi * (down + across)).flatten(2)
-    waves = waves.to(kernel.device)
+    turns, dims = torch.zeros((), dtype=torch.float64), len(size)
+    for axis, (k, n) in enumerate(zip(kernel.shape[2:], size, strict=True), 1):
+        phases = _phases(k, n // 2 + 1 if axis == dims else n, n)
+        later = [1] * (dims - axis)
+        turns = turns + phases.view(*phases.shape[:1], *later, *[1] * (axis - 1), k, *later)
+    angle = 2 * math.pi if ahead else -2 * math.pi
+    waves = torch.polar(torch.ones((), dtype=torch.float64), angle * turns.flatten(dims))
     taps = kernel.flatten(2).permute(2, 0, 1).flatten(1)
-    real, imaginary = waves.real.to(taps.dtype) @ taps, waves.imag.to(taps.dtype) @ taps
-    return torch.complex(real, imaginary).unflatten(-1, kernel.shape[:2])
+    taps = taps.to(torch.promote_types(taps.dtype, torch.complex64))
+    return (waves.to(taps) @ taps).unflatten(-1, kernel.shape[:2])
 
 
 def _phases(taps: int, frequencies: int, size: int) -> Tensor:
@@ -110,6 +126,12 @@ def _phases(taps: int, frequencies: int, size: int) -> Tensor:
     return products.remainder(size).double() / size
 
 
+def large_kernel_matrices(kernel: Tensor) -> Tensor:
+    """Matrices of a convolution by a kernel as large as the image, which reads the pixels ahead."""
+    values = spectrum(kernel).mH
+    return values / _weights(kernel.shape[-2:], values).view(-1, 1, 1)
+
+
 def in_frequencies(x: Tensor, matrices: Tensor) -> Tensor:
-    """Images convolved by the matrices at the frequencies, (batch, c_out, h, w)."""
+    """Images (batch, c_in, h, w) convolved by the matrices at the frequencies."""
     return images_of(matrices @ spectrum(x), (x.shape[-2], x.shape[-1]))
