@@ -66,8 +66,8 @@ torch.fx.wrap("absolute_value")
 # Where two sorted entries are equal, or an absolute value is taken of zero, any choice of a
 # subgradient is legal, and most choices lose norm: the gradient of torch.maximum is (1/2, 1/2) at
 # a tie, that of torch.abs is 0 at 0, and those of torch.max and torch.min name the same entry
-# twice. The functions below select with torch.where or torch.sort, whose gradients are those of
-# the branch taken: a permutation, a reflection, a sign. Ties are no rare event: images have flat
+# twice. The functions below select by a mask or torch.sort, whose gradients are those of the
+# branch taken: a permutation, a reflection, a sign. Ties are no rare event: images have flat
 # regions, and a layer of zeros meets every tie at once.
 
 
@@ -315,7 +315,8 @@ def absolute_value(x: Tensor) -> Tensor:
     tensor([-1.,  1.,  1.])
     """
     _tensor("x", x)
-    return torch.where(x < 0, -x, x)
+    sign = (x.detach() < 0).to(x.dtype).mul_(-2).add_(1)  # 1 at zero, see Note [ties]
+    return x * sign
 
 
 # ----------------------------------------------------------------------------------- modules
