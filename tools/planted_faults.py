@@ -210,7 +210,7 @@ FAULTS = (
     ),
     Fault(
         "activations",
-        "return torch.where(x < 0, -x, x)",
+        "return x * sign",
         "return x.abs()",
         "the gradient of the absolute value is lost at zero",
     ),
@@ -324,8 +324,8 @@ FAULTS = (
     ),
     Fault(
         "convolutions/nonexpansive",
-        "sums = gram.abs().sum(",
-        "sums = gram.sum(",
+        "sums = gram.abs().sum((*range(",
+        "sums = gram.sum((*range(",
         "AOL without absolute values",
     ),
     Fault(
@@ -348,8 +348,8 @@ FAULTS = (
     ),
     Fault(
         "convolutions/cayley",
-        "inverse = torch.linalg.inv(eye + U - U.mH + V.mH @ V)",
-        "inverse = torch.linalg.inv(eye + U - U.mH)",
+        "inverse = torch.linalg.inv(system + V.mH @ V)",
+        "inverse = torch.linalg.inv(system)",
         "the Cayley transform of a tall response",
     ),
     Fault(
@@ -380,9 +380,9 @@ FAULTS = (
     ),
     Fault(
         "convolutions/circular",
-        "x = torch.cat([end, start, middle, end, start], axis)",
-        "x = torch.cat([start, start, middle, end, end], axis)",
-        "circular padding from the wrong end",
+        "ends = (0, inner - before, before), (before + inner, 0, after)",
+        "ends = (0, 0, before), (before + inner, inner - after, after)",
+        "circular folding to the wrong end",
     ),
     Fault(
         "convolutions/circular",
@@ -398,8 +398,8 @@ FAULTS = (
     ),
     Fault(
         "residual",
-        "return self.weight * (2 / self.scale())",
-        "return self.weight * (4 / self.scale())",
+        "return self.weight * (-2 / self.scale())",
+        "return self.weight * (-4 / self.scale())",
         "a step twice too long",
     ),
     Fault(
