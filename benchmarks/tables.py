@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from deel import torchlip
 from geotorch import orthogonal as geotorch_orthogonal
+from orthogonium import layers as orthogonium
 from orthogonium.layers.conv.adaptiveSOC import AdaptiveSOCConv2d
-from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
+from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d, AdaptiveOrthoConvTranspose2d
+from orthogonium.layers.conv.AOL import AOLConv2D, AOLConvTranspose2D
 from orthogonium.layers.conv.SLL import SDPBasedLipschitzResBlock
 from orthogonium.layers.linear import OrthoLinear
 from orthogonium.reparametrizers import (
@@ -23,22 +25,31 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from benchmarks.timing import Step, Table
-from lipbook.activations import GroupSort, Householder, MaxMin
+from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
 from lipbook.composition import lipschitz_bound
 from lipbook.convolutions import (
     CayleyConv2d,
     NonexpansiveConv2d,
+    NonexpansiveConvTranspose2d,
     OrthogonalConv2d,
+    OrthogonalConvTranspose2d,
     SkewOrthogonalConv2d,
 )
 from lipbook.export import freeze
 from lipbook.lab.ordinary import Ordinary, ResNet18, made
+from lipbook.normalization import BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias
 from lipbook.norms import (
     circular_convolution_singular_values,
     convolution_norm_bound,
     rigorous_convolution_norm,
 )
-from lipbook.orthogonal import OrthogonalLinear
+from lipbook.orthogonal import OrthogonalLinear, SpectralNormLinear, UnitNormLinear
+from lipbook.pooling import (
+    AveragePooling,
+    InvertibleDownsampling,
+    InvertibleUpsampling,
+    NormPooling,
+)
 from lipbook.residual import CPLConv2d, SLLConv2d
 from lipbook.robustness import Certifier, certify
 
@@ -240,9 +251,14 @@ def convolutions(c: int, size: int, stride: int) -> dict[str, Any]:
         "lipbook SOC": SkewOrthogonalConv2d(c, c, 3, stride=stride),
         "lipbook Cayley": CayleyConv2d(c, c, 3, image_size=size, stride=stride),
         AOC: AdaptiveOrthoConv2d(c, c, 3, **around),
+        "orthogonium AOL": AOLConv2D(c, c, 3, **around),
         "torchlip SpectralConv2d": torchlip.SpectralConv2d(c, c, 3, **around),
     }
-    if stride == 1:  # residual blocks keep the shape
+    if stride > 1:
+        first = OrthogonalConv2d(c, c, stride, stride=stride, bias=False)
+        layers["lipbook BCOP, then SOC"] = nn.Sequential(first, SkewOrthogonalConv2d(c, c, 3))
+    if stride == 1:  # which residual blocks and some others need
+        layers["torchlip FrobeniusConv2d"] = torchlip.FrobeniusConv2d(c, c, 3, **around)
         layers["lipbook SLL, residual"] = SLLConv2d(c)
         layers["lipbook CPL, residual"] = CPLConv2d(c)
         layers["orthogonium SLL, residual"] = SDPBasedLipschitzResBlock(c, 1)
@@ -338,18 +354,118 @@ def elongated(rows: int = 256, columns: int = 4096) -> Table:
     )
 
 
+def transposed(c: int = 64, size: int = 8, batch: int = 64) -> Table:
+    """Training steps of transposed convolutions, to images of twice the size."""
+    options: dict[str, Any] = {"stride": 2}
+    cut: dict[str, Any] = {"stride": 2, "padding": 1}
+    reference = "torch ConvTranspose2d, zeros"
+    layers = {
+        reference: nn.ConvTranspose2d(c, c, 4, **cut),
+        "lipbook BCOP": OrthogonalConvTranspose2d(c, c, 4, **options),
+        "lipbook AOL": NonexpansiveConvTranspose2d(c, c, 4, **options),
+        "orthogonium AOC": AdaptiveOrthoConvTranspose2d(c, c, 4, **cut),
+        "orthogonium AOL": AOLConvTranspose2D(c, c, 4, **cut),
+        "torchlip SpectralConvTranspose2d": torchlip.SpectralConvTranspose2d(c, c, 4, **cut),
+    }
+    shape = (batch, c, size, size)
+    return Table(
+        f"Training step of a transposed convolution, batch {batch}",
+        f"4 × 4, {c} channels, stride 2, {size} × {size}",
+        reference,
+        {name: training_step(layer, shape) for name, layer in layers.items()},
+        {},
+    )
+
+
+def last_layers(n: int = 512, batch: int = 64) -> Table:
+    """Training steps of dense layers that are not orthogonal."""
+    layers = {
+        "torch Linear": nn.Linear(n, n),
+        "lipbook UnitNormLinear": UnitNormLinear(n, n),
+        "lipbook SpectralNormLinear": SpectralNormLinear(n, n),
+        "orthogonium UnitNormLinear": orthogonium.UnitNormLinear(n, n),
+        "torchlip FrobeniusLinear": torchlip.FrobeniusLinear(n, n, disjoint_neurons=False),
+    }
+    return Table(
+        f"Training step of a dense layer, batch {batch}",
+        f"{n} × {n}",
+        "torch Linear",
+        {name: training_step(layer, (batch, n)) for name, layer in layers.items()},
+        {},
+    )
+
+
 def activations(shape: tuple[int, ...] = (64, 16, 32, 32)) -> Table:
     """Activations, forward and backward."""
     layers = {
         "torch ReLU": nn.ReLU(),
         "lipbook MaxMin": MaxMin(),
         "lipbook GroupSort(4)": GroupSort(4),
+        "lipbook FullSort": FullSort(),
         "lipbook Householder": Householder(shape[1]),
+        "lipbook AbsoluteValue": AbsoluteValue(),
+        "orthogonium MaxMin": orthogonium.MaxMin(),
+        "orthogonium Abs": orthogonium.Abs(),
+        "orthogonium HouseHolder": orthogonium.HouseHolder(shape[1]),
+        "torchlip GroupSort2": torchlip.GroupSort2(),
+        "torchlip GroupSort(4)": torchlip.GroupSort(4),
+        "torchlip FullSort": torchlip.FullSort(),
+        "torchlip HouseHolder": torchlip.HouseHolder(shape[1]),
+        "torchlip LPReLU": torchlip.LPReLU(),
     }
     return Table(
         "Training step of an activation",
         " × ".join(map(str, shape)),
         "torch ReLU",
+        {name: training_step(layer, shape) for name, layer in layers.items()},
+        {},
+    )
+
+
+def normalizations(shape: tuple[int, ...] = (64, 16, 32, 32)) -> Table:
+    """Centrings and norms by one number, forward and backward."""
+    c = shape[1]
+    layers = {
+        "torch BatchNorm2d": nn.BatchNorm2d(c),
+        "lipbook BatchCentering": BatchCentering(c),
+        "lipbook LayerCentering": LayerCentering((1, 2, 3)),
+        "lipbook ScaleAndBias": ScaleAndBias(c),
+        "lipbook ScalarBatchNorm": ScalarBatchNorm(c),
+        "orthogonium BatchCentering2D": orthogonium.BatchCentering2D(c),
+        "orthogonium LayerCentering2D": orthogonium.LayerCentering2D(c),
+        "torchlip BatchCentering": torchlip.BatchCentering(c),
+        "torchlip LayerCentering": torchlip.LayerCentering(c),
+        "torchlip ScaleBiasLayer": torchlip.ScaleBiasLayer(num_features=c),
+        "torchlip BatchLipNorm": torchlip.BatchLipNorm(c),
+    }
+    return Table(
+        "Training step of a normalisation",
+        " × ".join(map(str, shape)),
+        "torch BatchNorm2d",
+        {name: training_step(layer, shape) for name, layer in layers.items()},
+        {},
+    )
+
+
+def poolings(shape: tuple[int, ...] = (64, 16, 32, 32)) -> Table:
+    """Poolings of 2 × 2 pixels or all, and rearrangements of them, forward and backward."""
+    layers = {
+        "torch AvgPool2d": nn.AvgPool2d(2),
+        "lipbook AveragePooling": AveragePooling(2),
+        "lipbook AveragePooling, of all": AveragePooling(shape[-1]),
+        "lipbook NormPooling": NormPooling(2),
+        "lipbook InvertibleDownsampling": InvertibleDownsampling(2),
+        "lipbook InvertibleUpsampling": InvertibleUpsampling(2),
+        "torchlip ScaledAvgPool2d": torchlip.ScaledAvgPool2d(2),
+        "torchlip ScaledAdaptiveAvgPool2d": torchlip.ScaledAdaptiveAvgPool2d((1, 1)),
+        "torchlip ScaledL2NormPool2d": torchlip.ScaledL2NormPool2d(2),
+        "torchlip InvertibleDownSampling": torchlip.InvertibleDownSampling(2),
+        "torchlip InvertibleUpSampling": torchlip.InvertibleUpSampling(2),
+    }
+    return Table(
+        "Training step of a pooling",
+        " × ".join(map(str, shape)),
+        "torch AvgPool2d",
         {name: training_step(layer, shape) for name, layer in layers.items()},
         {},
     )
@@ -556,7 +672,8 @@ def tables() -> Iterator[Table]:
     yield elongated()
     for c, batch in ((16, 64), (32, 128)):
         yield classifiers(c, batch)
-    yield activations()
+    for build in (transposed, last_layers, activations, normalizations, poolings):
+        yield build()
     for stride, batch in ((1, 64), (2, 64), (1, 1)):
         yield evaluation(64, 16, stride, batch)
     yield bounds_of_resnet18()

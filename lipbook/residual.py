@@ -118,7 +118,7 @@ Activation = Literal["relu", "tanh", "softplus", "identity"]
 
 # Elementwise, with slopes in [0, 1]. Sorting is neither: its Jacobian is not symmetric.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
+    "relu": functools.partial(functional.relu, inplace=True),  # hidden units are not read again
     "tanh": torch.tanh,
     "softplus": functional.softplus,
     "identity": lambda x: x,
@@ -299,8 +299,8 @@ class _PotentialStep(nn.Module):
         return sll_scale(self.weight, self.log_q, *geometry)
 
     def _scaled(self, dtype: torch.dtype, axes: int) -> Tensor:
-        """2 T⁻¹ W: a product with the weight has fewer entries than one with the hidden units."""
-        return self.weight * (2 / self.scale()).to(dtype).view(-1, *[1] * axes)
+        """-2 T⁻¹ W: a product with the weight has fewer entries than one with the hidden units."""
+        return self.weight * (-2 / self.scale()).to(dtype).view(-1, *[1] * axes)
 
 
 class _DenseStep(_PotentialStep):
@@ -318,7 +318,7 @@ class _DenseStep(_PotentialStep):
     def forward(self, input: Tensor) -> Tensor:
         """Take the step, (batch, features) to the same."""
         outer = _ACTIVATIONS[self.activation](functional.linear(input, self.weight, self.bias))
-        return input - functional.linear(outer, self._scaled(outer.dtype, 1).mT)
+        return input + functional.linear(outer, self._scaled(outer.dtype, 1).mT)
 
 
 class _ConvolutionStep(_PotentialStep):
@@ -367,7 +367,7 @@ class _ConvolutionStep(_PotentialStep):
         outer = _ACTIVATIONS[self.activation](hidden)
         geometry["output_padding"] = self.stride - 1
         outputs = functional.conv_transpose2d(outer, self._scaled(outer.dtype, 3), **geometry)
-        return input - circular_fold(outputs, pads)
+        return input + circular_fold(outputs, pads)
 
 
 class SLLLinear(_DenseStep):

@@ -55,9 +55,11 @@ from lipbook.convolutions import (
     circular_pad,
     kernel_norm_bound,
     rko_kernel,
+    skew,
     skew_exponential,
     skew_kernel,
 )
+from lipbook.convolutions.frequencies import images_of, spectrum
 from lipbook.norms import circular_convolution_norm, circular_convolution_singular_values
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}  # of a singular value that should be 1
@@ -272,8 +274,10 @@ def test_rko_reshaped_kernel_is_semi_orthogonal() -> None:
 
 
 def test_aol_scales_by_the_row_sums_of_the_dense_gram_matrix() -> None:
-    for stride, dilation, groups in ((1, 1, 1), ((2, 3), 1, 2), (2, 3, 1), (3, 2, 2), (2, 2, 1)):
-        weight = torch.randn(4, 4 // groups, 3, 2, dtype=torch.float64)
+    few = [(1, 1, 1), ((2, 3), 1, 2), (2, 3, 1), (3, 2, 2), (2, 2, 1)]
+    many = [(1, 1, 2, (4, 3)), ((2, 1), 1, 1, (5, 4))]  # whose sums are those of a correlation
+    for stride, dilation, groups, sizes in [*[(*case, (3, 2)) for case in few], *many]:
+        weight = torch.randn(4, 4 // groups, *sizes, dtype=torch.float64)
         options = {"stride": stride, "dilation": dilation, "groups": groups}
         plain = functools.partial(functional.conv2d, **options)
         matrix = dense(functools.partial(plain, weight=weight), (4, 18, 18), torch.float64)
@@ -1056,6 +1060,103 @@ def test_a_transposed_skew_layer_is_the_transposed_matrix(
     for p in (1, 2, math.inf):
         bound = lipschitz_bound(adjoint, shape, p)
         assert bound.value == pytest.approx(torch.linalg.matrix_norm(matrix, p).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("n", "c_in", "c_out", "size", "k", "terms"),
+    [
+        (5, 5, 5, (4, 5), 3, 8),
+        (6, 6, 1, (5, 4), 3, 8),
+        (6, 1, 6, (2, 3), 5, 4),
+        (4, 3, 4, (1, 6), 1, 12),
+        (4, 4, 4, (3, 1), 3, 4),
+    ],
+)
+def test_series_in_frequencies_is_the_series_with_its_derivatives(
+    n: int, c_in: int, c_out: int, size: tuple[int, int], k: int, terms: int
+) -> None:
+    torch.manual_seed(0)
+    raw = torch.randn(n, n, k, k, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, c_in, *size, dtype=torch.float64, requires_grad=True)
+
+    def by_powers(x: Tensor, raw: Tensor) -> Tensor:
+        """Sum of powers of the matrix of the convolution, one column after the other."""
+        kernel = skew_kernel(raw)
+        pixels = torch.eye(n * math.prod(size), dtype=torch.float64).view(-1, n, *size)
+        for axis, length in enumerate(size):  # around the circle more than once
+            taps = torch.arange(length + 2 * (k // 2)) - k // 2
+            pixels = pixels.index_select(axis + 2, taps % length)
+        A = functional.conv2d(pixels, kernel).flatten(1).mT
+        start = functional.pad(x, (0, 0, 0, 0, 0, n - c_in)).flatten(1)
+        result = sum(
+            start @ torch.linalg.matrix_power(A.mT, j) / math.factorial(j) for j in range(terms + 1)
+        )
+        return torch.as_tensor(result).view(-1, n, *size)[:, :c_out]
+
+    def in_frequencies(x: Tensor, raw: Tensor) -> Tensor:
+        return skew._in_frequencies(x, skew_kernel(raw), terms, c_out)
+
+    expected, found = by_powers(x, raw), in_frequencies(x, raw)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    direction = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, (x, raw), direction)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, (x, raw), direction), gradients, strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    if size == (4, 5):
+        assert torch.autograd.gradgradcheck(in_frequencies, (x, raw), fast_mode=True)
+        tangent = torch.func.jvp(in_frequencies, (x, raw), (x, raw))[1]
+        torch.testing.assert_close(tangent, torch.func.jvp(by_powers, (x, raw), (x, raw))[1])
+
+
+def test_spectrum_is_an_isometry_and_its_transpose_the_way_back() -> None:
+    torch.manual_seed(0)
+    for size in ((4, 6), (5, 3), (1, 2), (2, 1)):
+        x = torch.randn(3, 2, *size, dtype=torch.float64)
+        values = spectrum(x)
+        torch.testing.assert_close(values.norm(), x.norm())
+        torch.testing.assert_close(images_of(values, size), x)
+        z = torch.randn_like(values)
+        left = torch.view_as_real(spectrum(x)).flatten() @ torch.view_as_real(z).flatten()
+        torch.testing.assert_close(left, x.flatten() @ images_of(z, size).flatten())
+    each = torch.func.vmap(lambda y: images_of(spectrum(y), (2, 1)))(x.expand(4, -1, -1, -1, -1))
+    torch.testing.assert_close(each, x.expand(4, -1, -1, -1, -1))
+
+
+def test_only_training_on_a_large_batch_takes_frequencies() -> None:
+    torch.manual_seed(0)
+    layer, x = SkewOrthogonalConv2d(8, 8, 3).double(), torch.randn(16, 8, 6, 6).double()
+    taken = []
+    in_frequencies = skew._in_frequencies
+
+    def recorded(*arguments: Any) -> Tensor:
+        taken.append(True)
+        return in_frequencies(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skew, "_in_frequencies", recorded)
+        y = layer(x)
+        assert taken == [True]
+        with torch.no_grad():
+            again = layer(x)
+        small = layer(x[:1])
+        with pytest.raises(ValueError, match="at most the size"):
+            SkewOrthogonalConv2d(8, 8, 5).double()(x[..., :1])
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        evaluated = layer.eval()(x)
+        assert taken == [True]
+    torch.testing.assert_close(y, again, rtol=0, atol=1e-14)
+    torch.testing.assert_close(y[:1], small, rtol=0, atol=1e-14)
+    parameters = tuple(layer.parameters())
+    direction = torch.randn_like(y)
+    for mine, theirs in zip(
+        torch.autograd.grad(y, parameters, direction),
+        torch.autograd.grad(evaluated, parameters, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
 
 
 def test_cayley_of_a_single_tap_is_the_cayley_transform() -> None:

@@ -340,6 +340,17 @@ def test_polar_commutes_with_rotations() -> None:
     assert torch.allclose(polar(u @ matrix @ v), u @ polar(matrix) @ v, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 10, 32])
+def test_qr_of_long_rows_whose_rounding_errors_do_not_cancel(rows: int) -> None:
+    """Sums of up to 65536 terms of one sign: in one float32 they are off by 1e-5."""
+    torch.manual_seed(0)
+    for columns in (1024, 4096, 16384) if rows > 4 else (1024, 16384, 65536):
+        for noise in (0, 1e-4, 1e-2, 1):
+            weight = qr(1 + noise * torch.rand(rows, columns))
+            values = torch.linalg.svdvals(weight.double())
+            assert (values - 1).abs().max() < 5e-7
+
+
 @pytest.mark.parametrize("method", ["cayley", "exp"])
 def test_large_skew_matrices_are_scaled_back(method: str) -> None:
     matrix = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)

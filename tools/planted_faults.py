@@ -210,8 +210,8 @@ FAULTS = (
     ),
     Fault(
         "activations",
-        "return x * (1 - 2 * (x < 0).to(x.dtype))",
-        "return x * x.sign()",
+        "return x * sign",
+        "return x.abs()",
         "the gradient of the absolute value is lost at zero",
     ),
     Fault(
@@ -375,8 +375,8 @@ FAULTS = (
     ),
     Fault(
         "convolutions/nonexpansive",
-        "sums = gram.abs().sum(",
-        "sums = gram.sum(",
+        "sums = gram.abs().sum((*range(",
+        "sums = gram.sum((*range(",
         "AOL without absolute values",
     ),
     Fault(
@@ -399,8 +399,8 @@ FAULTS = (
     ),
     Fault(
         "convolutions/cayley",
-        "inverse = torch.linalg.inv(eye + U - U.mH + V.mH @ V)",
-        "inverse = torch.linalg.inv(eye + U - U.mH)",
+        "inverse = torch.linalg.inv(system + V.mH @ V)",
+        "inverse = torch.linalg.inv(system)",
         "the Cayley transform of a tall response",
     ),
     Fault(
@@ -431,9 +431,9 @@ FAULTS = (
     ),
     Fault(
         "convolutions/circular",
-        "x = torch.cat([end, start, middle, end, start], axis)",
-        "x = torch.cat([start, start, middle, end, end], axis)",
-        "circular padding from the wrong end",
+        "ends = (0, inner - before, before), (before + inner, 0, after)",
+        "ends = (0, 0, before), (before + inner, inner - after, after)",
+        "circular folding to the wrong end",
     ),
     Fault(
         "convolutions/circular",
@@ -449,8 +449,8 @@ FAULTS = (
     ),
     Fault(
         "residual",
-        "return self.weight * (2 / self.scale())",
-        "return self.weight * (4 / self.scale())",
+        "return self.weight * (-2 / self.scale())",
+        "return self.weight * (-4 / self.scale())",
         "a step twice too long",
     ),
     Fault(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lipbook.composition import lipschitz_rule
 from lipbook.convolutions.circular import (
@@ -17,6 +16,11 @@ from lipbook.convolutions.circular import (
     one_size,
     per_axis,
     response_rule,
+)
+from lipbook.convolutions.frequencies import (
+    frequency_matrices,
+    in_frequencies,
+    large_kernel_matrices,
 )
 from lipbook.norms.arguments import _floating, _integer
 from lipbook.orthogonal.orthonormality import without_autocast
@@ -84,10 +88,14 @@ def cayley_kernel(weight: Tensor, image_size: Size) -> Tensor:
         wide = weight.shape[0] < weight.shape[1]
         response = response.mH if wide else response
         n = response.shape[-1]
-        U, V = response[..., :n, :], response[..., n:, :]
         eye = torch.eye(n, dtype=response.dtype, device=response.device)
-        inverse = torch.linalg.inv(eye + U - U.mH + V.mH @ V)
-        response = torch.cat([2 * inverse - eye, -2 * V @ inverse], -2)
+        U, V = response[..., :n, :], response[..., n:, :]
+        system = eye + U - U.mH
+        if V.shape[-2] == 0:
+            response = 2 * torch.linalg.inv(system) - eye
+        else:
+            inverse = torch.linalg.inv(system + V.mH @ V)
+            response = torch.cat([2 * inverse - eye, -2 * V @ inverse], -2)
         response = (response.mH if wide else response).movedim((-2, -1), (0, 1))
         return torch.fft.irfftn(response, s=size, dim=axes).to(weight.dtype)
 
@@ -103,12 +111,8 @@ def _check_size(weight: Tensor, image_size: Size) -> tuple[int, ...]:
 
 def _response(weight: Tensor, size: tuple[int, ...]) -> Tensor:
     """Frequency response of a small kernel whose middle is the pixel itself, matrices last."""
-    axes = tuple(range(2, weight.dim()))
     working = torch.float32 if weight.device.type == "mps" else torch.float64
-    ends = [pad for k, n in zip(weight.shape[2:], size, strict=True) for pad in (n - k, 0)]
-    kernel = functional.pad(weight.to(working), ends[::-1])
-    kernel = kernel.roll([-(k // 2) for k in weight.shape[2:]], axes)
-    return torch.fft.rfftn(kernel, dim=axes).movedim((0, 1), (-2, -1))
+    return frequency_matrices(weight.to(working), size, ahead=False)
 
 
 class CayleyKernel(nn.Module):
@@ -236,10 +240,9 @@ def _in_frequencies(x: Tensor, weight: Tensor) -> Tensor:
     """Circular convolution with a kernel as large as the image, by its frequency response."""
     with without_autocast(x):
         weight = weight.to(torch.promote_types(x.dtype, torch.float32))
-        response = torch.fft.rfft2(weight).conj()  # of a cross-correlation
-        images = torch.fft.rfft2(x.to(weight.dtype))
-        outputs = torch.einsum("oihw,...ihw->...ohw", response, images)
-        return torch.fft.irfft2(outputs, s=x.shape[-2:]).to(x.dtype)
+        images = x.to(weight.dtype).reshape(-1, *x.shape[-3:])
+        outputs = in_frequencies(images, large_kernel_matrices(weight))
+        return outputs.reshape(*x.shape[:-3], *outputs.shape[-3:]).to(x.dtype)
 
 
 def _adjoint_in_frequencies(x: Tensor, weight: Tensor) -> Tensor:

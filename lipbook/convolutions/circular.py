@@ -64,9 +64,8 @@ CONV_TRANSPOSE = (
 def circular_pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     r"""Circular padding: continues the last axes periodically.
 
-    The values of :func:`torch.nn.functional.pad` in mode ``"circular"``, which is called where no
-    gradient is asked for. Otherwise they are made by copies that have copies as their adjoint:
-    three times as fast with the backward pass on a CPU.
+    The values of :func:`torch.nn.functional.pad` in mode ``"circular"``, with a backward pass that
+    takes less time: :func:`circular_fold`.
 
     Parameters
     ----------
@@ -94,17 +93,20 @@ def circular_pad(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     for size, pair in zip(x.shape[x.dim() - len(pads) :], pads, strict=True):
         if max(pair) > size:
             raise ValueError(f"pads must be at most the size {size}, got {pair}")
-    if len(pads) + 2 == x.dim() <= 5 and not (x.requires_grad and torch.is_grad_enabled()):
-        return functional.pad(x, [pad for pair in reversed(pads) for pad in pair], "circular")
+    if not any(map(any, pads)):
+        return x
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _padded_by_copies(x, pads)
+    result: Tensor = _Pad.apply(x, tuple(pads))
+    return result
+
+
+def _padded_by_copies(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     for axis, (before, after) in zip(range(-1, -len(pads) - 1, -1), reversed(pads), strict=True):
         size = x.shape[axis]
-        if before + after > size:
-            x = torch.cat(
-                [x.narrow(axis, size - before, before), x, x.narrow(axis, 0, after)], axis
-            )
-        elif before or after:
-            start, middle, end = x.split([after, size - before - after, before], axis)
-            x = torch.cat([end, start, middle, end, start], axis)
+        if before or after:
+            parts = x.narrow(axis, size - before, before), x, x.narrow(axis, 0, after)
+            x = torch.cat(parts, axis)
     return x
 
 
@@ -134,18 +136,84 @@ def circular_fold(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
     tensor([30,  1,  2, 13, 24])
     """
     _check_axes(x, pads)
-    for axis, (before, after) in zip(range(-1, -len(pads) - 1, -1), reversed(pads), strict=True):
-        size = x.shape[axis] - before - after
-        if max(before, after) > size:
-            raise ValueError(f"pads must be at most the size {size}, got {(before, after)}")
-        if before + after > size:
-            positions = torch.arange(-before, size + after, device=x.device) % size
-            shape = torch.Size([*x.shape[:axis], size, *x.shape[x.dim() + axis + 1 :]])
-            x = x.new_zeros(shape).index_add(axis, positions, x)
-        elif before or after:
-            parts = x.split([before, after, size - before - after, before, after], axis)
-            x = torch.cat([parts[1] + parts[4], parts[2], parts[3] + parts[0]], axis)
-    return x
+    for size, pair in zip(x.shape[x.dim() - len(pads) :], pads, strict=True):
+        if max(pair) > size - sum(pair):
+            raise ValueError(f"pads must be at most the size {size - sum(pair)}, got {pair}")
+    if not any(map(any, pads)):
+        return x
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _folded(x, pads)
+    result: Tensor = _Fold.apply(x, tuple(pads))
+    return result
+
+
+def _folded(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
+    """Add each side and corner to a copy of the middle."""
+    first, spans = x.dim() - len(pads), []
+    for size, (before, after) in zip(x.shape[first:], pads, strict=True):
+        inner = size - before - after
+        ends = (0, inner - before, before), (before + inner, 0, after)
+        spans.append([(before, 0, inner), *(end for end in ends if end[-1])])
+    result = x
+    for number, places in enumerate(itertools.product(*spans)):  # the middle, sides, corners
+        part = x
+        for axis, (start, _, length) in enumerate(places, first):
+            part = part.narrow(axis, start, length)
+        if number == 0:
+            result = part.clone()
+            continue
+        target = result
+        for axis, (_, to, length) in enumerate(places, first):
+            target = target.narrow(axis, to, length)
+        target.add_(part)
+    return result
+
+
+# Note [padding and folding]
+# Each is the derivative of the other. As two functions of autograd they take a third of the time of
+# copies with theirs, which torch makes for each axis and each end.
+
+
+class _Pad(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, pads: tuple[tuple[int, int], ...]) -> Tensor:
+        if len(pads) + 2 == x.dim() <= 5:
+            return functional.pad(x, [pad for pair in reversed(pads) for pad in pair], "circular")
+        return _padded_by_copies(x, pads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        ctx.pads = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Fold.apply(gradient, ctx.pads), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _Pad.apply(tangent, ctx.pads)
+
+
+class _Fold(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, pads: tuple[tuple[int, int], ...]) -> Tensor:
+        return _folded(x, pads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        ctx.pads = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Pad.apply(gradient, ctx.pads), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _Fold.apply(tangent, ctx.pads)
 
 
 def _check_axes(x: Tensor, pads: Sequence[tuple[int, int]]) -> None:

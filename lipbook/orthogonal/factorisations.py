@@ -14,6 +14,7 @@ from lipbook.orthogonal.orthonormality import (
     apply,
     batched,
     eye_like,
+    gram_of,
     is_elongated,
     map_tall,
     negligible,
@@ -44,7 +45,8 @@ def qr(matrix: Tensor) -> Tensor:
 
     **Guaranteed for any matrix**, of any scale and condition, rank-deficient or zero: all
     singular values are 1, to 1e-6 in float32 up to n = 1024 (5e-6 where rounding errors do not
-    cancel, as for a matrix of equal entries) and 1e-13 in float64.
+    cancel, as for a matrix of equal entries that is not four times as long as wide) and 1e-13 in
+    float64.
 
     The gradient solves with :math:`R` and grows with its condition number. Where :math:`R` is
     singular, :math:`Q` jumps and has no gradient; what is returned is finite.
@@ -93,7 +95,7 @@ def _by_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     factor, triangle = matrix, eye_like(matrix)
     for _ in range(2):
-        gram = factor.mT @ factor
+        gram = gram_of(factor)
         squares = gram.diagonal(dim1=-2, dim2=-1)
         lower, failed = torch.linalg.cholesky_ex(gram)
         if failed.any() or squares.amin() < 1e-25:  # whose products underflow
