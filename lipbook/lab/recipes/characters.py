@@ -1,6 +1,6 @@
 r"""Transformers that read characters, with a constant and without one.
 
-A network reads 32 characters of the Gospels (:func:`~lipbook.lab.data.characters`) and tells after
+A network reads 32 characters of two Gospels (:func:`~lipbook.lab.data.characters`) and tells after
 each of them what comes next. A table embeds characters as vectors of 64 entries; all bounds are
 from the sequence of vectors, in the 2-norm of all entries, to all logits. Positions are learnt. Two
 blocks follow, of causal attention with four heads and two layers for each token with 128 units

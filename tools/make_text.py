@@ -1,6 +1,6 @@
-"""Make lipbook/lab/texts/gospels.txt.bz2 from what Debian's program `bible` prints.
+"""Make lipbook/lab/texts/luke_john.txt.bz2 from what Debian's program `bible` prints.
 
-Usage: bible -l100000 matt1:1-john21:25 | python tools/make_gospels.py gospels.txt.bz2
+Usage: bible -l100000 luke1:1-john21:25 | python tools/make_text.py luke_john.txt.bz2
 (packages bible-kjv and bible-kjv-text). A line a verse, in lower case, without headings, numbers
 of verses and parentheses.
 """
