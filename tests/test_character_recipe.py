@@ -53,7 +53,7 @@ def test_the_first_steps_of_training_come_again() -> None:
     early = records.read("characters").results["early"]
     assert [one["name"] for one in early] == list(characters.NETWORKS)
     for one in early:
-        if one["name"] in ("usual", "distances", "bound 100, no attention"):
+        if one["name"] in ("usual", "bound 100, no attention"):
             again, _ = characters.early(one["name"], one["seed"])
             assert again["bits"] == pytest.approx(one["bits"], rel=1e-3)
     with pytest.raises(ValueError, match="name: expected one of"):
