@@ -213,11 +213,11 @@ def transformer(
     Examples
     --------
     >>> from lipbook.composition import lipschitz_bound
-    >>> for causal in (False, True):
-    ...     net = transformer(4, 6, 2, causal=causal).eval()
-    ...     tuple(net(torch.zeros(1, 6, 4)).shape), round(lipschitz_bound(net, (6, 4)).value, 5)
-    ((1, 2), 1.0)
-    ((1, 6, 2), 1.0)
+    >>> round(lipschitz_bound(transformer(4, 6, 2).eval(), (6, 4)).value, 5)
+    1.0
+    >>> net = transformer(4, 6, 2, causal=True).eval()
+    >>> net(torch.zeros(1, 6, 4)).shape, lipschitz_bound(net, (6, 4)).value <= 1 + 1e-5
+    (torch.Size([1, 6, 2]), True)
     """
     layers: list[nn.Module] = [OrthogonalLinear(features, width), _Positions(tokens, width)]
     for _ in range(blocks):
