@@ -7,7 +7,7 @@ Softmax attention has no Lipschitz constant: with tokens of norm R its Jacobian 
 - :class:`BallProjection` in front of torch's attention, which has a constant on balls.
 
 - :class:`L2MultiheadAttention`, whose weights fall with the distances of tied queries and keys: a
-  constant of the order :math:`\sqrt{n \log n}` for n tokens.
+  constant of the order :math:`\sqrt{n \log n}` for n tokens, which may be causal.
 
 Tokens are rows: (batch, tokens, features). Norms are of all entries of a sample.
 
@@ -63,6 +63,15 @@ Tokens are rows: (batch, tokens, features). Norms are of all entries of a sample
 #     kappa_n = sqrt((n + 1)/2) + 2 mu_n + 2 sqrt((n - 1) mu_2 mu_n).
 # Heads join by ||W_O|| (sum_h ||V_h||^2 ||Q_h dX||^2)^(1/2) kappa_n / s.
 #
+# Causal attention has j and l <= i in all sums of row i, which are those of i tokens with the last
+# one in front. Each token still reads itself. So (1) holds with mu_i <= mu_n, and (2) as it is:
+# P_ij <= 1/2 for j < i, and column j of P has the sum <= 1 + (n - j)/2 <= (n + 1)/2. The first term
+# keeps its factor and the part of dy_i its 2 mu_n. The squares of the part of the dy_j sum to
+#     sum_i 4 mu_i sum_(j < i) P_ij r_ij ||dy_j||^2 <= 4 mu_2 (mu_2 + ... + mu_n) ||dY||^2,
+# so that the factor of causal attention, which is no larger, is
+#     kappa'_n = sqrt((n + 1)/2) + 2 mu_n + 2 sqrt(mu_2 (mu_2 + ... + mu_n)).
+# With padding, n is the number of tokens that are left: they read each other in their order.
+#
 # Note [rounding of attentions with a constant]
 # Everything is bounded on a range of inputs; on all of space balls about the point at hand are
 # taken, the largest of the size of its tokens. Let q and k be the queries and keys of one head,
@@ -75,7 +84,8 @@ Tokens are rows: (batch, tokens, features). Norms are of all entries of a sample
 # (1) Squares are sums of 3k products (k the size of a head) of a modulus of at most (r + d)^2, and
 #     ||u + e||^2 - ||u||^2 <= d (2r + d): off by D = gamma_(k+4) (r + d)^2 + d (2r + d) + f.
 #     Clipping at 0 brings them nearer.
-# (2) L2 attention. Logits are squares divided by s: off by Lambda = (D + gamma_3 (r^2 + D)) / s,
+# (2) L2 attention, of n tokens or fewer in a row of the causal one, where the weights of later
+#     tokens are 0. Logits are squares divided by s: off by Lambda = (D + gamma_3 (r^2 + D)) / s,
 #     with r = 2R. A change of logits of at most Lambda moves a softmax by at most Lambda in its
 #     1-norm, and softmax_units is what it rounds: pi, together. Values v_j = M^T q_j with
 #     M = Q W^T / s are off by d_v = ||M|| d_q + gamma_(d+2k+8) || |Q| |W|^T / s || (R + d_q), where
@@ -298,8 +308,8 @@ def energy_attention(
     :math:`\sigma A, \sigma B` in place of A and B the map is that of A and B on :math:`\sigma X`,
     divided by :math:`\sigma`: the scale of the weights is the inverse temperature.
 
-    There is no causal form. The gradient with respect to a token holds the answers to all later
-    tokens that read it.
+    There is no causal form. The Jacobian is symmetric: where a token reads an earlier one, the
+    earlier one answers. :func:`l2_attention` has one.
 
     Examples
     --------
@@ -329,7 +339,11 @@ def energy_attention(
 
 
 def l2_attention(
-    x: Tensor, query_weight: Tensor, value_weight: Tensor, key_padding_mask: Tensor | None = None
+    x: Tensor,
+    query_weight: Tensor,
+    value_weight: Tensor,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
     r"""Attention by distances, with queries that are keys and values that are tied to them.
 
@@ -337,7 +351,8 @@ def l2_attention(
         P^h_{ij} = \operatorname{softmax}_j\Big({-\frac{\lVert Q_h x_i - Q_h x_j\rVert^2}{\sqrt k}}
         \Big), \qquad A_h = \frac{Q_h^\top Q_h}{\sqrt k}
 
-    with k the size of a head. Lipschitz on all of space, see :func:`l2_attention_bound`.
+    with k the size of a head. Lipschitz on all of space, see :func:`l2_attention_bound`. Causal
+    attention has :math:`j \le i` in both sums: output i depends on tokens up to i alone.
 
     Parameters
     ----------
@@ -347,6 +362,8 @@ def l2_attention(
         :math:`Q` and :math:`W^V`, (heads, size of a head, features).
     key_padding_mask : torch.Tensor, optional
         Boolean, (batch, n): True for tokens that nobody reads and whose outputs are 0.
+    is_causal : bool
+        Whether a token reads itself and earlier ones only.
 
     Returns
     -------
@@ -365,10 +382,12 @@ def l2_attention(
     >>> Q, x = torch.ones(1, 1, 1), torch.tensor([[[0.0], [1.0]]])
     >>> l2_attention(x, Q, Q).flatten(), torch.tensor([-1.0, 1.0]).sigmoid()
     (tensor([0.2689, 0.7311]), tensor([0.2689, 0.7311]))
+    >>> l2_attention(x, Q, Q, is_causal=True).flatten()  # the first token reads itself
+    tensor([0.0000, 0.7311])
 
     References
     ----------
-    :cite:t:`kim2021`, Section 3.2.
+    :cite:t:`kim2021`, Section 3.2; they leave masks to later work.
     """
     _check_weights(query_weight, value_weight, ("query_weight", "value_weight"))
     _check_tokens(x, query_weight.shape[2], key_padding_mask)
@@ -376,7 +395,10 @@ def l2_attention(
     if key_padding_mask is not None:
         x = x.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
     query = _heads(x, query_weight)
-    weights = _hidden(_squares(query, query, -1.0) / -root, key_padding_mask).softmax(-1)
+    scores = _hidden(_squares(query, query, -1.0) / -root, key_padding_mask)
+    if is_causal:
+        scores = scores.masked_fill(_later(scores), torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1)
     values = query @ (query_weight @ value_weight.mT / root)
     outputs = (weights @ values).transpose(1, 2).flatten(2)
     if key_padding_mask is None:
@@ -385,7 +407,11 @@ def l2_attention(
 
 
 def l2_attention_bound(
-    query_weight: Tensor, value_weight: Tensor, out_weight: Tensor, tokens: int
+    query_weight: Tensor,
+    value_weight: Tensor,
+    out_weight: Tensor,
+    tokens: int,
+    is_causal: bool = False,
 ) -> Tensor:
     r"""Bound of the Lipschitz constant of L2 attention and a matrix behind it, for n tokens.
 
@@ -394,8 +420,9 @@ def l2_attention_bound(
         \big\lVert (\lVert W^V_h Q_h^\top\rVert_2\, Q_h)_h \big\rVert_2, \qquad
         \kappa_n = \sqrt{\tfrac{n + 1}{2}} + 2 \mu_n + 2 \sqrt{(n - 1)\, \mu_2\, \mu_n}
 
-    with :math:`\mu_n = \varphi^{-1}(n - 1)`, :math:`\varphi(t) = t e^{t + 1}`. The proof is in Note
-    [L2 attention]. It begins as that of :cite:t:`kim2021`, whose factor is
+    with :math:`\mu_n = \varphi^{-1}(n - 1)`, :math:`\varphi(t) = t e^{t + 1}`, and for causal
+    attention :math:`\mu_2 + \dots + \mu_n` in place of :math:`(n - 1)\, \mu_n`, which is not less.
+    The proof is in Note [L2 attention]. It begins as that of :cite:t:`kim2021`, whose factor is
     :math:`\sqrt n\, (4 \mu_n + 1)`, and grows as :math:`\sqrt{n \log n}` instead of
     :math:`\sqrt n \log n`: since a token is nearest to itself, it gives no other more than half of
     its weight. Norms are from above, differentiably.
@@ -408,6 +435,8 @@ def l2_attention_bound(
         :math:`W^O`, (outputs, heads · size of a head).
     tokens : int
         :math:`n`.
+    is_causal : bool
+        Whether a token reads itself and earlier ones only.
 
     Returns
     -------
@@ -426,6 +455,8 @@ def l2_attention_bound(
     >>> one = torch.ones(1, 1, 1)
     >>> [round(l2_attention_bound(one, one, one[0], n).item(), 2) for n in (1, 2, 16, 256)]
     [1.0, 2.34, 10.49, 48.79]
+    >>> [round(l2_attention_bound(one, one, one[0], n, True).item(), 2) for n in (1, 2, 16, 256)]
+    [1.0, 2.34, 9.71, 45.35]
 
     References
     ----------
@@ -434,7 +465,7 @@ def l2_attention_bound(
     _integer("tokens", tokens, 1)
     _check_weights(query_weight, value_weight, ("query_weight", "value_weight"))
     count = torch.full((), tokens, dtype=torch.float64, device=query_weight.device)
-    return _used((query_weight, value_weight, out_weight), count)
+    return _used((query_weight, value_weight, out_weight), count, tokens if is_causal else None)
 
 
 def _l2_factor(
@@ -457,8 +488,11 @@ def _l2_factor(
         return norm(out) * norm(stacked.mT) / math.sqrt(size)
 
 
-def _kappa(tokens: Tensor) -> Tensor:
-    """Factor of Note [L2 attention] for numbers of tokens in float64, rounded up."""
+def _kappa(tokens: Tensor, causal: int | None) -> Tensor:
+    """Factor of Note [L2 attention] for numbers of tokens in float64, rounded up.
+
+    Of causal attention, if the largest of the numbers is given.
+    """
 
     def inverse(target: Tensor) -> Tensor:
         t = target.log1p()  # above the solution of t e^(t + 1) = target, and Newton stays there
@@ -468,8 +502,12 @@ def _kappa(tokens: Tensor) -> Tensor:
         return t.clamp(min=0.0)
 
     mu, pair = inverse(tokens - 1), inverse(torch.ones_like(tokens))
-    own = ((tokens + 1) / 2).sqrt()
-    return (own + 2 * mu + 2 * ((tokens - 1) * pair * mu).sqrt()) * _UP
+    own, total = ((tokens + 1) / 2).sqrt(), (tokens - 1) * mu
+    if causal is not None:
+        earlier = torch.arange(causal, dtype=tokens.dtype, device=tokens.device)
+        sums = inverse(earlier).cumsum(0) * (1 + causal * 2.0**-51)  # what it rounds
+        total = sums[tokens.long() - 1]
+    return (own + 2 * mu + 2 * (pair * total).sqrt()) * _UP
 
 
 @traced_as(lambda radius: BallProjection(radius))  # noqa: PLW0108 - which stands below
@@ -609,6 +647,12 @@ def _hidden(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(mask[:, None, None, :], torch.finfo(scores.dtype).min)
 
 
+def _later(scores: Tensor) -> Tensor:
+    """Pairs (i, j) of a token and a later one, j > i."""
+    every = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    return every.triu(1)
+
+
 def _log_cosh(squares: Tensor) -> tuple[Tensor, Tensor]:
     """Give log cosh and tanh(r) / r for squares of r, smooth in them."""
     near = squares < _NEAR
@@ -699,7 +743,8 @@ class _EnergyLayer(nn.Module):
         if is_causal:
             raise ValueError(
                 "is_causal must be False: the gradient with respect to a token holds the answers "
-                "to later tokens that read it, so that no mask makes the step causal"
+                "to later tokens that read it, so that no mask makes the step causal; "
+                "L2MultiheadAttention(..., is_causal=True) is"
             )
         step = self.step().to(x.dtype)
         return energy_attention(x, self.query_weight, self.key_weight, key_padding_mask, step)
@@ -765,7 +810,8 @@ class L2MultiheadAttention(nn.Module):
     with :func:`l2_attention` and the bound :math:`L_n` of :func:`l2_attention_bound`.
     **Guaranteed**: the constant is at most :math:`L_n` for n tokens, and at most 1 with
     ``nonexpansive``, for all parameters, in training and evaluation. The bound grows
-    as :math:`\sqrt{n \log n}`.
+    as :math:`\sqrt{n \log n}`. With ``is_causal``, output i is the same whatever later tokens are;
+    what ``nonexpansive`` divides by depends on how many tokens there are, without the padded ones.
 
     Parameters
     ----------
@@ -781,6 +827,9 @@ class L2MultiheadAttention(nn.Module):
         Size of a head; ``embed_dim / num_heads`` if not given.
     device, dtype
         Of the parameters.
+    is_causal : bool
+        Whether a token reads itself and earlier ones only. It belongs to the layer and not to a
+        call, so that its bounds are those of what it computes.
 
     Attributes
     ----------
@@ -820,11 +869,12 @@ class L2MultiheadAttention(nn.Module):
         head_dim: int | None = None,
         device: Any = None,
         dtype: Any = None,
+        is_causal: bool = False,
     ) -> None:
         super().__init__()
         shape = _sizes(embed_dim, num_heads, head_dim)
         self.num_heads, self.head_dim, self.embed_dim = shape
-        self.nonexpansive = bool(nonexpansive)
+        self.nonexpansive, self.is_causal = bool(nonexpansive), bool(is_causal)
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -846,7 +896,8 @@ class L2MultiheadAttention(nn.Module):
         """Show the sizes."""
         return (
             f"{self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
-            f"bias={self.bias is not None}, nonexpansive={self.nonexpansive}"
+            f"bias={self.bias is not None}, nonexpansive={self.nonexpansive}, "
+            f"is_causal={self.is_causal}"
         )
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
@@ -865,28 +916,29 @@ class L2MultiheadAttention(nn.Module):
         torch.Tensor
             The shape of ``x``.
         """
-        heads = l2_attention(x, self.query_weight, self.value_weight, key_padding_mask)
+        weights = self.query_weight, self.value_weight, self.out_weight
+        heads = l2_attention(x, *weights[:2], key_padding_mask, self.is_causal)
         if self.nonexpansive:
-            weights = self.query_weight, self.value_weight, self.out_weight
-            heads = _over_bound(heads, weights, key_padding_mask)
+            heads = _over_bound(heads, weights, key_padding_mask, self.is_causal)
         return functional.linear(heads, self.out_weight, self.bias)
 
 
 def _over_bound(
-    heads: Tensor, weights: tuple[Tensor, Tensor, Tensor], mask: Tensor | None
+    heads: Tensor, weights: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, is_causal: bool
 ) -> Tensor:
     """Divide by the bound for the number of tokens of each sample."""
     if mask is None:
         tokens = torch.full((1,), heads.shape[1], dtype=torch.float64, device=heads.device)
     else:
         tokens = mask.logical_not().sum(1).double().clamp(min=1.0)
-    return heads / _used(weights, tokens).to(heads.dtype).view(-1, 1, 1)
+    causal = heads.shape[1] if is_causal else None
+    return heads / _used(weights, tokens, causal).to(heads.dtype).view(-1, 1, 1)
 
 
-def _used(weights: tuple[Tensor, Tensor, Tensor], tokens: Tensor) -> Tensor:
-    """Bounds that the layer divides by, for numbers of tokens in float64."""
+def _used(weights: tuple[Tensor, Tensor, Tensor], tokens: Tensor, causal: int | None) -> Tensor:
+    """Bounds that the layer divides by, for numbers of tokens as in :func:`_kappa`."""
     factor = _l2_factor(*weights, kernel_norm_bound)
-    return (_kappa(tokens) * _margin(factor.dtype)).to(factor.dtype) * factor
+    return (_kappa(tokens, causal) * _margin(factor.dtype)).to(factor.dtype) * factor
 
 
 class BallProjection(nn.Module):
@@ -955,7 +1007,8 @@ def _constant(module: Any, input_shape: Shape, norm: Callable[[Tensor], Tensor])
     query, value, out = (weight.detach().double() for weight in weights)
     exact = _l2_factor(query, value, out, norm)
     if not module.nonexpansive:
-        return (exact * _kappa(torch.tensor(input_shape[0]).double())).item() * _UP
+        count, causal = input_shape[0], input_shape[0] if module.is_causal else None
+        return (exact * _kappa(torch.tensor(count).double(), causal)).item() * _UP
     used = _l2_factor(*weights, kernel_norm_bound).detach()
     # of what the layer multiplies it by
     least = 1 + 32 * torch.finfo(used.dtype).eps + 2.0**-39
@@ -1157,13 +1210,14 @@ def _l2_errors(
     shift = bias * math.sqrt(tokens) * _UP
     divisor, wrong = 1.0, 0.0
     if module.nonexpansive:
-        count = torch.full((), tokens, dtype=torch.float64)
+        count, causal = torch.tensor(tokens).double(), tokens if module.is_causal else None
         used = [
-            _used((each.query_weight, each.value_weight, each.out_weight), count).double().item()
+            _used((each.query_weight, each.value_weight, each.out_weight), count, causal)
             for each in (module, function)
         ]
-        divisor = min(used) / _UP
-        wrong = (max(used) / divisor - 1) * _UP + _gamma(4, dtype)
+        sizes = [each.double().item() for each in used]
+        divisor = min(sizes) / _UP
+        wrong = (max(sizes) / divisor - 1) * _UP + _gamma(4, dtype)
     largest = max(1.0, *(weight.abs().max().item() for weight in weights)) ** 2
     quantum, columns = _quantum(dtype), out.shape[1]
 

@@ -267,11 +267,14 @@ def test_the_factor_of_l2_attention_in_decimal_numbers(n: int) -> None:
     with localcontext() as context:
         context.prec = 50
         mu, pair = inverse(n - 1), inverse(1)
-        own, rest = (Decimal(n + 1) / 2).sqrt(), ((n - 1) * mu * pair).sqrt()
-        exact = own + 2 * mu + 2 * rest
+        totals = [(n - 1) * mu]
+        if n <= 16:
+            totals.append(sum((inverse(i) for i in range(1, n)), Decimal(0)))
         one = torch.ones(1, 1, 1, dtype=double)
-        found = Decimal(l2_attention_bound(one, one, one[0], n).item())
-        assert exact < found < exact * (1 + Decimal(2) ** -20)
+        for is_causal, total in enumerate(totals):
+            exact = (Decimal(n + 1) / 2).sqrt() + 2 * mu + 2 * (total * pair).sqrt()
+            found = Decimal(l2_attention_bound(one, one, one[0], n, bool(is_causal)).item())
+            assert exact < found < exact * (1 + Decimal(2) ** -20)
 
 
 class SelfAttention(nn.Module):
@@ -349,39 +352,60 @@ def test_lengths_of_tokens_in_the_range_hold(seed: int, size: float) -> None:
 # -------------------------------------------------------------------------- L2 attention
 
 
-def distances_by_pairs(x: Tensor, query: Tensor, value: Tensor) -> Tensor:
+def distances_by_pairs(x: Tensor, query: Tensor, value: Tensor, is_causal: bool) -> Tensor:
     """Of one sample, each weight an exponential of a distance."""
     rows = []
-    for one in x:
+    for i, one in enumerate(x):
+        seen = x[: i + 1] if is_causal else x
         heads = []
         for q, v in zip(query, value, strict=True):
             root = math.sqrt(len(q))
             weights = torch.stack(
-                [(-(q @ (one - other)).square().sum() / root).exp() for other in x]
+                [(-(q @ (one - other)).square().sum() / root).exp() for other in seen]
             )
             tied = v @ (q.mT @ q / root)
-            heads.append(tied @ (weights[:, None] * x).sum(0) / weights.sum())
+            heads.append(tied @ (weights[:, None] * seen).sum(0) / weights.sum())
         rows.append(torch.cat(heads))
     return torch.stack(rows)
 
 
 @settings(max_examples=20)
-@given(shapes, seeds)
-def test_l2_attention_is_that_of_all_pairs(shape: tuple[int, int, int, int], seed: int) -> None:
+@given(shapes, seeds, st.booleans())
+def test_l2_attention_is_that_of_all_pairs(
+    shape: tuple[int, int, int, int], seed: int, is_causal: bool
+) -> None:
     torch.manual_seed(seed)
     x, query, value = draw(shape, 1.0, 1.0, 1.0)
-    expected = torch.stack([distances_by_pairs(sample, query, value) for sample in x])
-    torch.testing.assert_close(l2_attention(x, query, value), expected)
+    expected = torch.stack([distances_by_pairs(each, query, value, is_causal) for each in x])
+    torch.testing.assert_close(l2_attention(x, query, value, is_causal=is_causal), expected)
+
+
+@pytest.mark.parametrize("nonexpansive", [False, True])
+def test_causal_outputs_are_the_same_whatever_comes_later(nonexpansive: bool) -> None:
+    torch.manual_seed(0)
+    layer = L2MultiheadAttention(4, 2, nonexpansive=nonexpansive, is_causal=True)
+    x = torch.randn(3, 6, 4)
+    whole = layer(x)
+    for i in range(1, 6):
+        other = x.clone()
+        other[:, i:] = 30 * torch.randn(3, 6 - i, 4)
+        assert torch.equal(layer(other)[:, :i], whole[:, :i])
+        assert not torch.equal(layer(other)[:, i], whole[:, i])
+        shorter = layer(x[:, :i])
+        if nonexpansive:  # divided by less, by one number for all
+            bounds = [l2_attention_bound(*weights_of(layer), n, True).item() for n in (i, 6)]
+            shorter = shorter * bounds[0] / bounds[1]
+        torch.testing.assert_close(shorter, whole[:, :i])
 
 
 @settings(max_examples=30)
-@given(shapes, scales, scales, seeds)
+@given(shapes, scales, scales, seeds, st.booleans())
 def test_the_bound_of_l2_attention_holds(
-    shape: tuple[int, int, int, int], weight: float, size: float, seed: int
+    shape: tuple[int, int, int, int], weight: float, size: float, seed: int, is_causal: bool
 ) -> None:
     torch.manual_seed(seed)
     tokens, heads, k, features = shape
-    layer = L2MultiheadAttention(features, heads, head_dim=k, dtype=double)
+    layer = L2MultiheadAttention(features, heads, head_dim=k, dtype=double, is_causal=is_causal)
     with torch.no_grad():
         for each in layer.parameters():
             each.copy_(torch.randn_like(each))
@@ -393,7 +417,28 @@ def test_the_bound_of_l2_attention_holds(
         norm = torch.linalg.matrix_norm(matrix, p)
         assert norm <= lipschitz_bound(layer, (tokens, features), p).value * (1 + 1e-9)
     weights = layer.query_weight, layer.value_weight, layer.out_weight
-    assert torch.linalg.matrix_norm(matrix, 2) <= l2_attention_bound(*weights, tokens)
+    assert torch.linalg.matrix_norm(matrix, 2) <= l2_attention_bound(*weights, tokens, is_causal)
+
+
+def attained(tokens: int, is_causal: bool, spread: float) -> float:
+    """Largest norm of a Jacobian, of one head that is the identity, that ascent finds."""
+    torch.manual_seed(0)
+    one = torch.eye(2, dtype=double)[None]
+    layer = L2MultiheadAttention(2, dtype=double, is_causal=is_causal)
+    with torch.no_grad():
+        for weight in weights_of(layer):
+            weight.copy_(one.reshape(weight.shape))
+    x = spread * torch.randn(16, tokens, 2, dtype=double)
+    return lipschitz_lower_bound(layer, x, steps=40).value
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 6])
+def test_ascent_stays_below_the_factor_of_causal_attention(tokens: int) -> None:
+    """More than a third of it for a few tokens; size 2 divides the factor by sqrt 2."""
+    one = torch.eye(2, dtype=double)[None]
+    factor = l2_attention_bound(one, one, one[0], tokens, True).item()
+    found = max(attained(tokens, True, spread) for spread in (0.3, 1.0, 3.0))
+    assert 0.35 * factor < found <= factor
 
 
 def published_factor(tokens: int) -> float:
@@ -415,6 +460,9 @@ def test_the_factor_of_the_tokens() -> None:
         assert kappa < share * published_factor(n)
     pair = 0.2784645427610738  # Lambert's W at 1/e
     assert found[1] == pytest.approx(math.sqrt(1.5) + 4 * pair, rel=1e-9)
+    causal = [l2_attention_bound(one, one, one[0], n, True).item() for n in (1, 2, 5, 50, 5000)]
+    assert causal[:2] == pytest.approx(found[:2], rel=1e-9)
+    assert all(0.9 * a < c < 0.99 * a for a, c in zip(found[2:], causal[2:], strict=True))
 
 
 def test_ascent_comes_near_the_bound_of_l2_attention() -> None:
@@ -436,17 +484,22 @@ def test_ascent_comes_near_the_bound_of_l2_attention() -> None:
 
 
 @pytest.mark.parametrize("nonexpansive", [False, True])
-def test_padding_of_l2_attention(nonexpansive: bool) -> None:
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_padding_of_l2_attention(nonexpansive: bool, is_causal: bool) -> None:
+    """After the tokens, before them and between them; a sample may be all padding."""
     torch.manual_seed(0)
-    layer = L2MultiheadAttention(4, 2, nonexpansive=nonexpansive).double()
-    x = torch.randn(4, 6, 4, dtype=double)
-    counts = (6, 3, 1, 0)
-    mask = torch.arange(6) >= torch.tensor(counts)[:, None]
+    layer = L2MultiheadAttention(4, 2, nonexpansive=nonexpansive, is_causal=is_causal).double()
+    kept = [slice(6), slice(3), slice(4, 6), slice(1, 6, 3), slice(0)]
+    x = torch.randn(5, 6, 4, dtype=double, requires_grad=True)
+    mask = torch.ones(5, 6, dtype=torch.bool)
+    for row, mine in zip(mask, kept, strict=True):
+        row[mine] = False
     y = layer(x.masked_fill(mask[..., None], math.nan), mask)
-    for k, count in enumerate(counts):
-        assert bool((y[k, count:] == 0).all())
-        if count:
-            torch.testing.assert_close(y[k, :count], layer(x[k : k + 1, :count])[0])
+    assert bool((y[mask] == 0).all())
+    for k, mine in enumerate(kept[:-1]):
+        torch.testing.assert_close(y[k, mine], layer(x[k : k + 1, mine])[0])
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    assert gradient.isfinite().all()
 
 
 # ------------------------------------------------------------------- errors of the programs
@@ -487,6 +540,10 @@ def decimal_energy_step(x: Tensor, layer: EnergyAttention) -> list[list[Decimal]
     return out
 
 
+def causal(*sizes: int, **options: Any) -> L2MultiheadAttention:
+    return L2MultiheadAttention(*sizes, is_causal=True, **options)
+
+
 def decimal_l2(x: Tensor, layer: L2MultiheadAttention) -> list[list[Decimal]]:
     """Of one sample, from sums over pairs."""
     rows, root = decimals(x.tolist()), Decimal(layer.head_dim).sqrt()
@@ -497,9 +554,10 @@ def decimal_l2(x: Tensor, layer: L2MultiheadAttention) -> list[list[Decimal]]:
         back = [[dot(q, column) / root for column in columns(query)] for q in tokens]
         values = columns([[dot(b, w) for w in value] for b in back])
         for i, q in enumerate(tokens):
-            apart = [[s - t for s, t in zip(q, k, strict=True)] for k in tokens]
+            seen = tokens[: i + 1] if layer.is_causal else tokens
+            apart = [[s - t for s, t in zip(q, k, strict=True)] for k in seen]
             powers = [(-dot(z, z) / root).exp() for z in apart]
-            heads[i] += [dot(powers, column) / sum(powers) for column in values]
+            heads[i] += [dot(powers, column[: len(seen)]) / sum(powers) for column in values]
     bias = [Decimal(0)] * layer.embed_dim if layer.bias is None else decimals(layer.bias.tolist())
     out = decimals(layer.out_weight.tolist())
     return [[dot(h, w) + b for w, b in zip(out, bias, strict=True)] for h in heads]
@@ -519,7 +577,7 @@ HOSTILE: dict[str, Callable[[int, int], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("kind", [EnergyAttention, L2MultiheadAttention])
+@pytest.mark.parametrize("kind", [EnergyAttention, L2MultiheadAttention, causal])
 @pytest.mark.parametrize("dtype", [torch.float32, double])
 def test_errors_of_the_programs_in_decimal_numbers(name: str, kind: Any, dtype: Any) -> None:
     torch.manual_seed(0)
@@ -546,7 +604,7 @@ def test_errors_of_the_programs_in_decimal_numbers(name: str, kind: Any, dtype: 
 
 
 @settings(max_examples=8)
-@given(shapes, st.integers(0, 9), st.sampled_from(["energy", "l2", "nonexpansive"]))
+@given(shapes, st.integers(0, 9), st.sampled_from(["energy", "l2", "nonexpansive", "causal"]))
 def test_errors_of_the_programs_near_a_point(
     shape: tuple[int, int, int, int], seed: int, kind: str
 ) -> None:
@@ -556,15 +614,13 @@ def test_errors_of_the_programs_near_a_point(
     layer: Any = EnergyAttention(features, heads, size)
     if kind != "energy":
         layer = L2MultiheadAttention(
-            features, heads, head_dim=size, nonexpansive=kind == "nonexpansive"
+            features, heads, head_dim=size, nonexpansive=kind != "l2", is_causal=kind == "causal"
         )
     twin = copy.deepcopy(freeze(layer)).double()
     rescaled = 1.0
-    if kind == "nonexpansive":
-        ratio = [
-            attention._used(weights_of(each), torch.tensor(tokens).double())
-            for each in (twin, layer)
-        ]
+    if kind in ("nonexpansive", "causal"):
+        count, causal = torch.tensor(tokens).double(), tokens if kind == "causal" else None
+        ratio = [attention._used(weights_of(each), count, causal) for each in (twin, layer)]
         rescaled = (ratio[0] / ratio[1]).item()
     for p in (1.0, 2.0, math.inf):
         x = 3 * torch.randn(4, tokens, features)
@@ -641,7 +697,7 @@ def test_errors_hold_steps_and_divisors_of_both_precisions() -> None:
     assert apart > 0.002 * errors[0]
 
 
-@pytest.mark.parametrize("kind", [EnergyAttention, L2MultiheadAttention])
+@pytest.mark.parametrize("kind", [EnergyAttention, L2MultiheadAttention, causal])
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
 def test_errors_on_all_of_space_are_those_of_balls(kind: Any, p: float) -> None:
     torch.manual_seed(0)
@@ -663,7 +719,7 @@ def test_errors_are_infinite_where_squares_overflow() -> None:
         assert found.limit[1] == 0
 
 
-@pytest.mark.parametrize("kind", [EnergyAttention, L2MultiheadAttention])
+@pytest.mark.parametrize("kind", [EnergyAttention, L2MultiheadAttention, causal])
 def test_sound_certificates_of_attention(kind: Any) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(kind(4, 2), nn.Flatten(), nn.Linear(12, 3)).eval()
@@ -749,7 +805,11 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: BallProjection(0), ValueError, "radius must be positive and finite, got 0"),
     (lambda: ball_projection(X[0, 0, 0], 1.0), ValueError, "x must have 1 or more dimensions"),
     (lambda: EnergyAttention(4, 3), ValueError, "num_heads must divide embed_dim = 4"),
-    (lambda: EnergyAttention(4)(X, is_causal=True), ValueError, "is_causal must be False"),
+    (
+        lambda: EnergyAttention(4)(X, is_causal=True),
+        ValueError,
+        r"is_causal must be False: .* L2MultiheadAttention\(\.\.\., is_causal=True\) is",
+    ),
     (lambda: EnergyAttention(3)(X), ValueError, r"x must have shape \(batch, tokens, 3\)"),
     (lambda: energy_attention(X[0], W, W), ValueError, "x must have shape"),
     (lambda: energy_attention(X[:, :0], W, W), ValueError, "a token or more"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
@@ -24,7 +25,7 @@ import torch
 from PIL import Image
 
 from lipbook.lab import data
-from lipbook.lab.data import Mnist, cifar10, mnist
+from lipbook.lab.data import Mnist, characters, cifar10, mnist
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "lipbook" / "lab" / "digits"
@@ -125,6 +126,42 @@ def test_a_damaged_subset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         mnist()
     for word in ("mnist.npz", data.SUBSET_SHA256, sha256(content)):
         assert word in str(error.value)
+
+
+def test_the_text_is_that_of_the_notice_in_three_parts() -> None:
+    """Beginnings and ends by heart, sizes of the notice, and nothing lost between the parts."""
+    folder = ROOT / "lipbook" / "lab" / "texts"
+    content = (folder / "luke_john.txt.bz2").read_bytes()
+    notice = " ".join((folder / "NOTICE.md").read_text(encoding="utf-8").split())
+    assert len(content) <= 60_000
+    for words in (f"{len(content):,} bytes", sha256(content), data.TEXT_SHA256, "public domain"):
+        assert words in notice
+    text = characters()
+    parts = ["".join(text.alphabet[k] for k in part) for part in text[:3]]
+    assert parts[0].startswith("forasmuch as many have taken in hand to set forth in order")
+    assert parts[1].startswith("in the beginning was the word, and the word was with god")
+    assert parts[2].endswith("the books that should be written. amen.\n")
+    whole = "".join(parts)
+    assert whole == bz2.decompress(content).decode("ascii")
+    assert f"{len(whole):,} characters, of which {len(set(whole))}" in notice
+    assert text.alphabet == "".join(sorted(set(parts[0])))
+    assert 0 <= len(parts[2]) - len(parts[1]) <= 1
+
+
+def test_the_script_of_the_text_keeps_verses_alone(tmp_path: Path) -> None:
+    script, made = ROOT / "tools" / "make_text.py", tmp_path / "text.bz2"
+    printed = "\nMatthew 1\n\n  1 The book (of all)\n 23 Behold, 3 men.\n\nMark 1\n\n  1 And\n"
+    subprocess.run([sys.executable, str(script), str(made)], input=printed, text=True, check=True)
+    text = bz2.decompress(made.read_bytes()).decode("ascii")
+    assert text == "the book of all\nbehold, 3 men.\nand\n"
+
+
+def test_a_damaged_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "luke_john.txt.bz2").write_bytes(bz2.compress(b"another text"))
+    monkeypatch.setattr(data, "resources", SimpleNamespace(files=lambda package: tmp_path))
+    with pytest.raises(ValueError, match=r"luke_john\.txt\.bz2.*install lipbook again"):
+        characters()
 
 
 def test_repr_is_short() -> None:

@@ -937,15 +937,18 @@ def test_the_advice_for_a_graph_of_one_size_helps(tmp_path: Path) -> None:
     assert (found - model(x)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("nonexpansive", [False, True])
-def test_l2_attention_in_onnx(nonexpansive: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("nonexpansive", "is_causal"), [(False, False), (True, False), (True, True)]
+)
+def test_l2_attention_in_onnx(nonexpansive: bool, is_causal: bool, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    layer, x = L2MultiheadAttention(4, 2, nonexpansive=nonexpansive), 3 * torch.randn(7, 5, 4)
+    layer = L2MultiheadAttention(4, 2, nonexpansive=nonexpansive, is_causal=is_causal)
+    x = 3 * torch.randn(7, 5, 4)
     export_onnx(layer, tmp_path / "a.onnx", (5, 4))
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
     torch.testing.assert_close(found, layer(x))
-    divided = L2MultiheadAttention(4, 2)
+    divided = L2MultiheadAttention(4, 2, is_causal=is_causal)
     divided.load_state_dict(layer.state_dict())
     assert (found.norm() < 0.7 * divided(x).norm()) == nonexpansive
 

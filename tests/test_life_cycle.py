@@ -346,6 +346,11 @@ TABLE = {
     "l2 attention": row(
         lambda: L2MultiheadAttention(4, 2, nonexpansive=True), (5, 4), "nonexpansive"
     ),
+    "causal l2 attention": row(
+        lambda: L2MultiheadAttention(4, 2, nonexpansive=True, is_causal=True),
+        (5, 4),
+        "nonexpansive",
+    ),
     "ball projection": row(lambda: BallProjection(1.5), (5, 4), "nonexpansive"),
     # normalisation
     "layer centering": row(LayerCentering, IMAGE, "nonexpansive"),

@@ -61,6 +61,20 @@ def test_a_temporal_network_is_causal_sees_its_field_and_is_1_lipschitz(
             networks.temporal(3, 2, **arguments)
 
 
+def test_a_causal_transformer_answers_by_the_past() -> None:
+    torch.manual_seed(0)
+    net = networks.transformer(3, 6, 2, causal=True).eval()
+    x = torch.randn(2, 6, 3)
+    other = x.clone()
+    other[:, 4:] = torch.randn(2, 2, 3)
+    answers, found = net(x), net(other)
+    assert answers.shape == (2, 6, 2)
+    assert torch.equal(found[:, :4], answers[:, :4])
+    assert not torch.equal(found[:, 4], answers[:, 4])
+    below = lipschitz_lower_bound(net, x, steps=5).value
+    assert 0.05 < below <= lipschitz_bound(net, (6, 3)).value <= 1 + 1e-5
+
+
 @pytest.mark.parametrize(
     ("build", "shape", "architecture", "arguments"),
     [

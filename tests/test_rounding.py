@@ -1504,6 +1504,7 @@ ON_SETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "encoder": (encoder, 12),
     "energy attention": (lambda: of_tokens(EnergyAttention(4, 2)), 12),
     "l2 attention": (lambda: of_tokens(L2MultiheadAttention(4, 2)), 12),
+    "causal l2 attention": (lambda: of_tokens(L2MultiheadAttention(4, 2, is_causal=True)), 12),
     "RNN": (lambda: Last(nn.RNN(2, 3, batch_first=True)), 8),
     "RNN, relu": (lambda: Last(nn.RNN(2, 3, batch_first=True, nonlinearity="relu")), 8),
     "GRU": (lambda: Last(nn.GRU(2, 3, batch_first=True, bidirectional=True)), 8),

@@ -1,7 +1,8 @@
-"""The images of the experiments: digits that ship, all of MNIST and CIFAR-10 on demand."""
+"""Data of the experiments: digits and a text that ship, all of MNIST and CIFAR-10 on demand."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from lipbook._extras import imported
 
-__all__ = ["Cifar10", "Mnist", "cifar10", "mnist"]
+__all__ = ["Characters", "Cifar10", "Mnist", "characters", "cifar10", "mnist"]
 
+TEXT_SHA256 = "c2f38fba5617cecfb191348bf91652857c177633202b9b7d302a3e3a2133dbf5"
 SUBSET_SHA256 = "6f2ad18b0a9a0604b310771dae9ca62fc875f68b78b1ba9cebc5e5504fb39245"
 
 # The official files: the hash of the file as published, and the hash of its content.
@@ -200,6 +202,64 @@ def cifar10(jpeg: bool = False) -> Cifar10:
     name = "CIFAR-10 (JPEG q75)" if jpeg else "CIFAR-10"
     train_images, train_labels, test_images, test_labels = tensors
     return Cifar10(train_images, train_labels, test_images, test_labels, name)
+
+
+class Characters(NamedTuple):
+    """Text as numbers of characters: three parts, and the characters in the order of the numbers.
+
+    ``train``, ``validation`` and ``test`` are int64 of shape (n,), places in ``alphabet``.
+    """
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    alphabet: str
+
+    def __repr__(self) -> str:
+        sizes = (f"{name}: {len(part)}" for name, part in zip(self._fields, self[:3], strict=False))
+        return f"Characters({', '.join(sizes)}, alphabet: {len(self.alphabet)})"
+
+
+def characters() -> Characters:
+    r"""Two Gospels in the King James Version, character by character.
+
+    The text ships with the package: lower case, a line a verse, without numbers of verses. Luke is
+    there to train on, the first half of John to choose by and the second half to judge by.
+
+    The translation is of 1611, and in the public domain outside the United Kingdom, where the
+    Crown has the right to print it. The text is that of Debian's package ``bible-kjv-text``;
+    ``lab/texts/NOTICE.md`` says more.
+
+    Returns
+    -------
+    Characters
+        Fresh tensors.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged; the message has both hashes.
+
+    Examples
+    --------
+    >>> from lipbook.lab.data import characters
+    >>> text = characters()
+    >>> text
+    Characters(train: 134650, validation: 49002, test: 49003, alphabet: 35)
+    >>> "".join(text.alphabet[k] for k in text.validation[:29])
+    'in the beginning was the word'
+    """
+    resource = resources.files("lipbook.lab") / "texts" / "luke_john.txt.bz2"
+    content = resource.read_bytes()
+    _check_hash(str(resource), content, TEXT_SHA256, "install lipbook again")
+    text = bz2.decompress(content).decode("ascii")
+    alphabet = "".join(sorted(set(text)))
+    place = {character: k for k, character in enumerate(alphabet)}
+    numbers = torch.tensor([place[character] for character in text])
+    john = text.index("in the beginning was the word")
+    middle = (john + len(text)) // 2
+    train, validation, test = numbers.tensor_split((john, middle))
+    return Characters(train.clone(), validation.clone(), test.clone(), alphabet)
 
 
 Pixels = tuple[np.ndarray, np.ndarray]  # images (n, 3, 32, 32) and labels (n,), uint8

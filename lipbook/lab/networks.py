@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lipbook.activations import GroupSort, MaxMin
-from lipbook.attention import EnergyAttention
+from lipbook.attention import EnergyAttention, L2MultiheadAttention
 from lipbook.convolutions import OrthogonalConv2d, ShiftConv2d
 from lipbook.export import freeze
 from lipbook.lab import records
@@ -178,7 +178,13 @@ def large(
 
 
 def transformer(
-    features: int, tokens: int, outputs: int, width: int = 16, blocks: int = 2, heads: int = 2
+    features: int,
+    tokens: int,
+    outputs: int,
+    width: int = 16,
+    blocks: int = 2,
+    heads: int = 2,
+    causal: bool = False,
 ) -> nn.Sequential:
     r"""Build a 1-Lipschitz transformer: an encoder of sequences with one answer for each.
 
@@ -186,6 +192,9 @@ def transformer(
     (:class:`~lipbook.attention.EnergyAttention`) and a residual layer for each token
     (:class:`~lipbook.residual.SLLLinear`). The sum of the tokens over :math:`\sqrt n` is read by an
     orthogonal layer. Each part is 1-Lipschitz, and so is the network.
+
+    A causal one answers at each token, by that token and earlier ones. Its attention is half of an
+    average with a skip: :class:`~lipbook.attention.L2MultiheadAttention`, divided by its bound.
 
     Parameters
     ----------
@@ -201,21 +210,33 @@ def transformer(
         Pairs of attention and residual layer.
     heads : int
         Of the attention.
+    causal : bool
+        Whether to answer at each token.
 
     Returns
     -------
     torch.nn.Sequential
+        To (batch, outputs), or (batch, tokens, outputs) of a causal one.
 
     Examples
     --------
     >>> from lipbook.composition import lipschitz_bound
     >>> round(lipschitz_bound(transformer(4, 6, 2).eval(), (6, 4)).value, 5)
     1.0
+    >>> net = transformer(4, 6, 2, causal=True).eval()
+    >>> net(torch.zeros(1, 6, 4)).shape, lipschitz_bound(net, (6, 4)).value <= 1 + 1e-5
+    (torch.Size([1, 6, 2]), True)
     """
     layers: list[nn.Module] = [OrthogonalLinear(features, width), _Positions(tokens, width)]
     for _ in range(blocks):
-        layers += [EnergyAttention(width, heads), SLLLinear(width, 2 * width)]
-    return nn.Sequential(*layers, _Total(), OrthogonalLinear(width, outputs))
+        attention: nn.Module = EnergyAttention(width, heads)
+        if causal:
+            divided = L2MultiheadAttention(width, heads, nonexpansive=True, is_causal=True)
+            attention = AverageResidual(divided)
+        layers += [attention, SLLLinear(width, 2 * width)]
+    if not causal:
+        layers.append(_Total())
+    return nn.Sequential(*layers, OrthogonalLinear(width, outputs))
 
 
 class _Positions(nn.Module):
