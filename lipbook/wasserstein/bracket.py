@@ -257,11 +257,11 @@ def wasserstein1_bracket(
     return _blocks_bracket(pair, start, sweeps, rng, method == "critic")
 
 
-def _check_rounds(method: Method, seconds: object, progress: object) -> None:
+def _check_rounds(method: Method, seconds: float | None, progress: object) -> None:
     """Refuse a budget that is none, a progress that cannot be called, and either without rounds."""
     if seconds is not None:
         _real("seconds", seconds)
-        if not seconds > 0:  # type: ignore[operator]
+        if not seconds > 0:
             raise ValueError(f"seconds must be > 0, got {seconds}")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be callable, got {type(progress).__name__}")
