@@ -175,7 +175,8 @@ def wasserstein1_bracket(
     methods are deterministic, unless ``seconds`` is given. "sinkhorn" halves the entropy until the
     gap is below ``tolerance`` or float32, in which it iterates, is exhausted. "sparse" goes through
     all pairs twice a round, in float32 that rules pairs out and float64 for those left, until
-    the gap is below ``tolerance``, for 6 rounds at most.
+    the gap is below ``tolerance``, for 6 rounds at most: two mostly do in many dimensions, and in
+    two or three, where more pairs matter, six may be too few for thousands of points.
 
     Parameters
     ----------
@@ -488,7 +489,7 @@ def _axes(pair: Pair, number: int, rng: np.random.Generator) -> Tensor:
 # Note [rounds]
 # A round takes two c-transforms of all points, which is a lower bound, and keeps the pairs that
 # came near the minima. On the graph of all pairs kept so far a step of Sinkhorn's iteration costs
-# a thousandth of that. Its potentials start the next round, its plan is rounded to the marginals.
+# a small part of that, the less the more points there are. Its potentials start the next round, its plan is rounded to the marginals.
 # A pair that the graph lacks shows in the next round: there the potentials break its constraint.
 
 _ROUNDS = 6
