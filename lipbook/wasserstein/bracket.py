@@ -489,8 +489,9 @@ def _axes(pair: Pair, number: int, rng: np.random.Generator) -> Tensor:
 # Note [rounds]
 # A round takes two c-transforms of all points, which is a lower bound, and keeps the pairs that
 # came near the minima. On the graph of all pairs kept so far a step of Sinkhorn's iteration costs
-# a small part of that, the less the more points there are. Its potentials start the next round, its plan is rounded to the marginals.
-# A pair that the graph lacks shows in the next round: there the potentials break its constraint.
+# a small part of that, the less the more points there are. Its potentials start the next round,
+# its plan is rounded to the marginals. A pair that the graph lacks shows in the next round: there
+# the potentials break its constraint.
 
 _ROUNDS = 6
 
