@@ -56,6 +56,7 @@ from lipbook.lab.recipes import (
     ordinary_networks,
     recipes,
     smoothing,
+    sparse_transport,
     speedrun,
     speedrun_cifar10,
     tightness,
@@ -340,6 +341,34 @@ def test_small_rows_of_the_scaling_are_found_again() -> None:
             again, _ = transport_scaling.row(recorded["method"], 256)
             for bound in ("lower", "upper"):
                 assert math.isclose(again[bound], recorded[bound], rel_tol=1e-3)
+
+
+# ----------------------------------------------------------------------------- sparse_transport
+
+
+def test_sparse_graphs_meet_their_targets_and_small_rows_are_found_again() -> None:
+    results = records.read("sparse_transport").results
+    for row, (d, n, tolerance) in zip(results["hard"], sparse_transport.HARD, strict=True):
+        assert (row["d"], row["n"], row["tolerance"]) == (d, n, tolerance)
+        assert row["lower"] <= row["upper"] <= row["lower"] / (1 - tolerance)
+        assert row["seconds"] <= (300 if n == 100_000 else 60)
+    peers = {row["method"]: row for row in results["peers"]}
+    assert tuple(peers) == sparse_transport.PEERS
+    for row in peers.values():
+        assert row["upper"] >= peers["exact"]["lower"]
+        assert row["lower"] is None or row["lower"] <= peers["exact"]["upper"]
+    n = peers["sparse"]["n"]
+    again, _ = sparse_transport.peer_row("sparse", n)
+    for bound in ("lower", "upper"):
+        assert math.isclose(again[bound], peers["sparse"][bound], rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("method", sparse_transport.PEERS)
+def test_intervals_of_all_solvers_hold_the_distance(method: str) -> None:
+    exact = emd(*sparse_transport.mixtures(20, 80, 0))
+    row, _ = sparse_transport.peer_row(method, 80)
+    assert row["upper"] >= exact * (1 - 1e-6)
+    assert row["lower"] is None or row["lower"] <= exact * (1 + 1e-6)
 
 
 # ------------------------------------------------------------------------------- image_critics

@@ -43,19 +43,20 @@ from lipbook.wasserstein import (
     kantorovich_dual,
     sinkhorn,
     sliced_wasserstein,
+    sparse,
     transforms,
     wasserstein1,
     wasserstein1_bracket,
 )
 from lipbook.wasserstein import bracket as bracket_module
 
-METHODS = ["exact", "sinkhorn", "blocks", "critic"]
+METHODS = ["exact", "sinkhorn", "sparse", "blocks", "critic"]
 UNIT = 2.0**-53
 
 
 # --------------------------------------------------------------------------------- the package
 
-ORDER = ["clouds", "transforms", "exact", "critics", "fitting", "bracket", "baselines"]
+ORDER = ["clouds", "transforms", "exact", "sparse", "critics", "fitting", "bracket", "baselines"]
 
 
 def imported_files(source: str) -> set[str]:
@@ -621,7 +622,7 @@ INTERIOR = [
 def test_interior_methods_come_within_a_percent(name: str, x: Tensor, y: Tensor) -> None:
     exact = wasserstein1_bracket(x, y, method="exact")
     assert exact.relative_gap <= 1e-10
-    for method in ("sinkhorn", "blocks"):
+    for method in ("sinkhorn", "sparse", "blocks"):
         bracket = wasserstein1_bracket(x, y, method=method)  # type: ignore[arg-type]
         assert bracket.lower <= exact.upper, method
         assert exact.lower <= bracket.upper, method
@@ -670,6 +671,134 @@ def test_blocks_never_hold_the_cost_matrix(monkeypatch: pytest.MonkeyPatch) -> N
     assert bracket.plan._nnz() <= 2 * 5500
 
 
+# ------------------------------------------------------------------------------- sparse graphs
+
+
+def sides(x: Tensor, y: Tensor) -> list[sparse.Filter]:
+    rng = np.random.default_rng(0)
+    return [sparse.filter_of(z, (x.mean(0) + y.mean(0)) / 2, rng) for z in (x, y)]
+
+
+def awkward(kind: str, d: int) -> tuple[Tensor, Tensor]:
+    """Clouds whose distances float32 gets wrong, in coordinates below 1."""
+    rng = np.random.default_rng(3)
+    x, y = (torch.from_numpy(rng.standard_normal((n, d))) / 8 for n in (300, 250))
+    if kind == "close":  # two clusters far from the centre, with distances near its error
+        x, y = ((torch.arange(len(z)) % 2)[:, None] - 0.5 + 0.01 * z for z in (x, y))
+    if kind == "equal":
+        y[:200] = x[:200]
+    return x, y
+
+
+@pytest.mark.parametrize("kind", ["normal", "close", "equal"])
+@pytest.mark.parametrize("d", [2, 20, 300])
+def test_candidates_give_the_minimum_over_all_and_never_more(kind: str, d: int) -> None:
+    x, y = awkward(kind, d)
+    at, cloud = sides(x, y)
+    g = torch.from_numpy(np.random.default_rng(4).standard_normal(len(y))) / 30
+    g = g * (kind != "close")
+    found, candidates = sparse.transform_with_candidates(at, cloud, g)
+    costs = (x[:, None] - y).square().sum(2).sqrt()
+    naive = (costs - g).amin(1)
+    assert (found <= naive).all()
+    # what float32 cannot see of a distance near its error is given away
+    error = 2 * sparse._slack(d, torch.float32) * max(at.norms.max(), cloud.norms.max()).item()
+    lost = 1e-12 if kind == "normal" else math.sqrt(error)
+    assert torch.allclose(found, naive, rtol=0, atol=lost)
+    best = (costs - g).argmin(1)
+    if kind == "normal":
+        assert (candidates[:, 0] == best).all()
+        assert candidates.shape[1] == sparse.NEAREST + sparse.FEW * sum(
+            cloud.groups // part >= sparse.FEW for part in sparse.THINNED
+        )
+
+
+def test_bounds_of_the_filter_are_below_all_distances_and_the_smallest_are_listed() -> None:
+    x, y = awkward("close", 40)
+    at, cloud = sides(x, y)
+    assert cloud.rough.dtype == torch.float32
+    values, near, _ = sparse.nearest(at, cloud, torch.zeros(len(y), dtype=torch.float64))
+    costs = (x[:, None] - y).square().sum(2).sqrt()
+    assert (values <= costs.gather(1, near) * (1 + 1e-7)).all()
+    squares = at.norms[:, None] + cloud.norms - 2 * at.rough @ cloud.rough.mT
+    bounds = squares.clamp(min=0).sqrt()
+    # in another order of additions
+    assert torch.allclose(values, bounds.sort(1)[0][:, : values.shape[1]], rtol=0, atol=2e-3)
+
+
+def test_the_filter_is_in_float64_where_products_of_float32_may_be_rougher() -> None:
+    x, y = awkward("normal", 3)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert sides(x, y)[0].rough.dtype == torch.float64
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_clusters_nearer_than_float32_can_tell_are_told_apart() -> None:
+    x, y = mixture(200, 200, 30)
+    x, y = (torch.cat((1e-5 * z, 10 + 1e-5 * z)) for z in (x, y))
+    bracket = wasserstein1_bracket(x, y, method="sparse")
+    assert bracket.lower <= wasserstein1(x, y).item() <= bracket.upper
+    assert bracket.relative_gap <= 0.01
+
+
+def test_steps_on_the_whole_graph_are_those_of_sinkhorn() -> None:
+    x, y = mixture(40, 30, 2)
+    cost = torch.cdist(x, y).numpy()
+    i, j = (k.ravel() for k in np.indices(cost.shape))
+    graph = sparse.Graph(i, j, cost.ravel(), cost.shape)
+    rng = np.random.default_rng(0)
+    a, b = (rng.uniform(1, 2, n) for n in cost.shape)
+    a, b = a / a.sum(), b / b.sum()
+    entropy = 0.2
+    (f, g), mass, astray = sparse.scale_on_graph(
+        graph, (a, b), (np.zeros(40), np.zeros(30)), entropy, 1e-6, 5000
+    )
+    u, v = np.zeros(40), np.zeros(30)  # POT and the textbook: potentials in turn
+    for _ in range(5000):
+        u = -entropy * np.log(np.exp((v - cost) / entropy) @ b)
+        v = -entropy * np.log(np.exp((u[:, None] - cost) / entropy).T @ a)
+    assert astray <= 1e-6
+    shift = (f - u).mean()
+    assert np.allclose(f - shift, u, atol=1e-4)
+    assert np.allclose(g + shift, v, atol=1e-4)
+    plan = ot.sinkhorn(a, b, cost, entropy, numItermax=5000, stopThr=1e-12)
+    assert np.allclose(mass.reshape(cost.shape), plan, atol=1e-6)
+
+
+@pytest.mark.parametrize("d", [2, 20])
+def test_sparse_comes_within_a_percent_without_a_cost_matrix(
+    d: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = mixture(1100, 1000, d)
+    exact_value = wasserstein1(x, y).item()
+    monkeypatch.setattr(bracket_module, "_SOFT", 200)
+    monkeypatch.setattr(sparse, "_ENTRIES", 2**12)
+    sizes: list[int] = []
+    distances = clouds.distances
+
+    def counted(a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+        sizes.append(len(a) * len(b))
+        return distances(a, b)
+
+    for module in (bracket_module, exact, transforms):
+        monkeypatch.setattr(module, "distances", counted)
+    seen: list[tuple[float, float]] = []
+    bracket = wasserstein1_bracket(
+        x, y, method="sparse", progress=lambda *bounds: seen.append(bounds), seconds=600
+    )
+    assert max(sizes) <= 1100 * 256
+    assert bracket.lower <= exact_value <= bracket.upper
+    assert bracket.relative_gap <= 0.01
+    lower, upper = zip(*seen, strict=True)
+    assert list(lower) == sorted(lower)
+    assert list(upper) == sorted(upper, reverse=True)
+    assert upper[-1] == pytest.approx(bracket.upper, rel=1e-12)
+    assert lower[-1] == pytest.approx(bracket.lower, rel=1e-12)
+
+
 def test_auto_is_exact_where_that_is_affordable(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = mixture(60, 60, 2)
     monkeypatch.setattr(bracket_module, "_EXACT_SIZE", 50**2)
@@ -677,6 +806,8 @@ def test_auto_is_exact_where_that_is_affordable(monkeypatch: pytest.MonkeyPatch)
     assert "exact plan" in wasserstein1_bracket(x[:50], y[:50]).upper_from
     assert "Sinkhorn" in wasserstein1_bracket(x, y).upper_from
     assert "blocks" in wasserstein1_bracket(torch.cat((x, x)), y).upper_from
+    high = mixture(80, 80, 4)
+    assert "sparse" in wasserstein1_bracket(*high).upper_from
     assert "monotone" in wasserstein1_bracket(x[:, :1], y[:, :1]).upper_from
 
 
@@ -771,6 +902,12 @@ BRACKET_BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"critic": lambda z: z.numpy()[:, 0]}, TypeError, "must return a tensor, got ndarray: torch."),
     ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
     ({"seed": 1.0}, TypeError, "seed must be an int, got float"),
+    ({"method": "sparse", "seconds": 0}, ValueError, "seconds must be > 0, got 0"),
+    ({"method": "sparse", "seconds": math.nan}, ValueError, "seconds must be"),
+    ({"method": "sparse", "seconds": 1e-9}, ValueError, "seconds must be >= .* for one round, got"),
+    ({"method": "sparse", "progress": 3}, TypeError, "progress must be callable, got int"),
+    ({"method": "blocks", "seconds": 9.0}, ValueError, 'seconds must be None unless .*"sparse"'),
+    ({"progress": print}, ValueError, 'progress must be None unless method is "sparse"'),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import time
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lipbook.norms.arguments import _real
 from lipbook.wasserstein.clouds import (
+    TINY,
     Cloud,
     Pair,
     check_count,
@@ -21,6 +23,7 @@ from lipbook.wasserstein.clouds import (
     checked_pair,
     distances,
     down,
+    pair_distances,
     up,
 )
 from lipbook.wasserstein.critics import evaluate_in_chunks
@@ -30,6 +33,14 @@ from lipbook.wasserstein.exact import (
     northwest,
     plan_value,
     solve_on_the_line,
+)
+from lipbook.wasserstein.sparse import (
+    Graph,
+    filter_of,
+    fine_enough,
+    scale_on_graph,
+    seconds_of_a_round,
+    transform_with_candidates,
 )
 from lipbook.wasserstein.transforms import (
     CHUNK,
@@ -44,12 +55,14 @@ __all__ = [
     "wasserstein1_bracket",
 ]
 
-Method = Literal["auto", "exact", "sinkhorn", "blocks", "critic"]
+Method = Literal["auto", "exact", "sinkhorn", "sparse", "blocks", "critic"]
 
 _EXACT_SIZE = 2048**2  # entries of the cost matrix up to which "auto" is "exact"
 _DENSE_SIZE = 6000**2  # and "sinkhorn"
+_FEW_DIMENSIONS = 3  # up to which it is "blocks" beyond that, and "sparse" in more
 _SAMPLE = 1500  # points a side whose exact potentials start the lower bound of "blocks"
 _SAMPLES = 4  # so many times, and averaged
+_SOFT = 2048  # points a side whose entropic potentials start "sparse"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +136,8 @@ def wasserstein1_bracket(
     tolerance: float = 0.01,
     sweeps: int = 10,
     seed: int = 0,
+    seconds: float | None = None,
+    progress: Callable[[float, float], object] | None = None,
 ) -> TransportBracket:
     r"""Proven bounds of W₁ between two finite clouds: a feasible dual point and a coupling.
 
@@ -144,6 +159,9 @@ def wasserstein1_bracket(
     "exact"    the potentials of POT's exact plan     POT's exact plan           ~n³, n²
     "sinkhorn" Sinkhorn's iteration with decreasing   its plan, rounded to the   n² a step, n²
                entropy, started at the critic         marginals
+    "sparse"   entropic potentials of a sample or     Sinkhorn's plan on the     n², n
+               the critic, then Sinkhorn's on a       graph, rounded to the
+               graph of a few pairs for each point    marginals
     "blocks"   the critic or the exact potentials     the monotone coupling      n², n
                of samples of the coupling, as the     along an axis, improved
                better one on a sample of y            by exact plans in blocks
@@ -152,10 +170,13 @@ def wasserstein1_bracket(
 
     All lower bounds end with two c-transforms on all points. On the line, "exact" is by sorting;
     "exact" needs no critic and makes no use of one.
-    "auto" is "exact" on the line and up to 2048² pairs of points, "sinkhorn" up to 6000², "blocks"
-    beyond; it does not depend on the machine, and all methods are deterministic. "sinkhorn" halves
-    the entropy until the gap is below ``tolerance`` or float32, in which it iterates, is
-    exhausted.
+    "auto" is "exact" on the line and up to 2048² pairs of points, "sinkhorn" up to 6000², beyond
+    "blocks" up to 3 dimensions and "sparse" in more; it does not depend on the machine, and all
+    methods are deterministic, unless ``seconds`` is given. "sinkhorn" halves the entropy until the
+    gap is below ``tolerance`` or float32, in which it iterates, is exhausted. "sparse" goes through
+    all pairs twice a round, in float32 that rules pairs out and float64 for those left, until
+    the gap is below ``tolerance``, for 6 rounds at most: two mostly do in many dimensions, and in
+    two or three, where more pairs matter, six may be too few for thousands of points.
 
     Parameters
     ----------
@@ -170,11 +191,15 @@ def wasserstein1_bracket(
     method : str
         As in the table.
     tolerance : float
-        Relative gap at which "sinkhorn" stops.
+        Relative gap at which "sinkhorn" and "sparse" stop.
     sweeps : int
         How often "blocks" and "critic" solve all blocks.
     seed : int
         Seed of the directions of the blocks and of samples.
+    seconds : float, optional
+        "sparse" begins no round that would end later, as measured by the one before.
+    progress : callable, optional
+        "sparse" calls it with the lower and the upper bound after each round.
 
     Returns
     -------
@@ -184,7 +209,9 @@ def wasserstein1_bracket(
     ------
     TypeError, ValueError
         As :func:`wasserstein1`; if the critic's values are NaN or infinite or have another
-        shape; if ``method`` is unknown or is "critic" without a critic.
+        shape; if ``method`` is unknown or is "critic" without a critic; if ``seconds`` is too
+        short for the first round, as estimated by a few rows of it; if ``seconds`` or ``progress``
+        is given for another method.
 
     Examples
     --------
@@ -217,14 +244,31 @@ def wasserstein1_bracket(
     if method == "auto":
         line = pair.x.points.shape[1] == 1
         method = "exact" if line or size <= _EXACT_SIZE else "sinkhorn"
-        method = method if line or size <= _DENSE_SIZE else "blocks"
+        if not line and size > _DENSE_SIZE:
+            method = "blocks" if pair.x.points.shape[1] <= _FEW_DIMENSIONS else "sparse"
+    _check_rounds(method, seconds, progress)
     start = None if critic is None else _critic_start(pair, evaluate_in_chunks(critic, x), rng)
 
     if method == "exact":
         return _exact_bracket(pair)
     if method == "sinkhorn":
         return _sinkhorn_bracket(pair, start, tolerance)
+    if method == "sparse":
+        return _sparse_bracket(pair, start, tolerance, rng, seconds or math.inf, progress)
     return _blocks_bracket(pair, start, sweeps, rng, method == "critic")
+
+
+def _check_rounds(method: Method, seconds: float | None, progress: object) -> None:
+    """Refuse a budget that is none, a progress that cannot be called, and either without rounds."""
+    if seconds is not None:
+        _real("seconds", seconds)
+        if not seconds > 0:
+            raise ValueError(f"seconds must be > 0, got {seconds}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be callable, got {type(progress).__name__}")
+    for name, value in (("seconds", seconds), ("progress", progress)):
+        if value is not None and method != "sparse":
+            raise ValueError(f'{name} must be None unless method is "sparse", got {value!r}')
 
 
 def _bracket(
@@ -410,20 +454,26 @@ def _rounded(pair: Pair, dense: Tensor) -> Plan:
     dense *= (b / dense.sum(0).clamp(min=1e-300)).clamp(max=1)
     i, j = (k.cpu().numpy() for k in dense.nonzero(as_tuple=True))
     mass = dense[dense > 0].cpu().numpy()
+    return _completed(pair, Plan(i, j, mass * pair.x.total))
+
+
+def _completed(pair: Pair, plan: Plan) -> Plan:
+    """Couple what a plan leaves, monotonely along an axis."""
+    masses = pair.x.mass, pair.y.mass * (pair.x.total / pair.y.total)
     missing = [
-        np.maximum(m.cpu().numpy() - np.bincount(k, mass, len(m)), 0) for m, k in ((a, i), (b, j))
+        np.maximum(m - np.bincount(k, plan.mass, len(m)), 0)
+        for m, k in zip(masses, (plan.i, plan.j), strict=True)
     ]
-    plan = Plan(i, j, mass)
-    if min(m.sum() for m in missing) > 0:
-        axis = _axes(pair, 1, np.random.default_rng(0))
-        order = [np.argsort((c.points @ axis)[:, 0].cpu().numpy()) for c in (pair.x, pair.y)]
-        rest = northwest(missing[0][order[0]], missing[1][order[1]])
-        plan = Plan(
-            np.concatenate((i, order[0][rest.i])),
-            np.concatenate((j, order[1][rest.j])),
-            np.concatenate((mass, rest.mass)),
-        )
-    return Plan(plan.i, plan.j, plan.mass * pair.x.total)
+    if min(m.sum() for m in missing) == 0:
+        return plan
+    axis = _axes(pair, 1, np.random.default_rng(0))
+    order = [np.argsort((c.points @ axis)[:, 0].cpu().numpy()) for c in (pair.x, pair.y)]
+    rest = northwest(missing[0][order[0]], missing[1][order[1]])
+    return Plan(
+        np.concatenate((plan.i, order[0][rest.i])),
+        np.concatenate((plan.j, order[1][rest.j])),
+        np.concatenate((plan.mass, rest.mass)),
+    )
 
 
 def _axes(pair: Pair, number: int, rng: np.random.Generator) -> Tensor:
@@ -434,6 +484,146 @@ def _axes(pair: Pair, number: int, rng: np.random.Generator) -> Tensor:
     for _ in range(3):
         directions = torch.linalg.qr(points.mT @ (points @ directions))[0]
     return directions
+
+
+# Note [rounds]
+# A round takes two c-transforms of all points, which is a lower bound, and keeps the pairs that
+# came near the minima. On the graph of all pairs kept so far a step of Sinkhorn's iteration costs
+# a small part of that, the less the more points there are. Its potentials start the next round,
+# its plan is rounded to the marginals. A pair that the graph lacks shows in the next round: there
+# the potentials break its constraint.
+
+_ROUNDS = 6
+
+
+def _sparse_bracket(
+    pair: Pair,
+    start: Tensor | None,
+    tolerance: float,
+    rng: np.random.Generator,
+    seconds: float,
+    progress: Callable[[float, float], object] | None,
+) -> TransportBracket:
+    begin = time.perf_counter()
+    x, y = pair.x, pair.y
+    n, m = len(x.mass), len(y.mass)
+    centre = (x.points.mean(0) + y.points.mean(0)) / 2
+    sides = [filter_of(c.points, centre, rng) for c in (x, y)]
+    if seconds < math.inf:
+        needed = seconds_of_a_round(*sides)
+        if needed > seconds:
+            raise ValueError(f"seconds must be >= {needed:.2g} for one round, got {seconds:g}")
+    axes = _axes(pair, min(8, x.points.shape[1]), rng)
+    ends = [(c.points @ axes).cpu().numpy() for c in (x, y)]
+    plan = _swept(pair, _monotone(pair, ends), ends, 2, rng)
+    upper = plan_value(pair, plan)
+    sides = [fine_enough(side, centre, 0.05 * tolerance * upper, upper) for side in sides]
+    keys = np.unique(plan.i * m + plan.j)
+    f = _soft_start(pair, rng, tolerance) if start is None else start
+    best = -math.inf, torch.zeros(0), torch.zeros(0)
+    for number in range(1, _ROUNDS + 1):
+        begin_round = time.perf_counter()
+        g, columns = transform_with_candidates(sides[1], sides[0], f - f.mean())
+        f, rows = transform_with_candidates(sides[0], sides[1], g)
+        lower = down(dual_value(x, f) + dual_value(y, g))
+        if lower > best[0] or number == 1:
+            best = lower, f, g
+        unit = max(best[0], 1e-3 * upper, TINY)
+        if upper - best[0] > tolerance * upper:
+            found = (
+                (np.arange(n)[:, None] * m + rows.cpu().numpy()).ravel(),
+                (columns.cpu().numpy() * m + np.arange(m)[:, None]).ravel(),
+            )
+            graph = _graph(pair, np.unique(np.concatenate((keys, *found))))
+            potentials, new = _solve_on_graph(pair, graph, (f, g), tolerance * unit)
+            value = plan_value(pair, new)
+            if value < upper:
+                plan, upper = new, value
+        if progress is not None:
+            progress(best[0] * 2.0**pair.exponent, upper * 2.0**pair.exponent)
+        now = time.perf_counter()
+        late = 2 * now - begin_round - begin > seconds
+        if late or upper - best[0] <= tolerance * upper or not np.isfinite(potentials[0]).all():
+            break
+        f = torch.from_numpy(potentials[0]).to(x.points)
+        slack = graph.cost - potentials[0][graph.i] - potentials[1][graph.j]
+        near = slack < 3 * tolerance * unit
+        keys = np.union1d(graph.i[near] * m + graph.j[near], plan.i * m + plan.j)
+    lower_from = f"potentials of Sinkhorn's steps on a sparse graph, c-transformed, {number} rounds"
+    return _bracket(pair, *best[1:], plan, lower_from, "a plan on the sparse graph, rounded")
+
+
+def _monotone(pair: Pair, ends: list[np.ndarray]) -> Plan:
+    x, y = pair.x, pair.y
+    order = [np.argsort(z[:, 0], kind="stable") for z in ends]
+    plan = northwest(x.mass[order[0]], (y.mass * (x.total / y.total))[order[1]])
+    return Plan(order[0][plan.i], order[1][plan.j], plan.mass)
+
+
+def _swept(
+    pair: Pair, plan: Plan, ends: list[np.ndarray], sweeps: int, rng: np.random.Generator
+) -> Plan:
+    for _ in range(sweeps):
+        plan = _sweep(pair, plan, ends[0][plan.i] + ends[1][plan.j], rng)
+    return plan
+
+
+def _solve_on_graph(
+    pair: Pair, graph: Graph, start: tuple[Tensor, Tensor], unit: float
+) -> tuple[tuple[np.ndarray, np.ndarray], Plan]:
+    """Sinkhorn's iteration with decreasing entropy, and its plan, rounded to the marginals."""
+    masses = pair.x.mass / pair.x.total, pair.y.mass / pair.y.total
+    potentials = start[0].cpu().numpy(), start[1].cpu().numpy()
+    enough = 0.05 * unit / (float(graph.cost.mean()) or 1.0)
+    for level in (1.6, 0.8, 0.4, 0.2, 0.1):
+        potentials, mass, _ = scale_on_graph(graph, masses, potentials, level * unit, enough)
+    return potentials, _rounded_moves(pair, graph, mass)
+
+
+def _graph(pair: Pair, keys: np.ndarray) -> Graph:
+    m = len(pair.y.mass)
+    i, j = keys // m, keys % m
+    cost = pair_distances(pair.x.points, pair.y.points, i, j)
+    return Graph(i, j, cost, (len(pair.x.mass), m))
+
+
+def _rounded_moves(pair: Pair, graph: Graph, mass: np.ndarray) -> Plan:
+    a, b = pair.x.mass / pair.x.total, pair.y.mass / pair.y.total
+    mass = np.where(mass >= 1e-3 * np.minimum(a[graph.i], b[graph.j]), mass, 0)
+    for k, marginal in ((graph.i, a), (graph.j, b)):
+        sums = np.bincount(k, mass, len(marginal))
+        mass = mass * np.minimum(marginal / np.maximum(sums, 1e-300), 1)[k]
+    keep = mass > 0
+    return _completed(pair, Plan(graph.i[keep], graph.j[keep], mass[keep] * pair.x.total))
+
+
+def _soft_start(pair: Pair, rng: np.random.Generator, tolerance: float) -> Tensor:
+    """Entropic potentials of a sample, extended to all of x by the entropic c-transform."""
+    points, masses = [], []
+    for cloud in (pair.x, pair.y):
+        chosen = _sample(cloud.mass, _SOFT, rng)
+        mass = cloud.mass if len(chosen) == len(cloud.mass) else np.ones(len(chosen))
+        points.append(cloud.points[torch.from_numpy(chosen).to(cloud.points.device)])
+        masses.append(torch.from_numpy(mass / mass.sum()).to(cloud.points))
+    (x, y), (a, b) = points, masses
+    costs = distances(x, y)
+    mean = costs[0].mean().item() or 1.0
+    entropy = mean / 16
+    f, g = two_transforms(x, y, torch.zeros_like(a), costs)
+    while True:
+        value = (a @ f + b @ g).item()
+        kernel = _kernel(f, g, costs[0], entropy)
+        u, v, _, _ = _scale(kernel, a.float(), b.float(), max(tolerance * value / mean, 1e-3))
+        g = g + entropy * v.double().log()
+        if entropy <= max(tolerance * value, 1e-3 * mean):
+            break
+        f, g = two_transforms(x, y, f + entropy * u.double().log(), costs)
+        entropy /= 2
+    level = g / entropy + b.log()
+    parts = pair.x.points.split(max(1, CHUNK // len(y)))
+    return torch.cat(
+        [-entropy * torch.logsumexp(level - distances(z, y)[0] / entropy, 1) for z in parts]
+    )
 
 
 # Note [blocks]
@@ -448,11 +638,7 @@ def _blocks_bracket(
     x, y = pair.x, pair.y
     axes = _axes(pair, min(8, x.points.shape[1]), rng)
     ends = [(c.points @ axes).cpu().numpy() for c in (x, y)]
-    order = [np.argsort(z[:, 0], kind="stable") for z in ends]
-    plan = northwest(x.mass[order[0]], (y.mass * (x.total / y.total))[order[1]])
-    plan = Plan(order[0][plan.i], order[1][plan.j], plan.mass)
-    for _ in range(sweeps):
-        plan = _sweep(pair, plan, ends[0][plan.i] + ends[1][plan.j], rng)
+    plan = _swept(pair, _monotone(pair, ends), ends, sweeps, rng)
     upper_from = f"the monotone coupling along an axis, {sweeps} sweeps of exact plans in blocks"
 
     candidates = {} if start is None else {"the critic": start}
