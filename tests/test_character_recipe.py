@@ -49,6 +49,13 @@ def test_a_bigram_by_hand() -> None:
     assert right == hits / 128
 
 
+def test_pairs_are_counted() -> None:
+    """In a text of three characters, by hand: a b follow each other, c stands once."""
+    logits = characters.pairs(torch.tensor([0, 1, 0, 1, 2]), 3).weight
+    expected = [[0.1, 2.1, 0.1], [1.1, 0.1, 1.1], [0.1, 0.1, 0.1]]
+    assert logits.exp().tolist() == [pytest.approx(row) for row in expected]
+
+
 def test_the_first_steps_of_training_come_again() -> None:
     early = records.read("characters").results["early"]
     assert [one["name"] for one in early] == list(characters.NETWORKS)

@@ -58,6 +58,7 @@ __all__ = [
     "bits",
     "early",
     "fit",
+    "pairs",
     "row",
     "run",
     "summary",
@@ -284,6 +285,26 @@ def bits(model: nn.Module, text: Tensor) -> tuple[float, float]:
     loss = functional.cross_entropy(logits, following.flatten()).item()
     right = (logits.argmax(1) == following.flatten()).float().mean().item()
     return loss / math.log(2), right
+
+
+def pairs(text: Tensor, characters: int) -> nn.Embedding:
+    """Count pairs of neighbours: what is known of a character by the one before.
+
+    Parameters
+    ----------
+    text : torch.Tensor
+        Numbers of characters, (n,).
+    characters : int
+        How many there are.
+
+    Returns
+    -------
+    torch.nn.Embedding
+        Logits for each character, the logarithms of counts that begin at 0.1.
+    """
+    counts = torch.full((characters, characters), 0.1)
+    counts.index_put_((text[:-1], text[1:]), torch.ones(len(text) - 1), accumulate=True)
+    return nn.Embedding.from_pretrained(counts.log())
 
 
 def fit(name: str, *, lr: float, steps: int = 400, seed: int = 0) -> Reader:
