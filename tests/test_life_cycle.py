@@ -33,6 +33,7 @@ from lipbook import (
     activations,
     attention,
     convolutions,
+    distances,
     normalization,
     orthogonal,
     pooling,
@@ -60,6 +61,7 @@ from lipbook.convolutions import (
     ShiftConv2d,
     SkewOrthogonalConv2d,
 )
+from lipbook.distances import InfinityDistance
 from lipbook.export import (
     ConvolutionStep,
     DenseStep,
@@ -147,6 +149,10 @@ class ScalarAtRest(_AtRest, ScalarBatchNorm):
     pass
 
 
+class DistanceAtRest(_AtRest, InfinityDistance):
+    pass
+
+
 IMAGE = (3, 6, 6)
 TABLE = {
     "qr": linear(4, 4, "qr"),
@@ -163,6 +169,8 @@ TABLE = {
     "infinity norm": row(lambda: InfinityNormLinear(5, 4), (5,), "rows of sum 1", nn.Linear),
     "unit norm": row(lambda: UnitNormLinear(5, 4), (5,), "rows of norm 1", nn.Linear),
     "scale": row(lambda: Scale(-2.5), (5,), "norm 2.5"),
+    "distance": row(lambda: InfinityDistance(5, 4), (5,), "rows of sum 1"),
+    "sorted distance": row(lambda: DistanceAtRest(5, 4, 0.3).eval(), (5,), "rows of sum 1"),
     # convolutions
     "bcop": row(lambda: OrthogonalConv2d(3, 4, 3), IMAGE, "orthogonal", nn.Conv2d),
     "bcop, narrow": row(lambda: OrthogonalConv2d(3, 2, (1, 3)), IMAGE, "orthogonal", nn.Conv2d),
@@ -434,7 +442,7 @@ def test_the_table_has_every_layer_of_the_library() -> None:
         in_table |= set(type(layer).__mro__[:3])
         in_table |= {type(part) for part in layer.modules()}
     for module in (
-        *(activations, attention, convolutions, normalization),
+        *(activations, attention, convolutions, distances, normalization),
         *(orthogonal, pooling, residual, sequences),
     ):
         public = {getattr(module, name) for name in module.__all__}
