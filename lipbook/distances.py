@@ -203,6 +203,8 @@ class InfinityDistance(nn.Module):
     training.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -265,7 +267,8 @@ def _transformed() -> bool:
 
 
 def _measuring(weight: Tensor, bias: Tensor | None, decay: float) -> InfinityDistance:
-    layer = InfinityDistance(*weight.shape[::-1], decay, False, "meta")
+    m, n = weight.shape
+    layer = InfinityDistance(n, m, decay, bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach(), False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), False)

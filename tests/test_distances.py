@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +36,8 @@ def fractions(values: Tensor) -> list[Fraction]:
     return [Fraction(value) for value in values.tolist()]
 
 
-def layer(n: int, m: int, decay: float, dtype: torch.dtype = torch.float64) -> InfinityDistance:
-    made = InfinityDistance(n, m, decay, dtype=dtype).eval()
+def layer(n: int, m: int, decay: float, dtype: torch.dtype = torch.float64) -> Any:
+    made: Any = InfinityDistance(n, m, decay, dtype=dtype).eval()
     nn.init.normal_(made.bias)
     return made
 
@@ -173,7 +174,7 @@ def test_errors_of_the_program_are_bounded(decay: float, p: float) -> None:
 
 def test_a_network_is_certified_and_its_radius_attained() -> None:
     """Two classes: the distances to two points, in the ∞-norm."""
-    net = nn.Sequential(InfinityDistance(3, 2, bias=False), Scale(-1.0)).eval()
+    net: Any = nn.Sequential(InfinityDistance(3, 2, bias=False), Scale(-1.0)).eval()
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]))
     x = torch.tensor([[0.5, 0.1, -0.2]])
