@@ -56,8 +56,8 @@ def test_units_are_sums_of_sorted_deviations(decay: float, n: int) -> None:
 
 def test_many_inputs_are_measured_in_blocks() -> None:
     """More differences than a block holds, by NumPy."""
-    x, w = torch.randn(2, 40_000), torch.randn(3, 40_000)
-    expected = np.abs(x[:, None].numpy() - w.numpy()).max(-1)
+    x, w = torch.randn(2, 1, 40_000), torch.randn(3, 40_000)
+    expected = np.abs(x.numpy() - w.numpy()).max(-1)[:, None]
     assert np.array_equal(sorted_distance(x, w).numpy(), expected)
 
 
@@ -170,6 +170,20 @@ def test_errors_of_the_program_are_bounded(decay: float, p: float) -> None:
         off = [float(abs(Fraction(y.item()) - e)) for y, e in zip(found[i], exact, strict=True)]
         assert np.linalg.norm(off, p) <= bound.error[i].item()
     assert (bound.error <= 1e-4 * x.abs().sum(1).clamp(min=1)).all()
+
+
+def test_bounds_of_errors_count_roundings_and_tokens() -> None:
+    """A sum of 60 terms rounds 60 times on a path; the weights are met at each token."""
+    module = layer(60, 2, 0.9, torch.float32)
+    size = module.weight.abs().max().item()
+    zero = torch.zeros(1, 3, 60)
+    assert forward_error(module, zero, math.inf).error.item() >= 60 * 2.0**-24 * size
+    one, three = (forward_error(module, zero[:, :k], 1).error.item() for k in (1, 3))
+    assert three == pytest.approx(3 * one)
+
+
+def test_without_decay_a_layer_in_training_has_its_bound() -> None:
+    assert lipschitz_bound(InfinityDistance(3, 2), (3,), math.inf).value == 1
 
 
 def test_a_network_is_certified_and_its_radius_attained() -> None:
