@@ -186,6 +186,13 @@ def test_without_decay_a_layer_in_training_has_its_bound() -> None:
     assert lipschitz_bound(InfinityDistance(3, 2), (3,), math.inf).value == 1
 
 
+def test_a_layer_in_training_is_differentiated_forward() -> None:
+    """Which torch.cdist is not."""
+    module, x = layer(5, 4, 0.0), torch.randn(1, 5, dtype=torch.float64)
+    expected = torch.func.jacrev(module)(x)
+    assert torch.equal(torch.func.jacfwd(module.train())(x), expected)
+
+
 def test_a_network_is_certified_and_its_radius_attained() -> None:
     """Two classes: the distances to two points, in the ∞-norm."""
     net: Any = nn.Sequential(InfinityDistance(3, 2, bias=False), Scale(-1.0)).eval()

@@ -749,7 +749,8 @@ def test_the_record_of_the_infinity_norm_keeps_budgets_and_choices() -> None:
     assert record.results["epsilons"] == list(infinity_norm.EPSILONS)
     budget = record.results["budget"]
     assert budget == infinity_norm.BUDGET
-    assert all(budget <= row["seconds"] <= 1.1 * budget for row in [*tried, *rows])
+    # Pooling the digits once is not in the budget.
+    assert all(budget <= row["seconds"] <= 1.15 * budget for row in [*tried, *rows])
     assert {row["seed"] for row in rows} == set(range(infinity_norm.SEEDS))
     found = infinity_norm.entries(record)
     for method, entry in found.items():
