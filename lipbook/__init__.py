@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lipbook import composition as composition
     from lipbook import conversion as conversion
     from lipbook import convolutions as convolutions
+    from lipbook import distances as distances
     from lipbook import errors as errors
     from lipbook import export as export
     from lipbook import freezing as freezing

@@ -30,6 +30,7 @@ from lipbook import (
     composition,
     conversion,
     convolutions,
+    distances,
     export,
     generalization,
     graphs,
@@ -723,6 +724,21 @@ TABLE: dict[str, Row] = {
     },
     "orthogonal.Scale": row(
         orthogonal.Scale, fine="constant: negative", constant=("positive", 2.0)
+    ),
+    # distances
+    "distances.sorted_distance": row(
+        distances.sorted_distance,
+        x=RAW,
+        weight=("raw", tensor(2, 4)),
+        bias=("raw", tensor(2)),
+        decay=("share", 0.5),
+        fine="bias: none",
+    ),
+    "distances.InfinityDistance": row(
+        distances.InfinityDistance,
+        in_features=("count", 3),
+        out_features=("count", 2),
+        decay=("share", 0.5),
     ),
     # normalization
     "normalization.layer_centering": row(

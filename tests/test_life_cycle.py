@@ -33,6 +33,7 @@ from lipbook import (
     activations,
     attention,
     convolutions,
+    distances,
     normalization,
     orthogonal,
     pooling,
@@ -69,6 +70,7 @@ from lipbook.convolutions import (
     SkewOrthogonalConv2d,
     SkewOrthogonalConvTranspose2d,
 )
+from lipbook.distances import InfinityDistance
 from lipbook.export import (
     ConvolutionStep,
     DenseStep,
@@ -160,6 +162,10 @@ class ScalarAtRest(_AtRest, ScalarBatchNorm):
     pass
 
 
+class DistanceAtRest(_AtRest, InfinityDistance):
+    pass
+
+
 IMAGE = (3, 6, 6)
 TABLE = {
     "qr": linear(4, 4, "qr"),
@@ -176,6 +182,8 @@ TABLE = {
     "infinity norm": row(lambda: InfinityNormLinear(5, 4), (5,), "rows of sum 1", nn.Linear),
     "unit norm": row(lambda: UnitNormLinear(5, 4), (5,), "rows of norm 1", nn.Linear),
     "scale": row(lambda: Scale(-2.5), (5,), "norm 2.5"),
+    "distance": row(lambda: InfinityDistance(5, 4), (5,), "rows of sum 1"),
+    "sorted distance": row(lambda: DistanceAtRest(5, 4, 0.3).eval(), (5,), "rows of sum 1"),
     # convolutions
     "bcop": row(lambda: OrthogonalConv2d(3, 4, 3), IMAGE, "orthogonal", nn.Conv2d),
     "bcop, narrow": row(lambda: OrthogonalConv2d(3, 2, (1, 3)), IMAGE, "orthogonal", nn.Conv2d),
@@ -476,7 +484,7 @@ def test_the_table_has_every_layer_of_the_library() -> None:
         in_table |= set(type(layer).__mro__[:3])
         in_table |= {type(part) for part in layer.modules()}
     for module in (
-        *(activations, attention, convolutions, normalization),
+        *(activations, attention, convolutions, distances, normalization),
         *(orthogonal, pooling, residual, sequences),
     ):
         public = {getattr(module, name) for name in module.__all__}

@@ -47,6 +47,7 @@ from lipbook.lab.recipes import (
     gradients,
     group_sizes,
     image_critics,
+    infinity_norm,
     known_answers,
     local_certificates,
     mnist_best,
@@ -706,6 +707,95 @@ def test_larger_groups_help_in_the_infinity_norm() -> None:
     results, tensors = mnist_infinity.row(few, 0.1, 2, **short)
     assert results["test"]["clean"] > 0.3
     assert tensors["1.weight"].float().abs().sum(1).max() <= 1 + 1e-3
+
+
+# ----------------------------------------------------------------------------- infinity_norm
+
+
+@pytest.mark.parametrize("method", infinity_norm.METHODS)
+def test_networks_for_the_infinity_norm_learn_and_are_certified(method: str) -> None:
+    digits = few_digits()
+    parts = digits[:2], digits[2:], digits[2:]
+    sizes = {"lr": 0.01, "budget": 40, "attack": 20, "steps": 3, "clock": ticking()}
+    results, _ = infinity_norm.row(method, *parts, **sizes)
+    clean, *far = results["certified"]
+    assert clean > 0.25
+    assert clean >= far[0] >= far[1]
+    assert results["count"] == 50
+    pairs = zip(results["certified_of_attacked"], results["attacked"], strict=True)
+    assert all(low <= high for low, high in pairs)
+
+
+def test_intervals_certify_what_enumeration_does() -> None:
+    """Three pixels, one hidden layer: the corners of the box attain the interval of a unit."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    model.double().requires_grad_(False)
+    images = torch.rand(40, 3, dtype=torch.float64)
+    labels = model(images).argmax(1)
+    for epsilon in (0.05, 0.2, 0.6):
+        found = infinity_norm.certified_by_intervals(model, images, labels, epsilon)
+        low, high = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
+        corners = torch.tensor([*itertools.product([False, True], repeat=3)])
+        points = torch.where(corners[:, None], high, low)
+        hidden = model[:2](points)  # monotone in each pixel, so that corners have the extremes
+        least, largest = hidden.amin(0), hidden.amax(0)
+        rows = model[2].weight[labels][:, None] - model[2].weight
+        ends = torch.where(rows > 0, least[:, None], largest[:, None])
+        margins = (rows * ends).sum(-1) + model[2].bias[labels][:, None] - model[2].bias
+        expected = (margins.scatter(1, labels[:, None], math.inf) > 0).all(1)
+        assert torch.equal(found, expected)
+        assert (model(points[:, found]).argmax(-1) == labels[found]).all()
+    assert found.sum() < 40
+
+
+def test_a_training_for_the_infinity_norm_ends_with_its_time() -> None:
+    images, labels = (part[:300] for part in few_digits()[:2])
+    images = images[..., 2:26, 2:26]
+    model = infinity_norm.network("∞-distances", images)
+    spent = []
+
+    def loss(layers: torch.nn.Module, x: Tensor, labels: Tensor, share: float) -> Tensor:
+        spent.append(share)
+        return layers(x).sum()
+
+    sizes: dict[str, Any] = {"lr": 0.1, "batch": 100, "loss": loss}
+    epochs = infinity_norm.train(model, images, labels, seconds=5, clock=ticking(), **sizes)
+    assert spent == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert epochs == pytest.approx(4 / 3)
+    assert not model.training
+    with pytest.raises(ValueError, match="images: expected 100 or more, got 99"):
+        infinity_norm.train(model, images[:99], labels[:99], seconds=5, **sizes)
+    with pytest.raises(ValueError, match="seconds: expected a positive number, got 0"):
+        infinity_norm.train(model, images, labels, seconds=0, **sizes)
+    with pytest.raises(ValueError, match=r"method: expected one of .* got 'SVM'"):
+        infinity_norm.network("SVM", images)
+
+
+def test_the_record_of_the_infinity_norm_keeps_budgets_and_choices() -> None:
+    record = records.read("infinity_norm")
+    tried, rows = record.results["tried"], record.results["rows"]
+    assert record.results["epsilons"] == list(infinity_norm.EPSILONS)
+    budget = record.results["budget"]
+    assert budget == infinity_norm.BUDGET
+    # Pooling the digits once is not in the budget.
+    assert all(budget <= row["seconds"] <= 1.15 * budget for row in [*tried, *rows])
+    assert {row["seed"] for row in rows} == set(range(infinity_norm.SEEDS))
+    found = infinity_norm.entries(record)
+    for method, entry in found.items():
+        mine = {row["lr"]: row["validation"] for row in tried if row["method"] == method}
+        assert [*mine] == [*infinity_norm.RATES]
+        assert entry["lr"] == max(mine, key=lambda lr: mine[lr][0] + mine[lr][-1])
+    for row in rows:
+        assert row["count"] == 10_000
+        assert row["attack_count"] == 500
+        assert row["certified"] == sorted(row["certified"], reverse=True)
+        pairs = zip(row["certified_of_attacked"], row["attacked"], strict=True)
+        assert all(low <= high for low, high in pairs)
+    with pytest.raises(ValueError, match="expected each of the seeds"):
+        infinity_norm.entries(
+            dataclasses.replace(record, results={**record.results, "rows": rows[1:]})
+        )
 
 
 # ----------------------------------------------------------------------------- deep_networks

@@ -43,6 +43,7 @@ from lipbook.convolutions import (
     SkewOrthogonalConv2d,
     SkewOrthogonalConvTranspose2d,
 )
+from lipbook.distances import InfinityDistance
 from lipbook.errors import (
     _Affine,
     _by_input,
@@ -1358,6 +1359,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}
     by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU, _Lossless}
     by_float64 |= {BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias}
+    by_fractions = {InfinityDistance}  # tests/test_distances.py
     by_decimals = {nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.RMSNorm}
     by_decimals |= {nn.Softmax, nn.Softmin, nn.LogSoftmax}
     by_functions = {Clamp, Constant, Diagonal, Shift, MatrixProduct, LinearMap, Cast}
@@ -1366,6 +1368,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     for cls in forward_error_rule.registry.keys() - {object}:
         if cls.__module__.startswith(("torch", "lipbook")) and cls not in moved:
             alike = {c.__name__ for c in tested | by_float64 | by_functions | by_decimals}
+            alike |= {c.__name__ for c in by_fractions}
             named = cls.__name__[:-2] + "2d" if cls.__name__[-2:] in kin else cls.__name__
             assert named in alike or cls.__name__ in ("CPLLinear", "SLLConv2d"), cls
 
