@@ -28,6 +28,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.errors import (
@@ -61,6 +62,7 @@ __all__ = [
 
 Size = int | Sequence[int]
 Window = Size | Literal["global"]
+_POOLS = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)  # by dimensions
 
 # torch.fx records a call of these as one step, since their course depends on sizes.
 torch.fx.wrap("invertible_downsampling")
@@ -183,8 +185,10 @@ def norm_pooling(x: Tensor, window: Window) -> Tensor:
     tensor([[[5., 2.]]])
     """
     _floating("x", x)
-    windows, counts = _windows(x, window)
-    return torch.linalg.vector_norm(windows, dim=tuple(range(2, 2 + counts)))
+    means, pixels = _means(x.to(torch.promote_types(x.dtype, torch.float32)).square(), window)
+    squares = means * pixels
+    positive = (squares.detach() > 0).to(squares.dtype)  # the root of 0 has no derivative
+    return ((squares + (1 - positive)).sqrt() * positive).to(x.dtype)
 
 
 @traced_as(lambda window: AveragePooling(window))  # noqa: PLW0108 - the class stands below
@@ -221,9 +225,8 @@ def average_pooling(x: Tensor, window: Window) -> Tensor:
     >>> average_pooling(torch.ones(1, 1, 4, 4), "global")
     tensor([[[[4.]]]])
     """
-    windows, counts = _windows(x, window)
-    dims = tuple(range(2, 2 + counts))
-    return windows.sum(dims) / math.sqrt(math.prod(windows.shape[2 : 2 + counts]))
+    means, pixels = _means(x, window)
+    return means * math.sqrt(pixels)
 
 
 @traced_as(lambda window: Upsampling(window))  # noqa: PLW0108 - the class stands below
@@ -282,15 +285,29 @@ def _sizes(x: Tensor, window: Window) -> tuple[int, ...]:
     return tuple(x.shape[2:]) if whole else _per_axis(x, cast(Size, window))
 
 
-def _windows(x: Tensor, window: Window) -> tuple[Tensor, int]:
-    """Take windows apart, (batch, c, *window, *(size / window)), and count their axes."""
+def _divisors(x: Tensor, window: Window) -> tuple[int, ...]:
     sizes = _sizes(x, window)
     if any(n % s for n, s in zip(x.shape[2:], sizes, strict=True)):
         raise ValueError(f"window must divide the size {tuple(x.shape[2:])}, got {sizes}")
+    return sizes
+
+
+def _windows(x: Tensor, window: Window) -> tuple[Tensor, int]:
+    """Take windows apart, (batch, c, *window, *(size / window)), and count their axes."""
+    sizes = _divisors(x, window)
     for axis, size in enumerate(sizes):
         x = x.unflatten(2 + 2 * axis, (-1, size))
     dims = len(sizes)
     return x.permute(0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2)), dims
+
+
+def _means(x: Tensor, window: Window) -> tuple[Tensor, int]:
+    """Mean of each window, and how many pixels it has."""
+    sizes = _divisors(x, window)
+    if len(sizes) <= len(_POOLS):
+        return _POOLS[len(sizes) - 1](x, sizes), math.prod(sizes)
+    windows, dims = _windows(x, window)
+    return windows.mean(tuple(range(2, 2 + dims))), math.prod(sizes)
 
 
 # ---------------------------------------------------------------------------------- layers

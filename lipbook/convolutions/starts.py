@@ -29,7 +29,7 @@ def orthogonal_(layer: Layer, generator: torch.Generator | None = None) -> Layer
     with :math:`Q` uniform among the matrices with orthonormal columns, or rows if they are fewer.
     That is the delta-orthogonal start: all singular values of the layer are 1, and it mixes
     channels and no pixels, of which training makes what it needs. The bias is left as it is, as
-    :mod:`torch.nn.init` does.
+    ``torch.nn.init`` does.
 
     Parameters
     ----------

@@ -59,7 +59,7 @@ NETWORKS = ("lossless", "orthogonal", "LSTM")
 LENGTHS = (100, 300)
 #: First rates to choose from.
 RATES = (0.003, 0.01)
-#: Mean squared error of the answer 1: the variance of a sum of two uniform numbers.
+#: Mean squared error of the answer 1, which is the variance of a sum of two uniform numbers.
 BASELINE = 1 / 6
 HIDDEN = 63
 SHORT = 10  # length of the first sequences
@@ -274,8 +274,8 @@ def run(
     Returns
     -------
     tuple of dict
-        Results: ``lengths``; ``tried``, rows of :func:`row` of all rates; ``rows``, those of the
-        chosen rate. No tensors.
+        Results: ``lengths``; ``tried``, results of all rates; ``rows``, those of the chosen
+        rate. No tensors.
     """
     rows = rows or Rows()
     tried: list[dict[str, Any]] = []

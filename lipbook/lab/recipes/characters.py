@@ -74,9 +74,9 @@ class Kind(NamedTuple):
 
     Attributes
     ----------
-    attention : {"softmax", "distances", "divided", "none"}
-        The second and third are :class:`~lipbook.attention.L2MultiheadAttention`, which the third
-        divides by its bound.
+    attention : str
+        ``"softmax"``, ``"distances"``, ``"divided"`` or ``"none"``. The second and third are
+        :class:`~lipbook.attention.L2MultiheadAttention`, which the third divides by its bound.
     convolutions : bool
         Whether a causal convolution stands in front of each attention.
     factor : float or None
