@@ -183,7 +183,7 @@ class InfinityDistance(nn.Module):
     Notes
     -----
     Where deviations are equal and largest, the gradient in evaluation mode is a mean of theirs; in
-    training mode, by :func:`torch.cdist`, their sum.
+    training mode, by ``torch.cdist``, their sum.
 
     Examples
     --------
