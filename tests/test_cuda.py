@@ -29,6 +29,7 @@ from lipbook.activations import (
     Householder,
     HouseholderOrder2,
     MaxMin,
+    NActivation,
 )
 from lipbook.composition import Bound, Box, lipschitz_rule
 from lipbook.convolutions import (
@@ -185,9 +186,9 @@ def summed(function: Any, transposed: bool) -> Callable[..., Tensor]:
     """A convolution whose products are told apart, one for each tap and channel that is read."""
 
     def convolution(
-        x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any
     ) -> Tensor:
-        groups = geometry[3] if len(geometry) > 3 else 1
+        groups = geometry[3] if len(geometry) > 3 else named.get("groups", 1)
         reads = len(weight) // groups if transposed else weight.shape[1]
         taps = itertools.product(*map(range, weight.shape[2:]))
         terms = []
@@ -196,7 +197,7 @@ def summed(function: Any, transposed: bool) -> Callable[..., Tensor]:
             at = channels if transposed else (slice(None), channel, *tap)
             kernel = torch.zeros_like(weight, dtype=torch.float64)
             kernel[at] = read(weight)[at]
-            terms.append(function(read(x), kernel, None, *geometry))
+            terms.append(function(read(x), kernel, None, *geometry, **named))
         if bias is not None:
             bias = bias.view(-1, *[1] * (weight.dim() - 2))
         return SUMS(torch.stack(terms, -1), bias)
@@ -267,7 +268,9 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (24,),
     ),
     "slopes": (
-        lambda: nn.Sequential(nn.LeakyReLU(), nn.PReLU(), AbsoluteValue(), Scale(0.3), FullSort()),
+        lambda: nn.Sequential(
+            nn.LeakyReLU(), nn.PReLU(), AbsoluteValue(), NActivation(9), Scale(0.3), FullSort()
+        ),
         (9,),
     ),
     "convolution": (

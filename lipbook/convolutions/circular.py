@@ -148,25 +148,22 @@ def circular_fold(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _folded(x: Tensor, pads: Sequence[tuple[int, int]]) -> Tensor:
-    """Add each side and corner to a copy of the middle."""
-    first, spans = x.dim() - len(pads), []
-    for size, (before, after) in zip(x.shape[first:], pads, strict=True):
-        inner = size - before - after
-        ends = (0, inner - before, before), (before + inner, 0, after)
-        spans.append([(before, 0, inner), *(end for end in ends if end[-1])])
-    result = x
-    for number, places in enumerate(itertools.product(*spans)):  # the middle, sides, corners
-        part = x
-        for axis, (start, _, length) in enumerate(places, first):
-            part = part.narrow(axis, start, length)
-        if number == 0:
-            result = part.clone()
-            continue
-        target = result
-        for axis, (_, to, length) in enumerate(places, first):
-            target = target.narrow(axis, to, length)
-        target.add_(part)
-    return result
+    """Add the ends of the last axis to its middle, each folded along the axes before."""
+    first = x.dim() - len(pads)
+
+    def folded(part: Tensor, axes: int) -> Tensor:
+        if axes == 0:
+            return part.clone()
+        axis, (before, after) = first + axes - 1, pads[axes - 1]
+        inner = part.shape[axis] - before - after
+        middle = folded(part.narrow(axis, before, inner), axes - 1)
+        for start, to, length in (0, inner - before, before), (before + inner, 0, after):
+            if length:
+                end = folded(part.narrow(axis, start, length), axes - 1)
+                middle.narrow(axis, to, length).add_(end)
+        return middle
+
+    return folded(x, len(pads))
 
 
 # Note [padding and folding]
