@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lipbook.lab import networks
 from lipbook.lab.data import Mnist, mnist
@@ -131,14 +130,13 @@ def run(
     Returns
     -------
     tuple of dict
-        Results: ``rows``, those of :func:`row`; ``networks``, with ``shipped``, the summaries on
-        the digits that ship. Tensors: all networks, for :func:`lipbook.lab.networks.load`.
+        Results: ``rows``, those of :func:`row`; ``networks``, the last one, with ``shipped``, the
+        summary on the digits that ship. Tensors: that network, for
+        :func:`lipbook.lab.networks.load`.
     """
     rows = rows or Rows()
     digits, few = mnist(full=True), mnist()
     table: list[dict[str, Any]] = []
-    tensors: dict[str, Tensor] = {}
-    shipped = {}
     kinds = list(itertools.product(radii, group_sizes))
     for radius, size in rows.bar(kinds, "networks"):
         one = functools.partial(
@@ -147,10 +145,9 @@ def run(
         key = f"radius-{radius:g}-groups-of-{size}"
         results, state = rows.compute(key, one)
         table.append(results)
-        tensors |= {f"{key}/{name}": value for name, value in state.items()}
-        arguments = [[784, width, width, 10], size]
-        stored = networks.rebuilt("dense", arguments, state)
-        again = summary(stored, few.test_images, few.test_labels, EPSILONS, math.inf, 100)
-        facts = {"architecture": "dense", "arguments": arguments, "p": "inf"}
-        shipped[key] = facts | {"shipped": again}
-    return {"networks": shipped, "rows": table}, tensors
+    arguments = [[784, width, width, 10], size]
+    stored = networks.rebuilt("dense", arguments, state)
+    again = summary(stored, few.test_images, few.test_labels, EPSILONS, math.inf, 100)
+    facts = {"architecture": "dense", "arguments": arguments, "p": "inf", "shipped": again}
+    tensors = {f"{key}/{name}": value for name, value in state.items()}
+    return {"networks": {key: facts}, "rows": table}, tensors
