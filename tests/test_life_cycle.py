@@ -895,7 +895,7 @@ def joined() -> Side:
     return net
 
 
-def compiled(net: nn.Module, **options: Any) -> tuple[nn.Module, list[torch.fx.GraphModule]]:
+def compiled(net: nn.Module) -> tuple[nn.Module, list[torch.fx.GraphModule]]:
     """A net as torch compiles it, and the graphs that it has been compiled to so far.
 
     No backend makes kernels here. The first graph has its gradient traced, too.
@@ -905,18 +905,15 @@ def compiled(net: nn.Module, **options: Any) -> tuple[nn.Module, list[torch.fx.G
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append(graph)
-        static = len(graphs) == 1 and not options
-        return trace_gradient(graph, inputs) if static else graph
+        return trace_gradient(graph, inputs) if len(graphs) == 1 else graph
 
     torch.compiler.reset()
-    return torch.compile(net, backend=backend, fullgraph=True, **options), graphs
+    return torch.compile(net, backend=backend, fullgraph=True), graphs
 
 
 # Equal sizes are taken for the same, and no axis has these; from 16 on torch's own convolution is
 # another.
 BATCHES = (11, 13, 14, 9, 8, 7, 10)
-# torch's own tracer trips over its own deprecation here
-compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 def assert_rows_agree(net: Side, found: Tensor, x: Tensor) -> None:
@@ -926,9 +923,10 @@ def assert_rows_agree(net: Side, found: Tensor, x: Tensor) -> None:
         torch.testing.assert_close(other, part, msg=lambda text, at=layer: f"{at}: {text}")
 
 
-@compiles
+# torch's own tracer trips over its own deprecation here
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_without_graph_breaks_and_for_a_second_batch_for_all() -> None:
-    """Outputs and gradients; as torch does by itself, the first batch is compiled for alone."""
+    """Outputs and gradients; the first batch is compiled for alone, and then all others at once."""
     net = joined()
     program, graphs = compiled(net)
     x = torch.randn(BATCHES[0], sum(net.sizes), requires_grad=True)
@@ -943,16 +941,6 @@ def test_compiles_without_graph_breaks_and_for_a_second_batch_for_all() -> None:
         x = torch.randn(batch, sum(net.sizes))
         assert_rows_agree(net, program(x), x)
     assert len(graphs) == 2
-
-
-@compiles
-def test_one_compilation_serves_all_batches() -> None:
-    net = joined()
-    program, graphs = compiled(net, dynamic=True)
-    for batch in BATCHES[:3]:
-        x = torch.randn(batch, sum(net.sizes))
-        assert_rows_agree(net, program(x), x)
-    assert len(graphs) == 1
 
 
 def test_onnxruntime_agrees(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
