@@ -431,8 +431,8 @@ FAULTS = (
     ),
     Fault(
         "convolutions/circular",
-        "ends = (0, inner - before, before), (before + inner, 0, after)",
-        "ends = (0, 0, before), (before + inner, inner - after, after)",
+        "for start, to, length in (0, inner - before, before), (before + inner, 0, after):",
+        "for start, to, length in (0, 0, before), (before + inner, inner - after, after):",
         "circular folding to the wrong end",
     ),
     Fault(
