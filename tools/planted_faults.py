@@ -491,8 +491,8 @@ FAULTS = (
     ),
     Fault(
         "pooling",
-        "return torch.linalg.vector_norm(windows",
-        "return torch.linalg.vector_norm(0.5 * windows",
+        "squares = means * pixels",
+        "squares = 0.25 * means * pixels",
         "norm pooling loses half the norm",
     ),
     Fault(
