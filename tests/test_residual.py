@@ -439,6 +439,20 @@ def test_a_frozen_step_computes_no_scale(name: str) -> None:
 # ---------------------------------------------------------------------------------- averages
 
 
+@pytest.mark.parametrize("alpha", [0.25, -3.0])
+def test_a_prescaled_residual_is_an_average(alpha: float) -> None:
+    branch, size = nn.Sequential(OrthogonalLinear(4, 4), MaxMin()), abs(alpha)
+    scaled = nn.Sequential(Scale(alpha), *branch, Scale(1 / size))
+    block = AverageResidual(scaled, weight=size / (1 + size), dtype=torch.float64).double()
+    x = torch.randn(5, 4).double()
+    assert torch.allclose(block(x), (x + branch(alpha * x)) / (1 + size), rtol=0, atol=1e-12)
+    for p in (1.0, 2.0, math.inf):
+        matrix = branch[0].weight.detach()
+        norm = np.linalg.norm(matrix.numpy(), p)  # of the branch
+        bound = lipschitz_bound(block, (4,), p).value
+        assert bound == pytest.approx((1 + size * norm) / (1 + size), rel=1e-12)
+
+
 @pytest.mark.parametrize("weight", [0.01, 0.3, 0.5, 0.99])
 def test_an_average_by_its_formula(weight: float) -> None:
     branch = OrthogonalLinear(4, 4, dtype=torch.float64)
