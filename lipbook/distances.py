@@ -94,7 +94,7 @@ def sorted_distance(
     :cite:t:`zhang2021linfdist`, equation 2; :cite:t:`zhang2022boolean`, section 5, as SortNet.
     """
     _check(x, weight, bias, decay)
-    distances = torch.cat([_sums((x[..., None, :] - w).abs(), decay) for w in _blocks(weight)], -1)
+    distances = torch.cat([_sums((x.unsqueeze(-2) - w).abs(), decay) for w in _blocks(weight)], -1)
     return distances if bias is None else distances + bias
 
 
@@ -115,7 +115,8 @@ def _sums(deviations: Tensor, decay: float) -> Tensor:
     if decay == 0:
         return deviations.amax(-1)
     factors = _coefficients(decay, deviations.shape[-1], deviations.dtype)
-    return (deviations.topk(len(factors)).values * deviations.new_tensor(factors)).sum(-1)
+    shares = torch.tensor(factors, dtype=deviations.dtype).to(deviations.device)
+    return (deviations.topk(len(factors)).values * shares).sum(-1)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, decay: float) -> None:

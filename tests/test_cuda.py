@@ -38,6 +38,7 @@ from lipbook.convolutions import (
     OrthogonalConvTranspose2d,
     SkewOrthogonalConv2d,
 )
+from lipbook.distances import InfinityDistance
 from lipbook.errors import CUDA_HYPOTHESES, matmul_setting, moved_error
 from lipbook.freezing import freeze
 from lipbook.graphs.graph import Graph, Node
@@ -286,6 +287,10 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
             OrthogonalConv2d(1, 2, 3, stride=2), OrthogonalConvTranspose2d(2, 1, 2, 2)
         ),
         (1, 4, 4),
+    ),
+    "distances": (
+        lambda: nn.Sequential(InfinityDistance(9, 5), InfinityDistance(5, 3, decay=0.3)),
+        (9,),
     ),
     "symmetric": (lambda: NonexpansiveConv2d(2, 2, 3), (2, 3, 3)),
     "means": (
