@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 from matplotlib.transforms import ScaledTranslation
 
@@ -46,8 +48,8 @@ def panel(axes: Axes, results: Sequence[tuple[Table, Rounds]]) -> None:
     axes.legend(loc="upper left", borderaxespad=0, **place)
 
 
-def figure(results: Sequence[tuple[Table, Rounds]], to: Path) -> None:
-    """Write the figure as SVG whose bytes depend on the numbers alone."""
+def drawn(results: Sequence[tuple[Table, Rounds]]) -> Figure:
+    """Draw a panel for each family."""
     plots.style()
     families: dict[str, list[tuple[Table, Rounds]]] = {}
     for table, rounds in results:
@@ -65,5 +67,12 @@ def figure(results: Sequence[tuple[Table, Rounds]], to: Path) -> None:
     )
     for axes, group in zip(panels[:, 0], families.values(), strict=True):
         panel(axes, group)
-    drawing.savefig(to, format="svg", metadata={"Date": None, "Creator": None})
+    return drawing
+
+
+def figure(results: Sequence[tuple[Table, Rounds]], to: Path) -> None:
+    """Write the figure as SVG whose bytes depend on the numbers alone."""
+    drawing, written = drawn(results), io.StringIO()
+    drawing.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(drawing)
+    to.write_text(plots.compact_svg(written.getvalue()), "utf-8")
