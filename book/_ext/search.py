@@ -21,7 +21,7 @@ from bs4 import BeautifulSoup, Tag
 from sphinx.application import Sphinx
 
 INDEX = "search-sections.js"
-LONGEST = 400  # characters of an API entry
+LONGEST = 250  # characters of an API entry
 UNUSED = ("searchindex.js", "_static/searchtools.js")
 SKIPPED = (
     "div.cell_input, div.cell_output, details.hide, div.highlight, nav, a.headerlink, script, "
