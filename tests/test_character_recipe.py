@@ -86,6 +86,22 @@ def test_the_record_follows_from_its_trials() -> None:
                 assert one["slope"] <= one["bound"]["everywhere"] <= kind.factor * (1 + 1e-5)
 
 
+def test_the_chapter_says_what_the_record_has() -> None:
+    found = characters.summary(records.read("characters"))
+    table = characters.bits(characters.pairs(text().train, 35), text().test)[0]
+    bits = {name: cell["bits"][0] for name, cell in found.items()}
+    assert all(abs(bits[name] - table) < 0.05 for name in ("distances", "bound 10"))
+    usual = bits["usual, convolutions"]
+    assert bits["bound 10, convolutions"] - usual == pytest.approx(0.4, abs=0.05)
+    assert bits["bound 100, convolutions"] < usual
+    assert min(bits, key=bits.__getitem__) == "bound 100, no attention"
+    for name, cell in found.items():
+        if name.startswith("bound"):
+            low, high = (1, 2) if name.startswith("bound 10,") or name == "bound 10" else (1.9, 4)
+            assert low < cell["bound"] / cell["slope"] < high
+            assert cell["covered"] == 0
+
+
 def test_a_row_and_a_run_are_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(characters, "CERTIFIED", 16)
     short = text()

@@ -115,3 +115,35 @@ def test_the_table_of_other_libraries_names_what_exists_and_what_was_measured() 
         ]
         assert any(map(all, measured)), row
         assert len(row) == 4 or row[1] == "none", row
+
+
+def test_what_is_slower_here_is_as_much_slower_as_the_page_on_choosing_says() -> None:
+    page = (TOP / "book" / "choosing.md").read_text()
+    results = (TOP / "benchmarks" / "results.md").read_text()
+
+    def over(family: str, ours: str, theirs: str) -> float:
+        table = results[results.index(f"## {family}") :].split("\n## ")[0]
+        times = [
+            re.search(rf"^\| {re.escape(name)} \| [\d.]+ \| ([\d.]+) ", table, re.MULTILINE)
+            for name in (ours, theirs)
+        ]
+        first, second = (float(found[1]) for found in times if found)
+        return first / second
+
+    step = "Training step of a"
+    convolution = f"{step} 3 × 3 convolution, batch 64: 64 channels, stride 1"
+    assert "SOC and SLL, by a tenth each" in page
+    for ours, theirs in (("SOC", "SOC, adaptive"), ("SLL, residual", "SLL, residual")):
+        assert 1.05 < over(convolution, f"lipbook {ours}", f"orthogonium {theirs}") < 1.15
+    assert "`UnitNormLinear` takes a sixth longer" in page
+    unit = over(f"{step} dense layer", "lipbook UnitNormLinear", "orthogonium UnitNormLinear")
+    assert 1.13 < unit < 1.2
+    assert "the absolute value twice as long" in page
+    absolute = over(f"{step}n activation", "lipbook AbsoluteValue", "orthogonium Abs")
+    assert 1.5 < absolute < 2.5
+    assert "`ScaleAndBias` up to twice as long" in page
+    for ours, theirs in (
+        ("BatchCentering", "orthogonium BatchCentering2D"),
+        ("ScaleAndBias", "torchlip ScaleBiasLayer"),
+    ):
+        assert 1.2 < over(f"{step} normalisation", f"lipbook {ours}", theirs) < 2
