@@ -210,11 +210,17 @@ class Visit:
         page.on("request", self.note_request)
         page.on("console", self.note_console)
         page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
-        page.on("requestfailed", lambda request: self.complaints.append(f"missing: {request.url}"))
+        page.on("requestfailed", self.note_failure)
 
     def note_request(self, request: Any) -> None:
         if not request.url.startswith((self.at_home, "data:", "blob:")):
             self.complaints.append(f"asks {request.url}")
+
+    def note_failure(self, request: Any) -> None:
+        # The browser drops what it no longer needs, as an icon when the scheme changes.
+        dropped = request.failure == "net::ERR_ABORTED"
+        if not (dropped and Path(unquote(urlsplit(request.url).path)).is_file()):
+            self.complaints.append(f"missing: {request.url}: {request.failure}")
 
     def note_console(self, message: Any) -> None:
         if message.type in ("error", "warning"):
