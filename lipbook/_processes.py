@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -103,7 +105,8 @@ class Team:
         self._over = True  # should the meeting itself fail, there is no other
         told = None if error is None else (type(error).__name__, str(error))
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, (name, value, told), group=self.group)
+        distributed.all_gather_object(found, _packed((name, value, told)), group=self.group)
+        found = [pickle.loads(each) for each in found]
         for rank, (_, _, failure) in enumerate(found):
             if failure is not None:
                 if error is not None:
@@ -124,6 +127,21 @@ class Team:
 
 #: This process, without others.
 ALONE = Team(None)
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as arrays: torch's own way takes ten times as long for small ones."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+def _packed(value: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, protocol=5).dump(value)
+    return file.getvalue()
 
 
 class Digest:

@@ -305,6 +305,7 @@ def run(folder: Path) -> None:
     """Both processes of the pair: go through all scenarios and write what was found."""
     torch.set_num_threads(1)
     transforms.CHUNK, transforms._TILE, sparse._ENTRIES = 2**10, 16, 2**11  # many small parts
+    bracket_module._SAMPLE = 50
     alone = {name: fields(function(None)) for name, function in FOUND.items()}
     alone["trained"], alone["counts"] = trained(), counted(None)
     me = 0 if os.fork() else 1

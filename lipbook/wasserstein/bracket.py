@@ -679,8 +679,10 @@ def _blocks_bracket(
     candidates = {} if start is None else {"the critic": start}
     if not only_critic:
         number = _SAMPLES if len(plan.mass) > _SAMPLE else 1
-        samples = [_sample_start(pair, plan, rng, team) for _ in range(number)]
-        candidates["exact potentials of samples"] = torch.stack(samples).mean(0)
+        samples = [_sample(plan.mass, _SAMPLE, rng) for _ in range(number)]
+        solved = team.map(lambda k: _sample_potential(pair, plan, k), samples)
+        starts = [transform_from_below(x.points, *own, team=team) for own in solved]
+        candidates["exact potentials of samples"] = torch.stack(starts).mean(0)
     best = _better(pair, candidates, rng)
     f, g = two_transforms(x.points, y.points, candidates[best], team=team)
     return _bracket(pair, f, g, plan, f"{best}, c-transformed", upper_from)
@@ -723,13 +725,12 @@ def _sweep(pair: Pair, plan: Plan, place: np.ndarray, rng: np.random.Generator, 
     return Plan(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _sample_start(pair: Pair, plan: Plan, rng: np.random.Generator, team: Team) -> Tensor:
-    r"""Extend the exact potentials of a sample of the coupling to all of x.
+def _sample_potential(pair: Pair, plan: Plan, k: np.ndarray) -> tuple[Tensor, Tensor]:
+    r"""Find points of y and their exact potential, for a sample of the coupling.
 
-    If the coupling is optimal, so are its restriction to any set of moves and the optimal
-    potentials restricted to their ends.
+    Its c-transform extends it to all of x. If the coupling is optimal, so are its restriction to
+    any set of moves and the optimal potentials restricted to their ends.
     """
-    k = _sample(plan.mass, _SAMPLE, rng)
     i, at_i = np.unique(plan.i[k], return_inverse=True)
     j, at_j = np.unique(plan.j[k], return_inverse=True)
     weights = plan.mass[k] if len(k) == len(plan.mass) else np.ones(len(k))
@@ -739,4 +740,4 @@ def _sample_start(pair: Pair, plan: Plan, rng: np.random.Generator, team: Team) 
     _, _, g = network_simplex(
         distances(x, y)[0], np.bincount(at_i, weights), np.bincount(at_j, weights)
     )
-    return transform_from_below(pair.x.points, y, torch.from_numpy(g).to(x), team=team)
+    return y, torch.from_numpy(g).to(x)
