@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import distributed, multiprocessing, nn
@@ -39,7 +39,7 @@ def certificate(group: Any, inputs: int = 1000) -> Step:
     return lambda: certifier(batches, group)
 
 
-def bracket(group: Any, method: str, points: int, dimensions: int) -> Step:
+def bracket(group: Any, method: Literal["sparse", "blocks"], points: int, dimensions: int) -> Step:
     """Bound the distance of two clouds."""
     x, y = torch.randn(points, dimensions), 1.2 * torch.randn(points, dimensions) + 0.3
     return lambda: wasserstein1_bracket(x, y, method=method, group=group)
@@ -132,5 +132,5 @@ def tables() -> Iterator[Table]:
     alone = built(None)
     with pair() as start:
         for name, step in alone.items():
-            steps = {ALONE: step, BOTH: functools.partial(start, name)}
+            steps: dict[str, Step] = {ALONE: step, BOTH: functools.partial(start, name)}
             yield Table("Work of one process, shared by two", name, ALONE, steps, {})

@@ -176,7 +176,7 @@ class Digest:
         if isinstance(value, Tensor):
             whole = value.detach().cpu().contiguous()
             self._hash.update(f"{whole.dtype}{tuple(whole.shape)}".encode())
-            self._hash.update(whole.flatten().view(torch.uint8).numpy())
+            self._hash.update(whole.flatten().view(torch.uint8).numpy().data)
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
             self._take([type(value).__name__, *fields])
