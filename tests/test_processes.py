@@ -6,9 +6,12 @@ both have written. A refusal must leave the pair fit for the next scenario.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -260,6 +263,16 @@ REFUSED: dict[str, tuple[Callable[[Any, int], Any], type[Exception], str]] = {
 # --------------------------------------------------------------------------------- two processes
 
 
+def recipe() -> str:
+    """What the file on the page on choosing prints, for a few digits."""
+    page = (TOP / "book" / "choosing.md").read_text()
+    first, *_, last = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = (first + last).replace("[:500]", "[:25]").replace("split(100)", "split(10)")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    return printed.getvalue()
+
+
 def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
@@ -308,6 +321,7 @@ def run(folder: Path) -> None:
     bracket_module._SAMPLE = 50
     alone = {name: fields(function(None)) for name, function in FOUND.items()}
     alone["trained"], alone["counts"] = trained(), counted(None)
+    alone["recipe"] = recipe()
     me = 0 if os.fork() else 1
     os.environ |= {"RANK": str(me), "LOCAL_RANK": str(me), "WORLD_SIZE": "2"}
     written: dict[str, Any] = {"trained": trained()}  # joins the group, as under torchrun
@@ -316,7 +330,7 @@ def run(folder: Path) -> None:
         written[name] = fields(function(group))
     for name, (call, _, _) in REFUSED.items():
         written[name] = outcome(call, group, me)
-    written["counts"] = counted(group)
+    written["counts"], written["recipe"] = counted(group), recipe()
     written["uneven"] = outcome(uneven, group, me)
     with Team(group) as team:
         written["map"] = [team.map(lambda k: (k, team.rank), range(n)) for n in range(6)]
@@ -387,6 +401,12 @@ def test_each_process_does_its_share(pair: list[dict[str, Any]]) -> None:
     assert runs == 6 * others
     assert 0.4 < rows / all_rows < 0.6
     assert 0.4 < blocks / all_blocks < 0.6
+
+
+def test_the_recipe_of_the_page_on_choosing_runs_on_two(pair: list[dict[str, Any]]) -> None:
+    assert "25 inputs" in pair[0]["recipe"]
+    assert pair[0]["recipe"] == pair[0]["alone"]["recipe"]
+    assert not pair[1]["recipe"]
 
 
 def test_a_failure_between_meetings_is_raised_on_both(pair: list[dict[str, Any]]) -> None:
