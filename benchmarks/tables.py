@@ -24,6 +24,7 @@ from orthogonium.reparametrizers import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from benchmarks import processes
 from benchmarks.timing import Step, Table
 from lipbook.activations import AbsoluteValue, FullSort, GroupSort, Householder, MaxMin
 from lipbook.composition import lipschitz_bound
@@ -684,3 +685,4 @@ def tables() -> Iterator[Table]:
     for stride in (1, 2):
         yield memory(64, 16, stride)
     yield networks()
+    yield from processes.tables()

@@ -54,6 +54,7 @@ NAN, INF = math.nan, math.inf
 
 # What each kind of argument refuses. A function of the good value, or the bad value itself.
 BAD: dict[str, dict[str, Any]] = {
+    "group": {"name": "gloo", "number": 0, "list": [0, 1]},
     "tensor": {
         "list": lambda good: good.tolist(),
         "array": lambda good: good.numpy(),
@@ -984,10 +985,11 @@ TABLE: dict[str, Row] = {
         p=TWO,
         method=("choice", "product"),
         preprocess=("module", robustness.Standardize([0.5] * 4, [0.5] * 4)),
+        group=("group", None),
         fine="preprocess: none",
     ),
     "robustness.Certifier": row(
-        lambda loader, **options: robustness.Certifier(**options)(loader),
+        lambda loader, group, **options: robustness.Certifier(**options)(loader, group),
         model=MODULE,
         words={"loader": "loader or inputs"},
         loader=LOADER,
@@ -995,6 +997,7 @@ TABLE: dict[str, Row] = {
         p=TWO,
         method=("choice", "product"),
         preprocess=("module", robustness.Standardize([0.5] * 4, [0.5] * 4)),
+        group=("group", None),
         fine="preprocess: none",
     ),
     "robustness.certify_by_smoothing": row(
@@ -1059,6 +1062,7 @@ TABLE: dict[str, Row] = {
         method=("choice", "auto"),
         tolerance=("positive", 0.1),
         sweeps=("count", 2),
+        group=("group", None),
         fine="sweeps: zero",
     ),
     "wasserstein.critic_difference": row(

@@ -34,6 +34,7 @@ CONDA_TO_PYPI = {"pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}
 # A module may import those on lower floors only (CONTRIBUTING.md, "Rooms and floors").
 FLOORS = {
     "_extras": 0,
+    "_processes": 0,
     "jacobians": 0,
     "norms": 0,
     "rules": 1,

@@ -58,7 +58,7 @@ def test_the_library_in_one_minute_runs(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_recipes_of_the_page_on_choosing_run(capsys: pytest.CaptureFixture[str]) -> None:
     page = (TOP / "book" / "choosing.md").read_text()
     codes = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(codes) == 8
+    assert len(codes) == 9
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for code in codes:

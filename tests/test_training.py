@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -532,52 +531,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------- several processes
 
-SHARES = """
-import os, sys
-import torch
-from tests.test_training import linear, trained
-
-torch.optim.SGD(linear().parameters())  # imports what optimisers need, for both
-rank = 0 if os.fork() else 1
-os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-result = trained()
-torch.distributed.destroy_process_group()
-if rank == 1:
-    os._exit(0)
-assert os.wait()[1] == 0
-torch.save(result, sys.argv[1])
-"""
-
 
 def trained() -> dict[str, Any]:
     (x, y), model = problem(), linear()
     history = train(model, x, y, epochs=3, lr=0.1, batch_size=7, validation=1, score=lambda *_: 0.0)
     return {"losses": history.losses, **model.state_dict()}
-
-
-def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
-    """49 examples in batches of 7: no share is half, and the best epoch is the first.
-
-    The processes know of each other by the variables that torchrun sets.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    out = tmp_path / "result"
-    command = [sys.executable, "-c", SHARES, str(out)]
-    subprocess.run(command, env=environment, check=True, timeout=120)
-    single, double = trained(), torch.load(out, weights_only=True)
-    atol = 1e4 * np.finfo(np.float64).eps  # as above: the sums are in another order
-    assert double["losses"] == pytest.approx(single["losses"], rel=0, abs=atol)
-    for name in ("weight", "bias"):
-        assert torch.allclose(double[name], single[name], rtol=0, atol=atol)
-    assert not torch.equal(single["weight"], linear().weight)
 
 
 STARTED = """

@@ -46,6 +46,20 @@ class Fault(NamedTuple):
 
 FAULTS = (
     Fault(
+        "_processes",
+        "return [shares[k % self.size][k // self.size] for k in range(len(parts))]",
+        "return [result for share in shares for result in share]",
+        "results of several processes come in the order of the processes",
+        tests="processes",
+    ),
+    Fault(
+        "_processes",
+        "if there != first[name]:",
+        "if len(there) != len(first[name]):",
+        "processes may certify different data",
+        tests="processes",
+    ),
+    Fault(
         "layers/joins",
         "return rounded(first * second, 1, dtype, p, first + second)",
         "return rounded(0 * first * second, 1, dtype, p, first + second)",

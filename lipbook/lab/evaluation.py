@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lipbook.attacks import Bounds, attacked_accuracy
 from lipbook.robustness import Certificate, certify
@@ -20,20 +20,25 @@ def _batches(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def certificate(
-    model: nn.Module, images: Tensor, labels: Tensor, p: float = 2, sound: bool = True
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    p: float = 2,
+    sound: bool = True,
+    group: distributed.ProcessGroup | None = None,
 ) -> Certificate:
     """Certify a network on images, batch by batch.
 
     Parameters
     ----------
-    model, images, labels, p, sound
+    model, images, labels, p, sound, group
         As in :func:`lipbook.robustness.certify`, with all images in one tensor.
 
     Returns
     -------
     lipbook.robustness.Certificate
     """
-    return certify(model, _batches(images, labels), images.shape[1:], p, sound=sound)
+    return certify(model, _batches(images, labels), images.shape[1:], p, sound=sound, group=group)
 
 
 def certified_score(epsilon: float, p: float = 2) -> Callable[[nn.Module, Tensor, Tensor], float]:

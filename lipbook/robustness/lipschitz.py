@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from lipbook import errors, rules
+from lipbook._processes import Digest, Team
 from lipbook.composition import lipschitz_bound
 from lipbook.composition.bounds import graph_bound
 from lipbook.composition.local import answered, ranges_of, row_constants
@@ -52,6 +53,7 @@ def certify(
     method: Literal["product", "local"] = "product",
     lipschitz: float | None = None,
     output: str | int | None = None,
+    group: distributed.ProcessGroup | None = None,
 ) -> Certificate:
     r"""Certify the predictions of a network, by its Lipschitz constant and its margins.
 
@@ -101,6 +103,14 @@ def certify(
     the certificate is about. So are the scales of SLL and CPL layers, and the matrices of
     sandwich layers, as this run computes them. Autocast, if on, is part of the program.
 
+    **Several processes.** With a ``group``, process r of R certifies the batches r, r + R, ... of
+    the loader, and all return the whole certificate: bit for bit that of one process with as many
+    threads on the same machine, since each batch is certified as one. The network is read by each.
+    All processes are called with the same arguments and the same data, which is compared, the
+    network before the work and the batches (by SHA-256) after it; what one refuses all refuse. A
+    script that ``torchrun`` starts passes ``torch.distributed.group.WORLD``, which is None in a
+    script that is started alone.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -131,6 +141,8 @@ def certify(
         with ``sound=False`` only, and marked in ``facts``.
     output : str or int, optional
         Which tensor holds the logits, if the network returns a dict or a tuple.
+    group : torch.distributed.ProcessGroup, optional
+        Processes that share the batches, this one among them; this one alone unless given.
 
     Returns
     -------
@@ -145,7 +157,10 @@ def certify(
         domain, an output is NaN or infinite, the device or its settings are not those of the model
         of rounding (``sound`` only; on a GPU of NVIDIA enter
         :func:`~lipbook.rounding.ieee_cuda`), or autocast is on for a sound certificate with a
-        domain or ``method="local"``: it rounds the weights.
+        domain or ``method="local"``: it rounds the weights. If the network, an argument or a
+        batch is not the same on all processes of the group.
+    RuntimeError
+        If another process of the group failed otherwise, or makes other calls.
 
     Notes
     -----
@@ -196,18 +211,19 @@ def certify(
     >>> bool((boxed.radius > 0).all()), boxed.facts["domain"]
     (True, 'Box(low=0, high=1)')
     """
-    certifier = Certifier(
-        model,
-        input_shape,
-        p,
-        sound=sound,
-        preprocess=preprocess,
-        domain=domain,
-        method=method,
-        lipschitz=lipschitz,
-        output=output,
-    )
-    return certifier(loader)
+    with Team(group) as team:
+        certifier = Certifier(
+            model,
+            input_shape,
+            p,
+            sound=sound,
+            preprocess=preprocess,
+            domain=domain,
+            method=method,
+            lipschitz=lipschitz,
+            output=output,
+        )
+        return certifier._certified(loader, team)
 
 
 class Certifier:
@@ -283,7 +299,7 @@ class Certifier:
                 "lipschitz is a number that the caller vouches for: it needs sound=False, and goes "
                 "with no domain and no method"
             )
-        self._sound, self._domain = sound, domain
+        self._sound, self._domain, self._output = sound, domain, output
         self._method = method if lipschitz is None else VOUCHED
         self._before = _snapshot(self._read)
         with torch.inference_mode(False), torch.no_grad():
@@ -299,22 +315,39 @@ class Certifier:
             )
         self._settings = _settings(self._reader.weight)
 
-    @torch.no_grad()
-    def __call__(self, loader: Batches) -> Certificate:
+    def __call__(
+        self, loader: Batches, group: distributed.ProcessGroup | None = None
+    ) -> Certificate:
         """Certify the predictions on the batches of a loader, see :func:`certify`."""
+        with Team(group) as team:
+            return self._certified(loader, team)
+
+    @torch.no_grad()
+    def _certified(self, loader: Batches, team: Team) -> Certificate:
+        """Certify every so many batches, and gather what the others have found of the rest."""
         reader = self._reader
         self._check_unchanged()
-        columns: list[list[Tensor]] = [[], [], [], []]
+        several = team.size > 1
+        if several:
+            team.agree(**self._arguments())
+        rows: list[tuple[Tensor, ...]] = []
+        seen, count = Digest(), 0
         with torch.inference_mode(False), torch.no_grad():
             for inputs, labels in pairs(loader):
+                if several:
+                    seen.update((inputs, labels))
+                count += 1
+                if (count - 1) % team.size != team.rank:
+                    continue
                 x = _check_inputs(inputs, self._shape, reader.weight)
                 logits, radius, real = reader(x)
                 check_logits(logits, labels)
-                for column, value in zip(
-                    columns, (radius, logits.argmax(1), labels.long(), real), strict=True
-                ):
-                    column.append(value.detach().cpu().clone())
-        radius, predictions, truth, real = (torch.cat(column) for column in columns)
+                found = radius, logits.argmax(1), labels.long(), real
+                rows.append(tuple(value.detach().cpu().clone() for value in found))
+        team.agree(loader=seen)
+        shares = team.gather("the radii", rows)
+        rows = [shares[k % team.size][k // team.size] for k in range(count)]
+        radius, predictions, truth, real = map(torch.cat, zip(*rows, strict=True))
         positive = real > 0
         kept = (radius[positive] / real[positive]).nan_to_num(1.0)  # infinite for both
         domain = self._domain
@@ -331,6 +364,26 @@ class Certifier:
             **(_of_gpu(reader.weight.device) if reader.weight.device.type == "cuda" else {}),
         }
         return Certificate(radius, predictions, truth, float(self._p), self._sound, facts)
+
+    def _arguments(self) -> dict[str, Any]:
+        """Name what the processes of a group must have in common."""
+        fresh = vars(nn.Module())
+        opened = {name: unwrapped(module) for name, module in self._read.items()}
+        state = [
+            (name, value)
+            for name, value in _snapshot(opened, copied=False).items()
+            if name.rpartition(".")[2] not in fresh
+        ]
+        return {
+            "model": Digest(state, self._settings),
+            "lipschitz": self._reader.lipschitz,
+            "input_shape": self._shape,
+            "p": float(self._p),
+            "sound": self._sound,
+            "domain": self._domain,
+            "method": self._method,
+            "output": self._output,
+        }
 
     def _check_unchanged(self) -> None:
         """Refuse a network or settings other than those that were read."""

@@ -11,8 +11,9 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from lipbook._processes import Team
 from lipbook.norms.arguments import _real
 from lipbook.wasserstein.clouds import (
     TINY,
@@ -138,6 +139,7 @@ def wasserstein1_bracket(
     seed: int = 0,
     seconds: float | None = None,
     progress: Callable[[float, float], object] | None = None,
+    group: distributed.ProcessGroup | None = None,
 ) -> TransportBracket:
     r"""Proven bounds of W₁ between two finite clouds: a feasible dual point and a coupling.
 
@@ -178,6 +180,13 @@ def wasserstein1_bracket(
     the gap is below ``tolerance``, for 6 rounds at most: two mostly do in many dimensions, and in
     two or three, where more pairs matter, six may be too few for thousands of points.
 
+    **Several processes.** With a ``group``, the processes share the passes of "sparse" over all
+    pairs, and of "blocks" and "critic" the blocks and the c-transforms; the rest, and "exact" and
+    "sinkhorn", each does for itself. All return the same bracket, bit for bit that of one process
+    with as many threads on the same machine, since they share what one does block by block. All
+    are called with the same arguments and the same points, which are compared; what one refuses
+    all refuse. See :func:`lipbook.robustness.certify` for which group to pass.
+
     Parameters
     ----------
     x, y : torch.Tensor
@@ -200,6 +209,9 @@ def wasserstein1_bracket(
         "sparse" begins no round that would end later, as measured by the one before.
     progress : callable, optional
         "sparse" calls it with the lower and the upper bound after each round.
+    group : torch.distributed.ProcessGroup, optional
+        Processes that share the work, this one among them, with the points on the CPU; this one
+        alone unless given.
 
     Returns
     -------
@@ -211,7 +223,10 @@ def wasserstein1_bracket(
         As :func:`wasserstein1`; if the critic's values are NaN or infinite or have another
         shape; if ``method`` is unknown or is "critic" without a critic; if ``seconds`` is too
         short for the first round, as estimated by a few rows of it; if ``seconds`` or ``progress``
-        is given for another method.
+        is given for another method; if an argument or a value of the critic is not the same on all
+        processes of the group.
+    RuntimeError
+        If another process of the group failed otherwise, or makes other calls.
 
     Examples
     --------
@@ -230,32 +245,41 @@ def wasserstein1_bracket(
     :cite:t:`peyre2019` for Sinkhorn's iteration and c-transforms; :cite:t:`altschuler2017`,
     algorithm 2, for rounding to the marginals.
     """
-    pair = checked_pair(x, y, x_weights, y_weights)
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
-    if method == "critic" and critic is None:
-        raise ValueError('critic must be given for method="critic", got None')
-    _real("tolerance", tolerance)
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must be in (0, 1), got {tolerance}")
-    sweeps = check_count("sweeps", sweeps, 0)
-    rng = np.random.default_rng(check_count("seed", seed, 0))
-    size = len(pair.x.mass) * len(pair.y.mass)
-    if method == "auto":
-        line = pair.x.points.shape[1] == 1
-        method = "exact" if line or size <= _EXACT_SIZE else "sinkhorn"
-        if not line and size > _DENSE_SIZE:
-            method = "blocks" if pair.x.points.shape[1] <= _FEW_DIMENSIONS else "sparse"
-    _check_rounds(method, seconds, progress)
-    start = None if critic is None else _critic_start(pair, evaluate_in_chunks(critic, x), rng)
+    with Team(group) as team:
+        pair = checked_pair(x, y, x_weights, y_weights)
+        if method not in get_args(Method):
+            raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+        if method == "critic" and critic is None:
+            raise ValueError('critic must be given for method="critic", got None')
+        _real("tolerance", tolerance)
+        if not 0 < tolerance < 1:
+            raise ValueError(f"tolerance must be in (0, 1), got {tolerance}")
+        sweeps = check_count("sweeps", sweeps, 0)
+        rng = np.random.default_rng(check_count("seed", seed, 0))
+        size = len(pair.x.mass) * len(pair.y.mass)
+        if method == "auto":
+            line = pair.x.points.shape[1] == 1
+            method = "exact" if line or size <= _EXACT_SIZE else "sinkhorn"
+            if not line and size > _DENSE_SIZE:
+                method = "blocks" if pair.x.points.shape[1] <= _FEW_DIMENSIONS else "sparse"
+        _check_rounds(method, seconds, progress)
+        values = None if critic is None else evaluate_in_chunks(critic, x)
+        if team.size > 1:
+            if x.device.type == "cuda":
+                raise ValueError("x and y must be on the CPU with a group, got them on CUDA")
+            team.agree(
+                x=x, y=y, x_weights=x_weights, y_weights=y_weights, critic=values, method=method,
+                tolerance=tolerance, sweeps=sweeps, seed=seed, seconds=seconds,
+            )  # fmt: skip
+        start = None if values is None else _critic_start(pair, values, rng)
 
-    if method == "exact":
-        return _exact_bracket(pair)
-    if method == "sinkhorn":
-        return _sinkhorn_bracket(pair, start, tolerance)
-    if method == "sparse":
-        return _sparse_bracket(pair, start, tolerance, rng, seconds or math.inf, progress)
-    return _blocks_bracket(pair, start, sweeps, rng, method == "critic")
+        if method == "exact":
+            return _exact_bracket(pair)
+        if method == "sinkhorn":
+            return _sinkhorn_bracket(pair, start, tolerance)
+        if method == "sparse":
+            return _sparse_bracket(pair, start, tolerance, rng, seconds or math.inf, progress, team)
+        return _blocks_bracket(pair, start, sweeps, rng, method == "critic", team)
 
 
 def _check_rounds(method: Method, seconds: float | None, progress: object) -> None:
@@ -503,6 +527,7 @@ def _sparse_bracket(
     rng: np.random.Generator,
     seconds: float,
     progress: Callable[[float, float], object] | None,
+    team: Team,
 ) -> TransportBracket:
     begin = time.perf_counter()
     x, y = pair.x, pair.y
@@ -515,7 +540,7 @@ def _sparse_bracket(
             raise ValueError(f"seconds must be >= {needed:.2g} for one round, got {seconds:g}")
     axes = _axes(pair, min(8, x.points.shape[1]), rng)
     ends = [(c.points @ axes).cpu().numpy() for c in (x, y)]
-    plan = _swept(pair, _monotone(pair, ends), ends, 2, rng)
+    plan = _swept(pair, _monotone(pair, ends), ends, 2, rng, team)
     upper = plan_value(pair, plan)
     sides = [fine_enough(side, centre, 0.05 * tolerance * upper, upper) for side in sides]
     keys = np.unique(plan.i * m + plan.j)
@@ -523,8 +548,8 @@ def _sparse_bracket(
     best = -math.inf, torch.zeros(0), torch.zeros(0)
     for number in range(1, _ROUNDS + 1):
         begin_round = time.perf_counter()
-        g, columns = transform_with_candidates(sides[1], sides[0], f - f.mean())
-        f, rows = transform_with_candidates(sides[0], sides[1], g)
+        g, columns = transform_with_candidates(sides[1], sides[0], f - f.mean(), team)
+        f, rows = transform_with_candidates(sides[0], sides[1], g, team)
         lower = down(dual_value(x, f) + dual_value(y, g))
         if lower > best[0] or number == 1:
             best = lower, f, g
@@ -542,7 +567,7 @@ def _sparse_bracket(
         if progress is not None:
             progress(best[0] * 2.0**pair.exponent, upper * 2.0**pair.exponent)
         now = time.perf_counter()
-        late = 2 * now - begin_round - begin > seconds
+        late = any(team.gather("the clock", 2 * now - begin_round - begin > seconds))
         if late or upper - best[0] <= tolerance * upper or not np.isfinite(potentials[0]).all():
             break
         f = torch.from_numpy(potentials[0]).to(x.points)
@@ -561,10 +586,15 @@ def _monotone(pair: Pair, ends: list[np.ndarray]) -> Plan:
 
 
 def _swept(
-    pair: Pair, plan: Plan, ends: list[np.ndarray], sweeps: int, rng: np.random.Generator
+    pair: Pair,
+    plan: Plan,
+    ends: list[np.ndarray],
+    sweeps: int,
+    rng: np.random.Generator,
+    team: Team,
 ) -> Plan:
     for _ in range(sweeps):
-        plan = _sweep(pair, plan, ends[0][plan.i] + ends[1][plan.j], rng)
+        plan = _sweep(pair, plan, ends[0][plan.i] + ends[1][plan.j], rng, team)
     return plan
 
 
@@ -633,21 +663,28 @@ def _soft_start(pair: Pair, rng: np.random.Generator, tolerance: float) -> Tenso
 
 
 def _blocks_bracket(
-    pair: Pair, start: Tensor | None, sweeps: int, rng: np.random.Generator, only_critic: bool
+    pair: Pair,
+    start: Tensor | None,
+    sweeps: int,
+    rng: np.random.Generator,
+    only_critic: bool,
+    team: Team,
 ) -> TransportBracket:
     x, y = pair.x, pair.y
     axes = _axes(pair, min(8, x.points.shape[1]), rng)
     ends = [(c.points @ axes).cpu().numpy() for c in (x, y)]
-    plan = _swept(pair, _monotone(pair, ends), ends, sweeps, rng)
+    plan = _swept(pair, _monotone(pair, ends), ends, sweeps, rng, team)
     upper_from = f"the monotone coupling along an axis, {sweeps} sweeps of exact plans in blocks"
 
     candidates = {} if start is None else {"the critic": start}
     if not only_critic:
         number = _SAMPLES if len(plan.mass) > _SAMPLE else 1
-        samples = [_sample_start(pair, plan, rng) for _ in range(number)]
-        candidates["exact potentials of samples"] = torch.stack(samples).mean(0)
+        samples = [_sample(plan.mass, _SAMPLE, rng) for _ in range(number)]
+        solved = team.map(lambda k: _sample_potential(pair, plan, k), samples)
+        starts = [transform_from_below(x.points, *own, team=team) for own in solved]
+        candidates["exact potentials of samples"] = torch.stack(starts).mean(0)
     best = _better(pair, candidates, rng)
-    f, g = two_transforms(x.points, y.points, candidates[best])
+    f, g = two_transforms(x.points, y.points, candidates[best], team=team)
     return _bracket(pair, f, g, plan, f"{best}, c-transformed", upper_from)
 
 
@@ -667,15 +704,14 @@ def _better(pair: Pair, candidates: dict[str, Tensor], rng: np.random.Generator)
     return max(values, key=lambda name: values[name])
 
 
-def _sweep(pair: Pair, plan: Plan, place: np.ndarray, rng: np.random.Generator) -> Plan:
+def _sweep(pair: Pair, plan: Plan, place: np.ndarray, rng: np.random.Generator, team: Team) -> Plan:
     """Replace the moves of each block of neighbours by an exact plan."""
-    parts = []
-    for block in cut_into_cells(place, rng):
+
+    def solved(block: np.ndarray) -> Plan:
         i, at_i = np.unique(plan.i[block], return_inverse=True)
         j, at_j = np.unique(plan.j[block], return_inverse=True)
         if len(i) == 1 or len(j) == 1:
-            parts.append(Plan(plan.i[block], plan.j[block], plan.mass[block]))
-            continue
+            return Plan(plan.i[block], plan.j[block], plan.mass[block])
         a, b = np.bincount(at_i, plan.mass[block]), np.bincount(at_j, plan.mass[block])
         device = pair.x.points.device
         cost = distances(
@@ -683,17 +719,18 @@ def _sweep(pair: Pair, plan: Plan, place: np.ndarray, rng: np.random.Generator) 
             pair.y.points[torch.from_numpy(j).to(device)],
         )[0]
         part = network_simplex(cost, a, b)[0]
-        parts.append(Plan(i[part.i], j[part.j], part.mass))
+        return Plan(i[part.i], j[part.j], part.mass)
+
+    parts = team.map(solved, list(cut_into_cells(place, rng)))
     return Plan(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _sample_start(pair: Pair, plan: Plan, rng: np.random.Generator) -> Tensor:
-    r"""Extend the exact potentials of a sample of the coupling to all of x.
+def _sample_potential(pair: Pair, plan: Plan, k: np.ndarray) -> tuple[Tensor, Tensor]:
+    r"""Find points of y and their exact potential, for a sample of the coupling.
 
-    If the coupling is optimal, so are its restriction to any set of moves and the optimal
-    potentials restricted to their ends.
+    Its c-transform extends it to all of x. If the coupling is optimal, so are its restriction to
+    any set of moves and the optimal potentials restricted to their ends.
     """
-    k = _sample(plan.mass, _SAMPLE, rng)
     i, at_i = np.unique(plan.i[k], return_inverse=True)
     j, at_j = np.unique(plan.j[k], return_inverse=True)
     weights = plan.mass[k] if len(k) == len(plan.mass) else np.ones(len(k))
@@ -703,4 +740,4 @@ def _sample_start(pair: Pair, plan: Plan, rng: np.random.Generator) -> Tensor:
     _, _, g = network_simplex(
         distances(x, y)[0], np.bincount(at_i, weights), np.bincount(at_j, weights)
     )
-    return transform_from_below(pair.x.points, y, torch.from_numpy(g).to(x))
+    return y, torch.from_numpy(g).to(x)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipbook._processes import ALONE, Team
 from lipbook.errors import _check_arithmetic
 from lipbook.wasserstein.clouds import TINY, UNIT
 
@@ -103,8 +104,10 @@ def fine_enough(side: Filter, centre: Tensor, error: float, distance: float) -> 
     return _filter(side.points, side.points - centre, side.order, side.groups, torch.float64)
 
 
-def nearest(at: Filter, cloud: Filter, potential: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the smallest lower bounds of c(at_k, points_i) - potential_i.
+def nearest(
+    at: Filter, cloud: Filter, potential: Tensor, team: Team = ALONE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the smallest lower bounds of c(at_k, points_i) - potential_i, some rows at a time.
 
     Returns their values (k, NEAREST) in ascending order, their indices i, and the indices of
     candidates further away.
@@ -112,10 +115,8 @@ def nearest(at: Filter, cloud: Filter, potential: Tensor) -> tuple[Tensor, Tenso
     groups, dtype = cloud.groups, cloud.rough.dtype
     size, count = len(cloud.order) // groups, min(NEAREST, groups)
     offset = potential.to(dtype)[cloud.order]
-    parts = []
-    for rows in torch.arange(len(at.rough), device=offset.device).split(
-        max(8, _ENTRIES // len(offset))
-    ):
+
+    def of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bounds = torch.addmm(cloud.norms_in_order, at.rough[rows], cloud.in_order, alpha=-2)
         bounds.add_(at.norms[rows, None]).clamp_(min=0).sqrt_().sub_(offset)
         table = bounds.view(len(rows), groups, size)
@@ -130,7 +131,10 @@ def nearest(at: Filter, cloud: Filter, potential: Tensor) -> tuple[Tensor, Tenso
                 break
             some = minima[:, : groups // thinner].topk(FEW, 1, largest=False)[1]
             far.append(some * size + _members(table, some).argmin(2))
-        parts.append((values, cloud.order[near], cloud.order[torch.cat(far, 1)]))
+        return values, cloud.order[near], cloud.order[torch.cat(far, 1)]
+
+    rows = torch.arange(len(at.rough), device=offset.device)
+    parts = team.map(of, rows.split(max(8, _ENTRIES // len(offset))))
     values, near, far_away = (torch.cat(column) for column in zip(*parts, strict=True))
     return values, near, far_away
 
@@ -140,10 +144,10 @@ def _members(table: Tensor, groups: Tensor) -> Tensor:
 
 
 def transform_with_candidates(
-    at: Filter, cloud: Filter, potential: Tensor
+    at: Filter, cloud: Filter, potential: Tensor, team: Team = ALONE
 ) -> tuple[Tensor, Tensor]:
     """Bound the c-transform from below, see Note [candidates]; give all candidates (k, ...)."""
-    values, near, far = nearest(at, cloud, potential)
+    values, near, far = nearest(at, cloud, potential, team)
     n, d = cloud.points.shape
     count = near.shape[1] if near.shape[1] == n else min(_CHECKED, near.shape[1] - 1)
     least = torch.empty(len(near), dtype=torch.float64, device=near.device)

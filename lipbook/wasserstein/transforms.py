@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipbook._processes import ALONE, Team
 from lipbook.wasserstein.clouds import (
     TINY,
     UNIT,
@@ -105,14 +106,18 @@ def c_transform(potential: Tensor, points: Tensor, at: Tensor) -> Tensor:
 
 
 def transform_from_below(
-    at: Tensor, points: Tensor, potential: Tensor, costs: tuple[Tensor, float] | None = None
+    at: Tensor,
+    points: Tensor,
+    potential: Tensor,
+    costs: tuple[Tensor, float] | None = None,
+    team: Team = ALONE,
 ) -> Tensor:
     """Bound the c-transform min_i c(at_k, points_i) - potential_i from below, see Note [rounding].
 
     ``costs`` is what :func:`distances` gives for all of ``at`` and ``points``, if at hand.
     """
     if costs is None and len(at) * len(points) > CHUNK:
-        least = _tiled_transform(at, points, potential)
+        least = _tiled_transform(at, points, potential, team)
     else:
         matrix, error = distances(at, points) if costs is None else costs
         step = max(1, CHUNK // len(points))
@@ -126,7 +131,7 @@ def _least(matrix: Tensor, error: float, potential: Tensor) -> Tensor:
     return matrix.mul(1 - error - 4 * UNIT).sub_(potential).amin(1)
 
 
-def _tiled_transform(at: Tensor, points: Tensor, potential: Tensor) -> Tensor:
+def _tiled_transform(at: Tensor, points: Tensor, potential: Tensor, team: Team) -> Tensor:
     """Take the minima tile by tile, those first and only that can hold them.
 
     Between two tiles no distance is below that of their centres less both radii. The margin is
@@ -136,19 +141,23 @@ def _tiled_transform(at: Tensor, points: Tensor, potential: Tensor) -> Tensor:
     centres, radii = _balls(points, columns)
     highest = torch.stack([potential[k].max() for k in columns])
     margin = 1e-12 * potential.abs().max()
-    least = torch.full((len(at),), math.inf).to(potential)
-    for row in rows:
+    infinite = torch.tensor(math.inf).to(potential)
+
+    def of(row: Tensor) -> Tensor:
         centre, radius = _balls(at, [row])
         between = distances(centre, centres)[0][0]
         bounds = between - radius - radii - 1e-9 * (between + radius + radii) - highest - margin
         bounds, order = bounds.sort()
-        best, near = least[row], at[row]
+        best, near = infinite.expand(len(row)), at[row]
         for bound, k in zip(bounds.tolist(), order.tolist(), strict=True):
             if bound > best.max():
                 break
             part = _least(*distances(near, points[columns[k]]), potential[columns[k]])
             best = torch.minimum(best, part)
-        least[row] = best
+        return best
+
+    least = torch.empty(len(at)).to(potential)
+    least[torch.cat(rows)] = torch.cat(team.map(of, rows))
     return least
 
 
@@ -183,12 +192,16 @@ def cut_into_cells(place: np.ndarray, rng: np.random.Generator) -> Iterable[np.n
 
 
 def two_transforms(
-    x: Tensor, y: Tensor, f: Tensor, costs: tuple[Tensor, float] | None = None
+    x: Tensor,
+    y: Tensor,
+    f: Tensor,
+    costs: tuple[Tensor, float] | None = None,
+    team: Team = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Make a feasible pair of a potential on x by two c-transforms."""
     flipped = None if costs is None else (costs[0].mT, costs[1])
-    g = transform_from_below(y, x, f - f.mean(), flipped)
-    return transform_from_below(x, y, g, costs), g
+    g = transform_from_below(y, x, f - f.mean(), flipped, team)
+    return transform_from_below(x, y, g, costs, team), g
 
 
 def dual_value(cloud: Cloud, potential: Tensor) -> float:
