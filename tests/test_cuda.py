@@ -30,6 +30,7 @@ from lipbook.activations import (
     HouseholderOrder2,
     MaxMin,
     NActivation,
+    SmoothAbsoluteValue,
 )
 from lipbook.composition import Bound, Box, lipschitz_rule
 from lipbook.convolutions import (
@@ -487,6 +488,7 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "cosines": lambda: Householder(2),
     "cosines of three angles": lambda: HouseholderOrder2(2),
     "root": lambda: NormPooling(2),
+    "root of each entry": SmoothAbsoluteValue,
     "skew": lambda: SkewOrthogonalConv2d(2, 2, 3),
     "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
 }

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipbook.activations import AbsoluteValue, FullSort, GroupSort, MaxMin
+from lipbook.activations import (
+    AbsoluteValue,
+    FullSort,
+    GroupSort,
+    MaxMin,
+    SmoothAbsoluteValue,
+)
 from lipbook.composition import Ball, Box, lipschitz_bound
 from lipbook.composition.local import (
     matrix_norms,
@@ -67,7 +73,7 @@ NETWORKS = {
     "signals": (
         lambda: nn.Sequential(
             *(nn.Conv1d(1, 4, 3, padding=1), nn.MaxPool1d(2), nn.Tanh(), FullSort(-1)),
-            *(nn.Flatten(), nn.Linear(12, 2)),
+            *(nn.Flatten(), SmoothAbsoluteValue(0.2), nn.Linear(12, 2)),
         ),
         (1, 6),
     ),

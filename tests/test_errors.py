@@ -222,6 +222,12 @@ TABLE: dict[str, Row] = {
     "activations.AbsoluteValue": row(
         activations.AbsoluteValue(), x=RAW, fine="x: integers, number"
     ),
+    "activations.smooth_absolute_value": row(
+        activations.smooth_absolute_value, x=RAW, delta=("positive", 0.1), fine="x: number"
+    ),
+    "activations.SmoothAbsoluteValue": row(
+        activations.SmoothAbsoluteValue, delta=("positive", 0.1)
+    ),
     # attacks
     "attacks.fgsm": row(
         attacks.fgsm,

@@ -27,6 +27,7 @@ from lipbook.activations import (
     HouseholderOrder2,
     MaxMin,
     NActivation,
+    SmoothAbsoluteValue,
     absolute_value,
     full_sort,
     group_sort,
@@ -34,6 +35,7 @@ from lipbook.activations import (
     householder_order_2,
     max_min,
     n_activation,
+    smooth_absolute_value,
 )
 from lipbook.composition import Ball, Box, lipschitz_bound, lipschitz_lower_bound
 from lipbook.composition.local import ranges_of
@@ -238,6 +240,10 @@ OURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], nn.Module]]] = {
         lambda: filled(NActivation(4), 0.5),
     ),
     "absolute_value": (absolute_value, AbsoluteValue),
+    "smooth_absolute_value": (
+        lambda x: smooth_absolute_value(x, delta=0.3),
+        lambda: SmoothAbsoluteValue(0.3),
+    ),
     "invertible_downsampling": (
         lambda x: invertible_downsampling(x, 2),
         lambda: InvertibleDownsampling(2),

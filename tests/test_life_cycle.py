@@ -48,6 +48,7 @@ from lipbook.activations import (
     HouseholderOrder2,
     MaxMin,
     NActivation,
+    SmoothAbsoluteValue,
 )
 from lipbook.attention import BallProjection, EnergyAttention, EnergyStep, L2MultiheadAttention
 from lipbook.composition import Residual, Sum, check_layer, lipschitz_bound
@@ -386,6 +387,7 @@ TABLE = {
     "householder activation of order 2": row(lambda: HouseholderOrder2(6), (6, 2), "orthogonal"),
     "n-activation": row(lambda: NActivation(6), (6, 2), "orthogonal"),
     "absolute value": row(AbsoluteValue, (5,), "orthogonal"),
+    "smooth absolute value": row(SmoothAbsoluteValue, (5,), "nonexpansive"),
 }
 every_row = pytest.mark.parametrize("name", TABLE)
 # A recurrent layer gives two tensors: what is one layer to others is one of them, and is measured

@@ -31,6 +31,7 @@ from lipbook.activations import (
     HouseholderOrder2,
     MaxMin,
     NActivation,
+    SmoothAbsoluteValue,
 )
 from lipbook.attention import BallProjection, EnergyAttention, L2MultiheadAttention, _EnergyLayer
 from lipbook.composition import Ball, Box, Residual, Sum, lipschitz_bound
@@ -872,7 +873,7 @@ def test_the_bound_is_in_sight_of_what_happens() -> None:
 @given(st.integers(0, 999), st.floats(-3, 3), st.sampled_from(EXPONENTS))
 @settings(max_examples=40)
 def test_rules_with_roots_against_float64(seed: int, log_scale: float, p: float) -> None:
-    """Householder, norm pooling, batch norm: float64 judges float32."""
+    """Householder, norm pooling, batch norm, roots of entries: float64 judges float32."""
     torch.manual_seed(seed)
     norm = nn.BatchNorm2d(4)
     for tensor in (norm.weight, norm.bias, norm.running_mean):
@@ -883,7 +884,8 @@ def test_rules_with_roots_against_float64(seed: int, log_scale: float, p: float)
     twice, zigzag = HouseholderOrder2(4, pairing="halves"), NActivation(4)
     twice.angles.data.uniform_(-9, 9)
     zigzag.kinks.data.normal_()
-    for module in (bent, twice, zigzag, NormPooling(2), norm.eval(), nn.AvgPool2d(2), nn.PReLU(4)):
+    rest = [NormPooling(2), norm.eval(), nn.AvgPool2d(2), nn.PReLU(4), SmoothAbsoluteValue(0.3)]
+    for module in (bent, twice, zigzag, *rest):
         x = 10**log_scale * torch.randn(3, 4, 4, 4)
         y = x + 0.1 * 10**log_scale * torch.randn(3, 4, 4, 4)
         with torch.no_grad():
@@ -1349,6 +1351,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
         HouseholderOrder2,
         NActivation,
         NormPooling,
+        SmoothAbsoluteValue,
         nn.BatchNorm2d,
         nn.PReLU,
         Sine,
