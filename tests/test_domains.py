@@ -28,6 +28,7 @@ from lipbook.composition.local import (
 from lipbook.graphs import trace
 from lipbook.layers.joins import MatMul, Multiply
 from lipbook.norms import dual_exponent
+from lipbook.residual import NormResidual
 from lipbook.rules import (
     Range,
     affine_rule,
@@ -78,6 +79,14 @@ NETWORKS = {
         (1, 6),
     ),
     "branches": (Branches, (6,)),
+    "roots of squares": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 5),
+            NormResidual(nn.Sequential(nn.Linear(5, 5), nn.Tanh()), weight=0.3),
+            nn.Linear(5, 2),
+        ),
+        (4,),
+    ),
 }
 
 

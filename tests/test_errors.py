@@ -838,6 +838,14 @@ TABLE: dict[str, Row] = {
         weight=("positive", 0.5),
         fine="shortcut: none",
     ),
+    "residual.NormResidual": row(
+        residual.NormResidual,
+        others={"branch": nn.Identity()},
+        shortcut=("module", nn.Identity()),
+        weight=("positive", 0.5),
+        eps=("not negative", 0.1),
+        fine="shortcut: none",
+    ),
     "residual.ConcatenatedResidual": row(
         residual.ConcatenatedResidual,
         others={"branch": nn.Identity()},

@@ -107,6 +107,7 @@ from lipbook.residual import (
     ConcatenatedResidual,
     CPLConv2d,
     CPLLinear,
+    NormResidual,
     OrthogonalResidual,
     SandwichConv2d,
     SandwichLinear,
@@ -335,6 +336,9 @@ TABLE = {
         lambda: AverageResidual(NonexpansiveConv2d(3, 12, 2, stride=2), InvertibleDownsampling(2)),
         IMAGE,
         "nonexpansive",
+    ),
+    "norm residual": row(
+        lambda: NormResidual(OrthogonalLinear(5, 5), weight=0.3, eps=1e-3), (5,), "nonexpansive"
     ),
     "orthogonal residual": row(
         lambda: OrthogonalResidual(OrthogonalLinear(3, 3), angle=0.4), (6,), "orthogonal"
