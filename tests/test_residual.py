@@ -17,8 +17,10 @@ from torch.nn.utils import parametrize
 from lipbook import residual
 from lipbook.activations import MaxMin
 from lipbook.composition import Box, lipschitz_bound
+from lipbook.composition.bounds import graph_bound
 from lipbook.convolutions import OrthogonalConv2d
 from lipbook.freezing import freeze
+from lipbook.graphs import trace
 from lipbook.orthogonal import OrthogonalLinear, Scale
 from lipbook.pooling import InvertibleDownsampling
 from lipbook.residual import (
@@ -616,7 +618,7 @@ def test_the_bound_of_a_root_mean_square_is_attained(
     bound = lipschitz_bound(block, (2,), p)
     assert attained * (1 - 1e-12) <= bound.value <= attained * (1 + 1e-9)
     assert [part.name for part in bound.parts] == ["shortcut Scale", "branch Linear"]
-    graph = lipschitz_bound(nn.Sequential(block), (2,), p).value
+    graph = graph_bound(trace(block, (2,)), p).value
     loose = max(numbers) if p == math.inf else attained
     assert attained * (1 - 1e-12) <= graph <= loose * (1 + 1e-9)
 
@@ -672,6 +674,10 @@ def test_errors_of_a_root_mean_square_are_bounded(p: float, dtype: torch.dtype) 
                 torch.linalg.vector_norm(there - exact, p, dim=1) <= result.lipschitz * far
             ).all()
             assert (result.error <= 100 * torch.finfo(dtype).eps * (scale + 1)).all()
+            alone = NormResidual(nn.Identity(), weight=weight, eps=eps).to(dtype)
+            both = join(x.double(), x.double())
+            off = torch.linalg.vector_norm(alone(x).double() - both, p, dim=1)
+            assert (off <= forward_error(alone, x, p).error).all()
             if dtype == torch.float32:
                 box = Box(x.min().item() - 1, x.max().item() + 1)
                 found = forward_error(block, x, p, domain=box)
