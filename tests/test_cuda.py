@@ -298,6 +298,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(
             Standardize([0.5, 0.2], [0.3, 0.4]),
             AveragePooling(2),
+            AveragePooling(2, 1, 1),
             nn.AvgPool2d(2, 1),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),

@@ -166,6 +166,7 @@ TWO = ("exponent", 2)
 MATRIX, IMAGE = ("tensor", tensor(3, 4)), ("raw", tensor(2, 4, 4, 4))
 RAW = ("raw", tensor(3, 4))
 KERNEL = ("tensor", tensor(4, 4, 3, 3))
+MOVED = {"stride": ("size", 1), "padding": ("not negative", 0)}
 CLOUD = ("tensor", tensor(5, 2))
 
 SIZES = {"in_channels": ("size", 4), "out_channels": ("size", 4), "kernel_size": ("size", 3)}
@@ -785,7 +786,11 @@ TABLE: dict[str, Row] = {
             getattr(pooling, name),
             x=IMAGE,
             window=("size", 2),
-            fine="" if name == "norm_pooling" else "x: integers",
+            **(MOVED if name in ("average_pooling", "norm_pooling") else {}),
+            fine="; ".join(
+                (["x: integers"] if name != "norm_pooling" else [])
+                + (["stride: none"] if name in ("average_pooling", "norm_pooling") else [])
+            ),
         )
         for name in (
             *("average_pooling", "invertible_downsampling", "invertible_upsampling"),
@@ -793,7 +798,12 @@ TABLE: dict[str, Row] = {
         )
     },
     **{
-        f"pooling.{name}": row(getattr(pooling, name), window=("size", 2))
+        f"pooling.{name}": row(
+            getattr(pooling, name),
+            window=("size", 2),
+            **(MOVED if name in ("AveragePooling", "NormPooling") else {}),
+            fine="stride: none" if name in ("AveragePooling", "NormPooling") else "",
+        )
         for name in (
             *("AveragePooling", "InvertibleDownsampling", "InvertibleUpsampling"),
             *("NormPooling", "Upsampling"),

@@ -254,6 +254,14 @@ OURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], nn.Module]]] = {
     ),
     "norm_pooling": (lambda x: norm_pooling(x, (2, 1)), lambda: NormPooling((2, 1))),
     "average_pooling": (lambda x: average_pooling(x, 2), lambda: AveragePooling(2)),
+    "norm_pooling, overlapping": (
+        lambda x: norm_pooling(x, 2, stride=1),
+        lambda: NormPooling(2, 1),
+    ),
+    "average_pooling, padded": (
+        lambda x: average_pooling(x, 3, 2, 1),
+        lambda: AveragePooling(3, 2, 1),
+    ),
     "upsampling": (lambda x: upsampling(x, 2), lambda: Upsampling(2)),
     "layer_centering": (lambda x: layer_centering(x, (2, 3)), lambda: LayerCentering((2, 3))),
 }

@@ -377,6 +377,8 @@ TABLE = {
     "norm pooling": row(lambda: NormPooling(2), IMAGE, "orthogonal"),
     "average pooling": row(lambda: AveragePooling((2, 3)), IMAGE, "orthogonal"),
     "average pooling, global": row(lambda: AveragePooling("global"), IMAGE, "orthogonal"),
+    "norm pooling, overlapping": row(lambda: NormPooling(3, 2, 1), IMAGE, "nonexpansive"),
+    "average pooling, overlapping": row(lambda: AveragePooling(4, 2), IMAGE, "nonexpansive"),
     "norm pooling, global": row(lambda: NormPooling("global"), IMAGE, "orthogonal"),
     "upsampling": row(lambda: Upsampling(2), (3, 3, 2), "orthogonal"),
     # activations

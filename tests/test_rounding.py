@@ -304,6 +304,9 @@ def _(module: nn.AdaptiveAvgPool2d, x: np.ndarray) -> np.ndarray:  # of a square
 
 @exact.register(AveragePooling)
 def _(module: AveragePooling, x: np.ndarray) -> np.ndarray:  # of 2 × 2 pixels, so that √4 = 2
+    if module.stride == 1:  # each pixel in four windows, which is the square of that
+        moved = [x[:, i : x.shape[1] - 1 + i, j : x.shape[2] - 1 + j] for i, j in np.ndindex(2, 2)]
+        return sum(moved[1:], moved[0]) / Fraction(4)
     return exact(nn.AvgPool2d(2), x) * 2
 
 
@@ -671,6 +674,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Functions": (Functions, (3,)),
     "Joins": (Joins, (4,)),
     "AveragePooling": (lambda: AveragePooling(2), (2, 4, 2)),
+    "AveragePooling overlapping": (lambda: AveragePooling(2, 1), (1, 3, 3)),
     "Upsampling": (lambda: Upsampling(2), (1, 2, 3)),
     "Upsample": (lambda: nn.Upsample(scale_factor=2), (1, 2, 3)),
     "MaxPool2d": (lambda: nn.MaxPool2d(2, 1), (1, 3, 3)),
@@ -884,7 +888,14 @@ def test_rules_with_roots_against_float64(seed: int, log_scale: float, p: float)
     twice, zigzag = HouseholderOrder2(4, pairing="halves"), NActivation(4)
     twice.angles.data.uniform_(-9, 9)
     zigzag.kinks.data.normal_()
-    rest = [NormPooling(2), norm.eval(), nn.AvgPool2d(2), nn.PReLU(4), SmoothAbsoluteValue(0.3)]
+    rest = [
+        NormPooling(2),
+        NormPooling(3, 1, 1),
+        norm.eval(),
+        nn.AvgPool2d(2),
+        nn.PReLU(4),
+        SmoothAbsoluteValue(0.3),
+    ]
     for module in (bent, twice, zigzag, *rest):
         x = 10**log_scale * torch.randn(3, 4, 4, 4)
         y = x + 0.1 * 10**log_scale * torch.randn(3, 4, 4, 4)
