@@ -319,7 +319,11 @@ TABLE: dict[str, Row] = {
         convolutions.rko_kernel, weight=("raw", KERNEL[1]), stride=("size", 1), groups=("count", 1)
     ),
     "convolutions.aol_kernel": row(
-        convolutions.aol_kernel, weight=("raw", KERNEL[1]), stride=("size", 1), groups=("count", 1)
+        convolutions.aol_kernel,
+        weight=("raw", KERNEL[1]),
+        stride=("size", 1),
+        groups=("count", 1),
+        steps=("count", 1),
     ),
     "convolutions.kernel_norm_bound": row(
         convolutions.kernel_norm_bound,

@@ -249,6 +249,9 @@ TABLE = {
     ),
     "aol": row(lambda: NonexpansiveConv2d(3, 4, 3), IMAGE, "nonexpansive", nn.Conv2d),
     "aol, stride": row(lambda: NonexpansiveConv2d(3, 6, 3, stride=2), IMAGE, "nonexpansive"),
+    "aol, steps": row(
+        lambda: NonexpansiveConv2d(3, 4, 2, steps=3), IMAGE, "nonexpansive", nn.Conv2d
+    ),
     "aol, depthwise": row(
         lambda: NonexpansiveConv2d(3, 3, 3, groups=3), IMAGE, "nonexpansive", nn.Conv2d
     ),
