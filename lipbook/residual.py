@@ -103,7 +103,7 @@ from lipbook.orthogonal.layers import draw_orthonormal
 from lipbook.orthogonal.orthonormality import power_of_two, without_autocast
 from lipbook.orthogonal.rotations import Cayley
 from lipbook.rules import CONTAINERS, Range, Shape, outward
-from lipbook.units import Units, units_rule
+from lipbook.units import Kinks, Units, units_rule
 
 __all__ = [
     "AverageResidual",
@@ -576,7 +576,8 @@ class SandwichLinear(_Sandwich):
     with slopes in [0, 1], of which the four below are offered, as long as :math:`e^\psi` and its
     inverse are in range of the dtype; the proof is at the head of :mod:`lipbook.residual`. The
     Lipschitz rule trusts neither :func:`~lipbook.orthogonal.cayley` nor its rounding: it is
-    :math:`\lVert(A\; B)\rVert^2`, computed from the two matrices that multiply.
+    :math:`\lVert(A\; B)\rVert^2`, computed from the two matrices that multiply. The methods of
+    :mod:`lipbook.tightness` read both matrices and the units between them.
     **Not guaranteed**: anything from below; a deep stack loses norm.
 
     The two matrices may have norm :math:`\sqrt2` each, of which a product would say 2. Sorting is
@@ -1523,6 +1524,42 @@ def _(module: SandwichConv2d, input_shape: Shape, p: float) -> Bound:
     return Bound(norm(outer, p) * norm(inner, dual_exponent(p)) * _UP, "upper bound", p)
 
 
+# -------------------------------------------------------------------------- units
+
+_SLOPES: dict[str, list[float]] = {"relu": [0.0, 1.0], "identity": [1.0, 1.0]}  # around a kink at 0
+
+
+def _inside_sandwich(module: Any, before: Tensor, behind: Tensor, bias: Tensor) -> Units:
+    """Give units that map z to the activation of z + b, between two matrices."""
+    slopes = _SLOPES.get(module.activation)
+    low, high = (torch.full_like(bias, end) for end in (slopes or [0.0, 1.0]))
+    kinks = None
+    if slopes is not None:
+        kinks = Kinks(-bias[None], torch.stack((low, high)), torch.zeros_like(bias))
+    return Units(low, high, before=before, behind=behind, kinks=kinks)
+
+
+def _sandwich_units(module: Any, input_shape: Shape) -> Units:
+    outer, inner = (matrix.detach().double().cpu() for matrix in module.matrices())
+    rows = torch.eye(math.prod(input_shape[:-1]), dtype=torch.float64)  # one for each token
+    bias = module.bias.detach().double().cpu().repeat(len(rows))
+    return _inside_sandwich(module, torch.kron(rows, inner), torch.kron(rows, outer), bias)
+
+
+units_rule.register(SandwichLinear, _sandwich_units)
+
+
+@units_rule.register
+def _(module: SandwichConv2d, input_shape: Shape) -> Units:
+    outer, inner = (kernel.detach().double().cpu() for kernel in module.kernels())
+    pixels = torch.eye(math.prod(input_shape), dtype=torch.float64).view(-1, *input_shape)
+    hidden = _adjoint_in_frequencies(functional.pixel_unshuffle(pixels, module.stride), inner)
+    units = torch.eye(hidden[0].numel(), dtype=torch.float64).view(-1, *hidden.shape[1:])
+    behind = _in_frequencies(units, outer).flatten(1).mT
+    bias = module.bias.detach().double().cpu()[:, None, None].expand(hidden.shape[1:])
+    return _inside_sandwich(module, hidden.flatten(1).mT, behind, bias.flatten())
+
+
 # ------------------------------------------------------------------- errors of programs
 
 
@@ -1755,6 +1792,7 @@ class SandwichStep(_Sandwich):
 
 
 lipschitz_rule.register(SandwichStep, _sandwich_rule)
+units_rule.register(SandwichStep, _sandwich_units)
 forward_error_rule.register(SandwichStep, forward_error_rule.dispatch(SandwichLinear))
 
 

@@ -40,6 +40,7 @@ from lipbook.residual import (
 )
 from lipbook.rounding import forward_error
 from lipbook.rules import Range
+from lipbook.units import units_rule
 
 DENSE = {"sll": SLLLinear, "cpl": CPLLinear}
 CONVOLUTIONS = {"sll": SLLConv2d, "cpl": CPLConv2d}
@@ -1039,6 +1040,43 @@ def test_bounds_of_a_sandwich_in_other_norms_are_attained(
     for net in (layer, freeze(layer)):
         shape = (2, 1, 1) if convolution else (2,)
         assert lipschitz_bound(net, shape, p).value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["dense", "tokens", "frozen", "convolution"])
+def test_units_of_a_sandwich(kind: str, activation: Any) -> None:
+    """The matrices around them give the layer, and LipSDP finds the scale that proves 1."""
+    shape: tuple[int, ...] = {"tokens": (2, 3), "convolution": (2, 4, 4)}.get(kind, (3,))
+    layer: nn.Module = sandwich(3, 4, 3, activation, 0.3)
+    if kind == "convolution":
+        layer = SandwichConv2d(2, 3, 2, (4, 4), 1, 2, activation, dtype=torch.float64)
+        nn.init.normal_(layer.log_scale, std=0.3)  # type: ignore[arg-type]
+    layer = freeze(layer) if kind == "frozen" else layer
+    units = units_rule(layer.double(), shape)
+    assert units is not None
+    sigma: Any = {
+        "relu": torch.relu,
+        "tanh": torch.tanh,
+        "softplus": nn.functional.softplus,
+        "identity": nn.Identity(),
+    }[activation]
+    x = torch.randn(20, *shape, dtype=torch.float64)
+    bias = layer.bias.detach()
+    bias = bias.expand(4) if kind == "convolution" else bias.repeat(math.prod(shape) // 3)
+    assert units.before is not None
+    assert units.behind is not None
+    y = sigma(x.flatten(1) @ units.before.mT + bias) @ units.behind.mT
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).flatten(1), y, rtol=1e-12, atol=1e-13)
+    assert units.piecewise_linear == (activation in ("relu", "identity"))
+    if units.piecewise_linear:
+        torch.testing.assert_close(units(x.flatten(1)), y, rtol=1e-12, atol=1e-13)
+    bound = lipschitz_bound(nn.Sequential(layer, nn.Flatten()), shape, method="lipsdp").value
+    assert bound <= 1 + 1e-4
+    if kind == "dense" and activation == "relu":
+        exact = lipschitz_bound(nn.Sequential(layer), shape, method="exact")
+        assert exact.kind == "exact"
+        assert exact.value <= bound * (1 + 1e-9)
 
 
 def test_gradcheck_of_a_sandwich() -> None:

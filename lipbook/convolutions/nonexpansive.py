@@ -138,7 +138,7 @@ def aol_kernel(
     comes close to 1: without stride and dilation a row of M has
     :math:`N = c_{in} \prod (2^n (k - 1) + 1)` entries, so that
     :math:`r_j \le \sqrt N \lVert M\rVert`, and on large images the norm is at least
-    :math:`N^{-1/2^{n+1}}`. (For a random 3 × 3 kernel of 16 channels it is 0.49, 0.71, 0.86 and 0.94
+    :math:`N^{-1/2^{n+1}}`. (For a random 3 × 3 kernel of 16 channels it is 0.49, 0.71, 0.86, 0.94
     after one to four steps. To repeat the scaling of one step is no help: 0.49 stays 0.49.)
     **Not guaranteed**: orthogonality. It holds at an orthogonal ``weight``, and training can drift
     from there.
