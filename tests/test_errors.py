@@ -778,6 +778,10 @@ TABLE: dict[str, Row] = {
         momentum=("share", 0.1),
         fine="momentum: none",
     ),
+    "normalization.Unscale": row(
+        with_first(normalization.Unscale),
+        norms=("module", normalization.ScalarBatchNorm(3)),
+    ),
     "normalization.ScaleAndBias": row(
         normalization.ScaleAndBias,
         num_features=("count", 3),

@@ -86,6 +86,7 @@ from lipbook.normalization import (
     LayerCentering,
     ScalarBatchNorm,
     ScaleAndBias,
+    Unscale,
 )
 from lipbook.orthogonal import (
     BlockReflectorLinear,
@@ -373,6 +374,9 @@ TABLE = {
     "layer centering, pixels": row(lambda: LayerCentering((2, 3)), IMAGE, "nonexpansive"),
     "batch centering": row(lambda: CenteringAtRest(3).eval(), IMAGE, "one number"),
     "scalar batch norm": row(lambda: ScalarAtRest(5, eps=1e-2).eval(), (5,), "one number"),
+    "unscale": row(
+        lambda: Unscale(ScalarAtRest(5, eps=1e-2, bias=False).eval()), (5,), "one number"
+    ),
     "scale and bias": row(lambda: ScaleAndBias(3, -0.7), IMAGE, "one number"),
     # pooling
     "downsampling": row(lambda: InvertibleDownsampling(2), IMAGE, "orthogonal"),
@@ -736,7 +740,8 @@ def test_functional_call_vmap_and_jacrev(name: str) -> None:
         outputs = torch.func.vmap(run, (0, None))(stacked, x)
         torch.testing.assert_close(outputs, torch.stack([each(x) for each in layers]))
 
-        parameters = {key: value.detach() for key, value in layer.named_parameters()}
+    parameters = {key: value.detach() for key, value in layer.named_parameters()}
+    if parameters:  # and not buffers alone
         loss = lambda parameters, x: run(states[0] | parameters, x[None]).square().sum()  # noqa: E731
         gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
         layer(x).square().sum().backward()

@@ -73,6 +73,7 @@ from lipbook.normalization import (
     LayerCentering,
     ScalarBatchNorm,
     ScaleAndBias,
+    Unscale,
 )
 from lipbook.norms import convolution_norm_bound, operator_norm
 from lipbook.norms.rigorous import _largest_spectral_bound
@@ -1372,7 +1373,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     by_float64 |= {_EnergyLayer, L2MultiheadAttention}
     by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}
     by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU, _Lossless}
-    by_float64 |= {BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias}
+    by_float64 |= {BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias, Unscale}
     by_fractions = {InfinityDistance}  # tests/test_distances.py
     by_decimals = {nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.RMSNorm}
     by_decimals |= {nn.Softmax, nn.Softmin, nn.LogSoftmax}
