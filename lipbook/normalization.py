@@ -652,8 +652,8 @@ class Unscale(nn.Module):
 
     def scale(self) -> Tensor:
         """Product of the running scales, a number."""
-        variances = [norm.running_var + norm.eps for norm in self.norms]
-        return torch.stack(variances).sqrt().prod()
+        norms: Any = self.norms
+        return torch.stack([norm.running_var + norm.eps for norm in norms]).sqrt().prod()
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply, the shape stays."""
@@ -685,8 +685,8 @@ def _multiple(module: Any) -> float:
     if isinstance(module, ScaleAndBias):
         return float(module.weight.detach())
     if isinstance(module, Unscale):
-        variances = (norm.running_var.double() + norm.eps for norm in module.norms)
-        return math.prod(math.sqrt(variance) for variance in variances)
+        norms: Any = module.norms
+        return math.prod(math.sqrt(norm.running_var.double() + norm.eps) for norm in norms)
     scale = module._scale(module.running_var.double() if module._scales else None)
     return 1.0 if scale is None else float(scale)
 
