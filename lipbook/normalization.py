@@ -12,6 +12,7 @@ layer                a sample, in evaluation mode   constant for p = 1, 2, ∞
 ``BatchCentering``   :math:`x - m + b`              1, 1, 1
 ``ScalarBatchNorm``  :math:`(x - m) / s + b`        :math:`1/s`, in each
 ``ScaleAndBias``     :math:`a x + b`                :math:`\lvert a\rvert`, in each
+``Unscale``          :math:`s_1 \cdots s_k\, x`      :math:`s_1 \cdots s_k`, in each
 ===================  =============================  ===================================
 
 Channels are dimension 1: (batch, channels, ...). Layer normalisation needs no layer of its own:
@@ -52,6 +53,7 @@ from lipbook.errors import (
     _check_single,
     _closed_form,
     _error_rule_of,
+    _relative,
 )
 from lipbook.graphs.operations import traced_as
 from lipbook.norms.arguments import _floating, _integer, _real
@@ -63,6 +65,7 @@ __all__ = [
     "LayerCentering",
     "ScalarBatchNorm",
     "ScaleAndBias",
+    "Unscale",
     "batch_mean",
     "layer_centering",
     "pooled_variance",
@@ -597,6 +600,66 @@ class ScaleAndBias(nn.Module):
         return _affine(x, None, self.weight, self.bias)
 
 
+class Unscale(nn.Module):
+    r"""Multiplication by all that the batch normalisations before it divide by.
+
+    .. math:: y = s_1 \cdots s_k\, x, \qquad s_i = \sqrt{v_i + \varepsilon_i}
+
+    with the running variances of the layers :class:`ScalarBatchNorm` that it is given, which it
+    shares with the network. At the end of a chain that is 1-Lipschitz without them, it makes it so
+    with them: the constant of a network in evaluation mode is
+    :math:`\prod 1/s_i \cdot \prod s_i = 1`, in whatever units the layers between work, and a margin
+    of its outputs is a distance of its inputs. **Guaranteed**: the constant of the layer is
+    :math:`\prod s_i` exactly, in every norm. **Not guaranteed**: a constant of 1 where a
+    normalisation stands in one branch of several, whose constants do not multiply.
+
+    In training mode the layers before it divide by the scale of the batch, and this one multiplies
+    by the running one, which follows it. No gradient flows through it to the scales.
+
+    Parameters
+    ----------
+    *norms : ScalarBatchNorm
+        One or more layers, which are elsewhere in the network, too.
+
+    Raises
+    ------
+    TypeError
+        If ``norms`` holds anything but such layers.
+    ValueError
+        If there are none.
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> from lipbook.orthogonal import OrthogonalLinear
+    >>> norm = ScalarBatchNorm(8, momentum=None)
+    >>> net = nn.Sequential(OrthogonalLinear(4, 8), norm, OrthogonalLinear(8, 2))
+    >>> _ = net(0.01 * torch.randn(100, 4))
+    >>> lipschitz_bound(net.eval(), (4,)).value > 50
+    True
+    >>> round(lipschitz_bound(net.append(Unscale(norm)), (4,)).value, 5)
+    1.0
+    """
+
+    def __init__(self, *norms: ScalarBatchNorm) -> None:
+        super().__init__()
+        if not norms:
+            raise ValueError("norms must hold one layer or more, got none")
+        for norm in norms:
+            if not isinstance(norm, ScalarBatchNorm):
+                raise TypeError(f"norms must be ScalarBatchNorm layers, got {type(norm).__name__}")
+        self.norms = nn.ModuleList(norms)
+
+    def scale(self) -> Tensor:
+        """Product of the running scales, a number."""
+        norms: Any = self.norms
+        return torch.stack([norm.running_var + norm.eps for norm in norms]).sqrt().prod()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply, the shape stays."""
+        return _affine(x, None, self.scale(), None)
+
+
 # --------------------------------------------------------------------- Lipschitz constants
 
 
@@ -621,11 +684,14 @@ def _multiple(module: Any) -> float:
         )
     if isinstance(module, ScaleAndBias):
         return float(module.weight.detach())
+    if isinstance(module, Unscale):
+        norms: Any = module.norms
+        return math.prod(math.sqrt(norm.running_var.double() + norm.eps) for norm in norms)
     scale = module._scale(module.running_var.double() if module._scales else None)
     return 1.0 if scale is None else float(scale)
 
 
-@_rule_of(BatchCentering, ScalarBatchNorm, ScaleAndBias)
+@_rule_of(BatchCentering, ScalarBatchNorm, ScaleAndBias, Unscale)
 def _(module: Any, input_shape: Shape, p: float) -> Bound:
     return Bound(abs(_multiple(module)), "exact", p)
 
@@ -649,7 +715,7 @@ def _(module: LayerCentering, input_shape: Shape) -> Affine:
     )
 
 
-@_rule_of(BatchCentering, ScalarBatchNorm, ScaleAndBias, dispatch=affine_rule)
+@_rule_of(BatchCentering, ScalarBatchNorm, ScaleAndBias, Unscale, dispatch=affine_rule)
 def _(module: Any, input_shape: Shape) -> Affine:
     a = _multiple(module)
     zero = torch.zeros(1, *input_shape, dtype=torch.float64)
@@ -674,11 +740,7 @@ def _(module: LayerCentering, example: Tensor, p: float) -> Analysis:
 @_error_rule_of(BatchCentering, ScalarBatchNorm, ScaleAndBias)
 def _(module: Any, example: Tensor, p: float) -> Analysis:
     """Two sums, a product, and the four roundings of the scale."""
-    _check_single(example)
-    state = [*module.parameters(), *module.buffers()]
-    dtypes = {each.dtype for each in state if each.is_floating_point()}
-    if dtypes != {example.dtype}:
-        raise ValueError(f"must run in the dtype of its parameters {dtypes}, got {example.dtype}")
+    _check_own_dtype(module, example)
     a = abs(_multiple(module)) * _UP
     shift = torch.zeros(module.num_features, dtype=torch.float64)
     if module.bias is not None:
@@ -688,3 +750,19 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
     bias_norm = _bias_norm(shift, torch.float64, example[0, 0].numel(), p)
     affine = _Affine(module, a, a, bias_norm, a, 8)
     return lambda x: affine(x, p)
+
+
+@_error_rule_of(Unscale)
+def _(module: Unscale, example: Tensor, p: float) -> Analysis:
+    """Count a sum and a root for each scale, the product of all, and that with each entry."""
+    _check_own_dtype(module, example)
+    lipschitz = _closed_form(module, example, p)
+    return lambda x: _relative(module, x, p, lipschitz, 4 * len(module.norms) + 1)
+
+
+def _check_own_dtype(module: nn.Module, example: Tensor) -> None:
+    _check_single(example)
+    state = [*module.parameters(), *module.buffers()]
+    dtypes = {each.dtype for each in state if each.is_floating_point()}
+    if dtypes != {example.dtype}:
+        raise ValueError(f"must run in the dtype of its parameters {dtypes}, got {example.dtype}")

@@ -19,8 +19,9 @@ float16 only while :math:`T` stays above 1e-4, for :math:`2 / T` to be in range.
 anything from below. Eigenvalues may be 0: these layers are nonexpansive, not norm-preserving.
 
 Any branch will do in an average, :math:`(1 - w)\, x + w f(x)` (:class:`AverageResidual`), which may
-lose norm, in a rotation of two halves (:class:`OrthogonalResidual`), which loses none, and beside
-the skip, :math:`(\cos\theta\, x, \sin\theta\, f(x))` (:class:`ConcatenatedResidual`).
+lose norm, in a rotation of two halves (:class:`OrthogonalResidual`), which loses none, beside
+the skip, :math:`(\cos\theta\, x, \sin\theta\, f(x))` (:class:`ConcatenatedResidual`), and in the
+root of an average of squares, :math:`\sqrt{(1 - w)\, x^2 + w f(x)^2}` (:class:`NormResidual`).
 
 The sandwich layer (:class:`SandwichLinear`) has the same activations and no skip, and takes any
 number of inputs to any number of outputs:
@@ -48,7 +49,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -83,9 +84,12 @@ from lipbook.errors import (
     _error_rule_of,
     _is_half,
     _norms,
+    _quantum,
     forward_error_rule,
 )
 from lipbook.freezing import computes_as, freeze_rule
+from lipbook.graphs.operations import traced_as
+from lipbook.layers.joins import Join, interval_product, rounded
 from lipbook.norms import convolution_norm_bound, dual_exponent, operator_norm
 from lipbook.norms.arguments import _floating, _integer, _real
 from lipbook.norms.rigorous import (
@@ -98,13 +102,15 @@ from lipbook.orthogonal.constrained import Constrained, raw_parameters
 from lipbook.orthogonal.layers import draw_orthonormal
 from lipbook.orthogonal.orthonormality import power_of_two, without_autocast
 from lipbook.orthogonal.rotations import Cayley
-from lipbook.rules import CONTAINERS, Shape
+from lipbook.rules import CONTAINERS, Range, Shape, outward
+from lipbook.units import Kinks, Units, units_rule
 
 __all__ = [
     "AverageResidual",
     "CPLConv2d",
     "CPLLinear",
     "ConcatenatedResidual",
+    "NormResidual",
     "OrthogonalResidual",
     "SLLConv2d",
     "SLLLinear",
@@ -570,7 +576,8 @@ class SandwichLinear(_Sandwich):
     with slopes in [0, 1], of which the four below are offered, as long as :math:`e^\psi` and its
     inverse are in range of the dtype; the proof is at the head of :mod:`lipbook.residual`. The
     Lipschitz rule trusts neither :func:`~lipbook.orthogonal.cayley` nor its rounding: it is
-    :math:`\lVert(A\; B)\rVert^2`, computed from the two matrices that multiply.
+    :math:`\lVert(A\; B)\rVert^2`, computed from the two matrices that multiply. The methods of
+    :mod:`lipbook.tightness` read both matrices and the units between them.
     **Not guaranteed**: anything from below; a deep stack loses norm.
 
     The two matrices may have norm :math:`\sqrt2` each, of which a product would say 2. Sorting is
@@ -889,10 +896,7 @@ class AverageResidual(nn.Module):
         self.branch = branch
         self.shortcut = nn.Identity() if shortcut is None else shortcut
         _check_branch("shortcut", self.shortcut)
-        _real("weight", weight)
-        if not 0 < weight < 1:
-            raise ValueError(f"weight must be in (0, 1), got {weight}")
-        self._start = math.log(weight) - math.log1p(-weight)
+        self._start = _logit_of(weight)
         self.logit = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -1060,6 +1064,116 @@ class ConcatenatedResidual(nn.Module):
         return _beside(self.shortcut(inputs), self.branch(inputs), skip, branch)
 
 
+class NormResidual(nn.Module):
+    r"""Residual block that returns the root mean square of skip and branch, entry by entry.
+
+    .. math:: f(x)_i = \sqrt{(1 - w)\, s(x)_i^2 + w\, g(x)_i^2 + \varepsilon},
+        \qquad w = \frac{1}{1 + e^{-\theta}} \in (0, 1)
+
+    with the identity for :math:`s` if none is given. **Why.** An entry is the Euclidean norm of
+    :math:`(\sqrt{1 - w}\, s_i, \sqrt w\, g_i, \sqrt\varepsilon)`, which differs at two points by no
+    more than its argument: :math:`\lvert\Delta f_i\rvert^2 \le (1 - w) \lvert\Delta s_i\rvert^2 +
+    w \lvert\Delta g_i\rvert^2`. Sums and maxima of that give
+
+    .. math:: \operatorname{Lip}_p(f) \le \begin{cases}
+        \sqrt{(1 - w) \operatorname{Lip}_p(s)^2 + w \operatorname{Lip}_p(g)^2} & p = 2, \infty \\
+        \sqrt{1 - w} \operatorname{Lip}_p(s) + \sqrt w \operatorname{Lip}_p(g) & p = 1 \end{cases}
+
+    **Guaranteed**: 1-Lipschitz in the 2-norm and in the maximum norm if branch and shortcut are,
+    for each :math:`\theta` and :math:`\varepsilon`, up to the rounding of the weights (6e-8 in
+    float32); and with :math:`\varepsilon = 0` the block keeps the norm of every input that both
+    keep, as :math:`\lVert f(x)\rVert^2 = (1 - w) \lVert s(x)\rVert^2 + w \lVert g(x)\rVert^2`. The
+    bounds are attained, in the 1-norm by parts that move other entries. **Not guaranteed**: that
+    gradients keep their norms. Signs are lost: no output is negative.
+
+    Where skip and branch are both 0, and :math:`\varepsilon` too, there is no derivative, and 0 is
+    taken; with :math:`\varepsilon > 0` all derivatives exist, and those at 0 vanish.
+
+    Parameters
+    ----------
+    branch : torch.nn.Module
+        :math:`g`.
+    shortcut : torch.nn.Module, optional
+        :math:`s`, whose outputs have the shape of those of the branch.
+    weight : float
+        :math:`w` at the beginning, in (0, 1).
+    eps : float
+        :math:`\varepsilon \ge 0`.
+    device, dtype
+        Of :math:`\theta`.
+
+    Attributes
+    ----------
+    logit : torch.Tensor
+        :math:`\theta`, a number.
+
+    Raises
+    ------
+    TypeError
+        If ``branch`` or ``shortcut`` is no module.
+    ValueError
+        If ``weight`` is not in (0, 1), or ``eps`` negative or not finite; when called, if skip and
+        branch differ in shape.
+
+    Examples
+    --------
+    >>> from lipbook.composition import lipschitz_bound
+    >>> from lipbook.orthogonal import OrthogonalLinear
+    >>> block, x = NormResidual(OrthogonalLinear(4, 4, bias=False)), torch.randn(3, 4)
+    >>> torch.allclose(block(x).norm(dim=1), x.norm(dim=1))
+    True
+    >>> round(lipschitz_bound(block, (4,)).value, 5)
+    1.0
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module | None = None,
+        weight: float = 0.5,
+        eps: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_branch("branch", branch)
+        self.branch = branch
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+        _check_branch("shortcut", self.shortcut)
+        self._start = _logit_of(weight)
+        _real("eps", eps)
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps must be at least 0 and finite, got {eps}")
+        self.eps = float(eps)
+        self.logit = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to that of the beginning; branch and shortcut stay."""
+        nn.init.constant_(self.logit, self._start)
+
+    def extra_repr(self) -> str:
+        """Show the argument that is no module."""
+        return f"eps={self.eps:g}"
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        r"""Weights of the squares of skip and branch, :math:`1 - w` and :math:`w`."""
+        weight = self.logit.sigmoid()
+        return 1 - weight, weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Average the squares of skip and branch of a batch, and take roots."""
+        skip, branch = self.weights()
+        return _root_mean_square(self.shortcut(inputs), self.branch(inputs), skip, branch, self.eps)
+
+
+def _logit_of(weight: float) -> float:
+    _real("weight", weight)
+    if not 0 < weight < 1:
+        raise ValueError(f"weight must be in (0, 1), got {weight}")
+    return math.log(weight) - math.log1p(-weight)
+
+
 def _finite_angle(angle: float) -> float:
     _real("angle", angle)
     if not math.isfinite(angle):
@@ -1088,13 +1202,32 @@ torch.fx.wrap("_halves")
 torch.fx.wrap("_rotated")
 
 
-def _averaged(first: Tensor, second: Tensor, skip: Tensor, branch: Tensor) -> Tensor:
+def _check_alike(first: Tensor, second: Tensor) -> None:
     if first.shape != second.shape:
         raise ValueError(
             f"branch must have outputs of the shape of the skip {tuple(first.shape)}, got "
             f"{tuple(second.shape)}: give a shortcut that changes the shape alike"
         )
+
+
+def _averaged(first: Tensor, second: Tensor, skip: Tensor, branch: Tensor) -> Tensor:
+    _check_alike(first, second)
     return skip * first + branch * second
+
+
+@traced_as(
+    lambda skip, branch, eps: _RootMeanSquare(skip, branch, eps),  # noqa: PLW0108 - it stands below
+    inputs=2,
+)
+def _root_mean_square(
+    first: Tensor, second: Tensor, skip: Tensor, branch: Tensor, eps: float
+) -> Tensor:
+    _check_alike(first, second)
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    squares = skip * first.to(wide).square() + branch * second.to(wide).square() + eps
+    positive = (squares.detach() > 0).to(wide)  # the root of 0 has no derivative
+    return ((squares + (1 - positive)).sqrt() * positive).to(dtype)
 
 
 def _beside(first: Tensor, second: Tensor, skip: Tensor, branch: Tensor) -> Tensor:
@@ -1108,7 +1241,160 @@ def _beside(first: Tensor, second: Tensor, skip: Tensor, branch: Tensor) -> Tens
 
 
 torch.fx.wrap("_averaged")
+torch.fx.wrap("_root_mean_square")
 torch.fx.wrap("_beside")
+
+
+class _RootMeanSquare(Join):
+    r"""Join :math:`\sqrt{a u^2 + b v^2 + \varepsilon}`, entry by entry, of two tensors u and v.
+
+    Its factors are :math:`\sqrt a` and :math:`\sqrt b`: see :class:`NormResidual`. In the maximum
+    norm, in which the parts of a stacked join count by the larger, they are both
+    :math:`\sqrt{a + b}`.
+    """
+
+    stacked = True
+    skip: Tensor
+    branch: Tensor
+
+    def __init__(self, skip: Tensor, branch: Tensor, eps: float) -> None:
+        super().__init__()
+        self.register_buffer("skip", skip.detach())
+        self.register_buffer("branch", branch.detach())
+        self.eps = eps
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Average squares, and take roots."""
+        return _root_mean_square(*parts, self.skip, self.branch, self.eps)
+
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """Roots of the weights, in float64."""
+        return self.skip.double().cpu().sqrt(), self.branch.double().cpu().sqrt()
+
+    def factors(self, ranges: Sequence[Range] | None, p: float) -> list[Tensor]:
+        """Roots of the weights, or of their sum."""
+        first, second = self.roots()
+        both = torch.hypot(first, second)
+        return [root * _UP for root in ((both, both) if p == math.inf else (first, second))]
+
+    def _length(self, first: Tensor, second: Tensor) -> Tensor:
+        """Compute the function in float64, whose squares neither vanish nor overflow."""
+        u, v = (root * part for root, part in zip(self.roots(), (first, second), strict=True))
+        return torch.hypot(torch.hypot(u, v), torch.tensor(self.eps, dtype=u.dtype).sqrt())
+
+    def range(self, ranges: Sequence[Range]) -> Range:
+        """Take lengths of the least and of the largest moduli; radii join as differences do."""
+        first, second = ranges
+        low, high = outward(
+            self._length(_least_modulus(first), _least_modulus(second)),
+            self._length(first.abs(), second.abs()),
+        )
+        low = low.clamp(min=0)
+        if first.center is None or second.center is None:
+            return Range(low, high)
+        assert first.radius is not None
+        assert second.radius is not None
+        center = self._length(first.center, second.center)
+        a, b = self.roots()
+        radius = torch.hypot(a * first.radius, b * second.radius) * (1 + 2.0**-40)
+        off = center.flatten(1).norm(dim=1) * 2.0**-45 + 2.0**-1000
+        return Range(low, high, center, radius + off)
+
+    def pullback(
+        self, cotangent: tuple[Tensor, Tensor], ranges: Sequence[Range]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Multiply by the intervals of the slopes: Note [slopes of a root mean square]."""
+        roots, eps = self.roots(), torch.tensor(self.eps, dtype=torch.float64).sqrt()
+        found = []
+        for own, other in ((0, 1), (1, 0)):
+            low, high = roots[own] * ranges[own].low, roots[own] * ranges[own].high
+            near, far = (
+                torch.hypot(roots[other] * size, eps)
+                for size in (_least_modulus(ranges[other]), ranges[other].abs())
+            )
+            least = _cosine(low, torch.where(low > 0, far, near), -1.0)
+            most = _cosine(high, torch.where(high < 0, far, near), 1.0)
+            least, most = outward(roots[own] * least, roots[own] * most)
+            middle, half = (least + most) / 2, (most - least) / 2 * (1 + 2.0**-45)
+            found.append(interval_product(cotangent, middle[:, None], half[:, None]))
+        return found
+
+    def errors(self, parts: Sequence[ForwardError], outputs: Tensor, p: float) -> ForwardError:
+        """Join the errors of the parts, and round: Note [errors of a root mean square]."""
+        factors = self.factors(None, p)
+
+        def joined(values: Sequence[Any]) -> Tensor:
+            each = [factor * value for factor, value in zip(factors, values, strict=True)]
+            return torch.linalg.vector_norm(torch.stack(each), p, dim=0) * _UP
+
+        info, wide = torch.finfo(outputs.dtype), _wide_info(outputs.dtype)
+        gamma = _gamma(7, outputs.dtype)
+        before = joined([part.error for part in parts])
+        lipschitz = joined([part.lipschitz for part in parts]).item()
+        stretch = joined([part.lipschitz + part.slope for part in parts]).item()
+        size = _norms(outputs, p)
+        lost = 7 * math.sqrt(wide.tiny) + 2 * _quantum(outputs.dtype)
+        limits = [part.limit for part in parts]
+        for part in parts:
+            room = math.sqrt(wide.max) / 4 - _norms(part.outputs, p) - 2 * part.error
+            limits.append(room / max(part.lipschitz + part.slope, 1e-300))
+        limits.append((info.max / 4 - size - 2 * before) / max(stretch, 1e-300))
+        rounding = gamma * ((1 + 4 * gamma) * size + 2 * before) + lost * _entries(outputs, p)
+        return ForwardError(
+            outputs,
+            lipschitz,
+            (before + rounding) * _UP,
+            (joined([part.slope for part in parts]).item() + gamma * stretch) * _UP,
+            functools.reduce(torch.minimum, limits),
+        )
+
+    def rounding(self, ranges: Sequence[Range], dtype: torch.dtype, p: float) -> Tensor:
+        """Bound seven roundings, and squares that vanish or overflow."""
+        info = torch.finfo(dtype)
+        size = self.range(ranges).high
+        for part in ranges:
+            size = torch.where(part.abs() <= math.sqrt(info.max) / 4, size, math.inf)
+        return rounded(size, 7, dtype, p, 1 / math.sqrt(info.tiny))
+
+
+# Note [slopes of a root mean square]
+# With t one of the two parts times the root of its weight, and r the length of all the rest, the
+# slope by that part is the root of its weight times the cosine t / sqrt(t^2 + r^2). It grows with
+# t, falls with r where t > 0 and grows with r where t < 0. So its least value is at the lower end
+# of t, with the largest r if that is positive and with the least otherwise; its largest is the
+# mirror image. Where both are 0 there is no derivative, and all cosines are limits.
+#
+# Note [errors of a root mean square]
+# The weights are those that the program computed. A square, the cast of a weight, a product and two
+# sums are rounded, five times, of which the root keeps half; it is rounded itself, and so may be
+# its cast to half precision: gamma_7 of the output has one to spare. What underflows in the squares
+# is a few least normal numbers, of which the root keeps the root. The parts are off by their errors
+# e at x, and their computed values at v differ from those at x by 2 e + (L + c) D at most, by which
+# the output may be larger.
+
+
+def _least_modulus(values: Range) -> Tensor:
+    return torch.maximum(values.low, -values.high).clamp(min=0)
+
+
+def _cosine(t: Tensor, rest: Tensor, at_zero: float) -> Tensor:
+    length = torch.hypot(t, rest)
+    return torch.where(length > 0, t / length.clamp(min=2.0**-1000), at_zero)
+
+
+def _wide_info(dtype: torch.dtype) -> torch.finfo:
+    return torch.finfo(torch.promote_types(dtype, torch.float32))
+
+
+@units_rule.register
+def _(module: _RootMeanSquare, input_shape: Shape) -> Units:
+    """Give pairs of units: (u, v) -> (sqrt(a u^2 + b v^2 + eps), 0) of scaled inputs."""
+    n = math.prod(input_shape[1:])
+    roots = torch.stack(module.roots()) * _UP
+    before = roots.repeat_interleave(n).diag()
+    behind = torch.eye(n, 2 * n, dtype=torch.float64)
+    one = torch.ones(2 * n, dtype=torch.float64)
+    return Units(-one, one, group=torch.arange(n).repeat(2), before=before, behind=behind)
 
 
 # ------------------------------------------------------------------------- Lipschitz rules
@@ -1151,7 +1437,20 @@ def _(module: ConcatenatedResidual, input_shape: Shape, p: float) -> Bound:
     return Bound(value, "upper bound", p, parts=parts, output_shape=shape)
 
 
-CONTAINERS.update((AverageResidual, ConcatenatedResidual, OrthogonalResidual))
+@lipschitz_rule.register
+def _(module: NormResidual, input_shape: Shape, p: float) -> Bound:
+    names = ("shortcut", "branch")
+    parts = tuple(_branch_bound(getattr(module, n), input_shape, p, n) for n in names)
+    shapes = {part.output_shape for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"branch and shortcut must agree on the shape, got {sorted(shapes)}")
+    roots = (math.sqrt(float(weight.detach())) for weight in module.weights())
+    sizes = [root * part.value for root, part in zip(roots, parts, strict=True)]
+    value = (sum(sizes) if p == 1 else math.hypot(*sizes)) * _UP
+    return Bound(value, "upper bound", p, parts=parts, output_shape=shapes.pop())
+
+
+CONTAINERS.update((AverageResidual, ConcatenatedResidual, NormResidual, OrthogonalResidual))
 
 
 # Note [the bound of a potential step]
@@ -1223,6 +1522,42 @@ def _(module: SandwichConv2d, input_shape: Shape, p: float) -> Bound:
         whole = torch.cat((outer / scale, inner * scale))
         return Bound(norm(whole, 2.0) ** 2 / 2 * _UP, "upper bound", p)
     return Bound(norm(outer, p) * norm(inner, dual_exponent(p)) * _UP, "upper bound", p)
+
+
+# -------------------------------------------------------------------------- units
+
+_SLOPES: dict[str, list[float]] = {"relu": [0.0, 1.0], "identity": [1.0, 1.0]}  # around a kink at 0
+
+
+def _inside_sandwich(module: Any, before: Tensor, behind: Tensor, bias: Tensor) -> Units:
+    """Give units that map z to the activation of z + b, between two matrices."""
+    slopes = _SLOPES.get(module.activation)
+    low, high = (torch.full_like(bias, end) for end in (slopes or [0.0, 1.0]))
+    kinks = None
+    if slopes is not None:
+        kinks = Kinks(-bias[None], torch.stack((low, high)), torch.zeros_like(bias))
+    return Units(low, high, before=before, behind=behind, kinks=kinks)
+
+
+def _sandwich_units(module: Any, input_shape: Shape) -> Units:
+    outer, inner = (matrix.detach().double().cpu() for matrix in module.matrices())
+    rows = torch.eye(math.prod(input_shape[:-1]), dtype=torch.float64)  # one for each token
+    bias = module.bias.detach().double().cpu().repeat(len(rows))
+    return _inside_sandwich(module, torch.kron(rows, inner), torch.kron(rows, outer), bias)
+
+
+units_rule.register(SandwichLinear, _sandwich_units)
+
+
+@units_rule.register
+def _(module: SandwichConv2d, input_shape: Shape) -> Units:
+    outer, inner = (kernel.detach().double().cpu() for kernel in module.kernels())
+    pixels = torch.eye(math.prod(input_shape), dtype=torch.float64).view(-1, *input_shape)
+    hidden = _adjoint_in_frequencies(functional.pixel_unshuffle(pixels, module.stride), inner)
+    units = torch.eye(hidden[0].numel(), dtype=torch.float64).view(-1, *hidden.shape[1:])
+    behind = _in_frequencies(units, outer).flatten(1).mT
+    bias = module.bias.detach().double().cpu()[:, None, None].expand(hidden.shape[1:])
+    return _inside_sandwich(module, hidden.flatten(1).mT, behind, bias.flatten())
 
 
 # ------------------------------------------------------------------- errors of programs
@@ -1457,6 +1792,7 @@ class SandwichStep(_Sandwich):
 
 
 lipschitz_rule.register(SandwichStep, _sandwich_rule)
+units_rule.register(SandwichStep, _sandwich_units)
 forward_error_rule.register(SandwichStep, forward_error_rule.dispatch(SandwichLinear))
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import decimal
 import math
 from collections.abc import Callable
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from lipbook.activations import (
     MaxMin,
     NActivation,
     Pairing,
+    SmoothAbsoluteValue,
     absolute_value,
     full_sort,
     group_sort,
@@ -28,9 +31,10 @@ from lipbook.activations import (
     householder_order_2,
     max_min,
     n_activation,
+    smooth_absolute_value,
 )
-from lipbook.composition import lipschitz_bound
-from lipbook.rules import Range, pullback_rule
+from lipbook.composition import Box, lipschitz_bound
+from lipbook.rules import Range, pullback_rule, range_rule, slope_rule
 from lipbook.units import units_rule
 
 # Every module, for 12 channels. The angles of the Householder activation are no special ones.
@@ -570,6 +574,97 @@ def test_the_weight_is_trained(make: type[nn.Module]) -> None:
     assert (weight - start).abs().flatten(1 - weight.dim()).amax() > 0.1
     matrix = jacobian(module, torch.randn(1, 6))
     assert (torch.linalg.svdvals(matrix) - 1).abs().max() < 1e-6
+
+
+# ------------------------------------------------------------------ a smooth absolute value
+
+
+@given(st.floats(-8, 8), st.floats(-6, 6))
+def test_a_smooth_absolute_value_by_its_formula(log_x: float, log_delta: float) -> None:
+    """In 60 digits, where the difference of the definition loses none that count."""
+    with decimal.localcontext(prec=60):
+        x, delta = Decimal(10) ** Decimal(log_x), Decimal(10**log_delta)
+        expected = float((x * x + delta * delta).sqrt() - delta)
+    for dtype, eps in ((torch.float64, 1e-15), (torch.float32, 1e-6)):
+        signed = torch.tensor([float(x), -float(x)], dtype=dtype)
+        found = smooth_absolute_value(signed, 10**log_delta)
+        assert found[0] == found[1]
+        assert found[0].item() == pytest.approx(expected, rel=eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_smooth_absolute_value_is_finite_wherever_its_input_is(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    ends = torch.tensor([0.0, info.tiny, 1.0, 300.0, info.max], dtype=dtype)
+    for delta in (1e-30, 0.05, 1e30):
+        x = torch.cat((-ends, ends)).requires_grad_()
+        y = smooth_absolute_value(x, delta)
+        y.sum().backward()
+        assert x.grad is not None
+        assert x.grad.abs().max() <= 1 + info.eps
+        assert y.dtype == dtype
+        assert ((y <= x.abs()) & (y >= 0)).all()
+        if delta < 1:
+            assert (y >= x.abs() * (1 - info.eps) - delta).all()
+    assert smooth_absolute_value(torch.tensor([-math.inf, math.inf])).tolist() == [math.inf] * 2
+    assert smooth_absolute_value(torch.tensor([math.nan])).isnan().all()
+
+
+@given(st.floats(0.01, 3), st.floats(-3, 3), st.floats(0, 3), st.sampled_from([1, 2, math.inf]))
+def test_slopes_of_a_smooth_absolute_value_on_an_interval(
+    delta: float, low: float, width: float, p: float
+) -> None:
+    """The slope at an end is attained there, and rises in between; so are the least values."""
+    layer, high = SmoothAbsoluteValue(delta), low + width
+    steep = max(abs(end) / math.hypot(end, delta) for end in (low, high))
+    box = Box(*torch.tensor([low, high], dtype=torch.float64))  # of a number it would be float32
+    bound = lipschitz_bound(layer, (3,), p, domain=box).value
+    assert steep * (1 - 1e-15) <= bound <= min(1.0, steep * (1 + 1e-12) + 1e-200)
+    values = box.range((3,))
+    inside = torch.linspace(low, high, 101, dtype=torch.float64)[:, None].expand(-1, 3)
+    image = range_rule(layer, values)
+    assert image.holds(layer(inside))
+    least = 0.0 if low <= 0 <= high else min(layer(inside)[[0, -1], 0].tolist())
+    assert image.low.min().item() == pytest.approx(least, rel=1e-12, abs=1e-200)
+    least_slope, most_slope = slope_rule(layer, values)  # type: ignore[misc]
+    slopes = inside / torch.hypot(inside, torch.full_like(inside, delta))
+    assert ((slopes >= least_slope - 1e-15) & (slopes <= most_slope + 1e-15)).all()
+
+
+def test_a_smooth_absolute_value_comes_close_to_its_constant() -> None:
+    """1 is the limit of its slopes, of both signs, and two points come as close as one likes."""
+    layer = SmoothAbsoluteValue(0.5)
+    bound = lipschitz_bound(layer, (2, 3))
+    assert (bound.value, bound.kind) == (1, "exact")
+    x = torch.tensor([1e6, 2e6], dtype=torch.float64)
+    for points in (x, -x):
+        rise = (layer(points)[1] - layer(points)[0]).abs().item()
+        assert 1 - 1e-12 <= rise / 1e6 <= 1
+    units = units_rule(layer, (2,))
+    assert units is not None
+    assert (units.low.min().item(), units.high.max().item()) == pytest.approx((-1, 1), abs=1e-14)
+    assert repr(layer) == "SmoothAbsoluteValue(delta=0.5)"
+
+
+def test_derivatives_of_a_smooth_absolute_value() -> None:
+    x = torch.tensor([-2.0, -0.1, 0.0, 0.3, 5.0], dtype=torch.float64, requires_grad=True)
+    for delta in (0.05, 1.0):
+        assert torch.autograd.gradcheck(
+            lambda x, delta=delta: smooth_absolute_value(x, delta),
+            (x,),
+            check_forward_ad=True,
+            check_batched_grad=True,
+        )
+        assert torch.autograd.gradgradcheck(
+            lambda x, delta=delta: smooth_absolute_value(x, delta), (x,)
+        )
+
+
+@pytest.mark.parametrize("delta", [0.0, -1.0, math.nan, math.inf, 1e-31])
+def test_deltas_are_refused(delta: float) -> None:
+    for call in (SmoothAbsoluteValue, lambda delta: smooth_absolute_value(torch.ones(2), delta)):
+        with pytest.raises(ValueError, match="delta must be between 1e-30 and 1e30, got"):
+            call(delta)
 
 
 def test_all_is_complete() -> None:

@@ -291,6 +291,26 @@ def test_aol_scales_by_the_row_sums_of_the_dense_gram_matrix() -> None:
         torch.testing.assert_close(scaled[:, columns], expected[:, columns])
 
 
+@pytest.mark.parametrize("steps", [2, 3])
+def test_steps_of_aol_scale_by_roots_of_the_row_sums_of_a_power(steps: int) -> None:
+    for stride, dilation, groups, k in ((1, 1, 1, 3), (2, 1, 2, 3), (1, 2, 1, 2), (3, 2, 2, 4)):
+        weight = torch.randn(4, 4 // groups, k, dtype=torch.float64)
+        weight[: 4 // groups] *= 1e-3  # of the first group, if there are two
+        options = {"stride": stride, "dilation": dilation, "groups": groups}
+        plain = functools.partial(functional.conv1d, **options)
+        matrix = dense(functools.partial(plain, weight=weight), (4, 150), torch.float64)
+        power = torch.linalg.matrix_power(matrix.mT @ matrix, 2 ** (steps - 1))
+        sums = power.abs().sum(1).view(4, 150)
+        kernel = aol_kernel(weight, **options, steps=steps)
+        scaled = dense(functools.partial(plain, weight=kernel), (4, 150), torch.float64)
+        inside = torch.zeros(4, 150, dtype=torch.bool)
+        inside[:, 70:80] = True  # where the border is out of sight
+        columns = (inside & (sums > 0)).flatten()
+        assert columns.sum() >= 20
+        expected = matrix / sums.flatten().clamp(min=1e-300) ** 0.5**steps
+        torch.testing.assert_close(scaled[:, columns], expected[:, columns])
+
+
 # --------------------------------------------------------------------- theorem: orthogonal
 
 
@@ -473,6 +493,53 @@ def test_kernels_shorter_than_the_stride_need_no_padding(method: Any, mode: str)
         assert layer.padding == (0,)
         assert layer(torch.zeros(1, 3, 2 * s)).shape == (1, 4, 2)
         assert singular_values(layer, (3, 2 * s))[0] <= 1 + 1e-6
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 4),
+    st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1), (3, 1, 2)]),
+    st.integers(1, 5),
+    st.sampled_from([1e-6, 1.0, 1e6]),
+    st.integers(0, 99),
+)
+def test_steps_of_aol_are_nonexpansive(
+    steps: int, geometry: tuple[int, int, int], k: int, scale: float, seed: int
+) -> None:
+    stride, dilation, groups = geometry
+    torch.manual_seed(seed)
+    weight = scale * torch.randn(2 * groups, 3, k) * torch.randn(2 * groups, 3, 1).exp()
+    kernel = aol_kernel(weight, stride, dilation, groups, steps)
+    with torch.no_grad():
+        plain = functools.partial(
+            functional.conv1d, stride=stride, dilation=dilation, groups=groups, weight=kernel
+        )
+        matrix = dense(plain, (3 * groups, 36)).double().numpy()
+    assert np.linalg.norm(matrix, 2) <= 1 + 1e-6
+
+
+def test_steps_of_aol_come_close_to_norm_one() -> None:
+    """From below by the number of entries of a row, and closer with each step here."""
+    for shape in ((16, 16, 3, 3), (8, 2, 5)):
+        weight = torch.randn(shape, dtype=torch.float64)
+        before = 0.0
+        for steps in range(1, 5):
+            top = circular_convolution_norm(aol_kernel(weight, steps=steps), 24).item()
+            entries = shape[1] * math.prod(2**steps * (k - 1) + 1 for k in shape[2:])
+            assert before < top <= 1 + 1e-12
+            assert top >= entries ** (-(0.5 ** (steps + 1)))
+            before = top
+        assert before > 0.9
+
+
+def test_steps_of_aol_keep_an_orthogonal_start() -> None:
+    layer = NonexpansiveConv2d(4, 6, 3, groups=2, bias=False, steps=3)
+    assert_orthogonal(layer, (4, 4, 4))
+    transposed = NonexpansiveConvTranspose2d(4, 4, 2, stride=2, bias=False, steps=2)
+    (raw_weight,) = raw(transposed)
+    nn.init.normal_(raw_weight)
+    assert singular_values(transposed, (4, 3, 3))[0] <= 1 + 1e-6
+    assert torch.equal(transposed.weight, aol_kernel(raw_weight, 2, steps=2))
 
 
 def test_rko_and_aol_attain_one() -> None:
@@ -662,6 +729,7 @@ def test_gradients_of_the_kernels() -> None:
     assert twice(lambda s, p: bcop_kernel(s, p, (2, 2)), (leaf(1, 2, 3), leaf(2, 1, 3, 1)))
     assert check(lambda w: rko_kernel(w, 2), leaf(3, 2, 3))
     assert check(lambda w: aol_kernel(w, (2, 1), groups=2), leaf(4, 2, 3, 2))
+    assert check(lambda w: aol_kernel(w, 2, groups=2, steps=2), leaf(4, 2, 3))
     assert check(skew_kernel, leaf(2, 2, 3, 3))
     assert check(lambda w: cayley_kernel(w, (4, 3)), leaf(2, 3, 3, 1))
 
@@ -1306,6 +1374,11 @@ def test_shifts_refuse_other_offsets(offsets: Any, message: str) -> None:
         (lambda: OrthogonalConv1d(4, 4, 3, rank=-1), "rank must be"),
         (lambda: OrthogonalConv2d(3, 3, 3, method="rko"), "method must be one of"),
         (lambda: NonexpansiveConv2d(3, 3, 3, method="bcop"), "method must be one of"),
+        (lambda: NonexpansiveConv2d(3, 3, 3, steps=0), "steps must be at least 1, got 0"),
+        (
+            lambda: NonexpansiveConvTranspose2d(3, 3, 3, method="rko", steps=2),
+            "steps must be 1 with method 'rko', got 2",
+        ),
         (lambda: OrthogonalConv2d(3, 3, 3, padding_mode="reflect"), "padding_mode must be"),
         (lambda: NonexpansiveConv1d(3, 3, 3, padding_mode="replicate"), "padding_mode must be"),
         (
@@ -1422,9 +1495,10 @@ def test_aol_with_a_stride_starts_orthogonal() -> None:
 
 def test_aol_at_zero_has_a_finite_gradient() -> None:
     weight = torch.zeros(4, 3, 3, 3, requires_grad=True)
-    aol_kernel(weight).sum().backward()
-    assert weight.grad is not None
-    assert weight.grad.abs().max() < 1e8
+    for steps in (1, 3):
+        aol_kernel(weight, steps=steps).sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.abs().max() < 1e8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -1438,6 +1512,7 @@ def test_kernels_at_any_scale(dtype: torch.dtype) -> None:
         scaled = (weight * factor).requires_grad_()
         torch.testing.assert_close(rko_kernel(scaled), rko_kernel(weight))
         torch.testing.assert_close(aol_kernel(scaled), aol_kernel(weight))
+        torch.testing.assert_close(aol_kernel(scaled, steps=4), aol_kernel(weight, steps=4))
         torch.testing.assert_close(kernel_norm_bound(scaled) / factor, kernel_norm_bound(weight))
         if power > 0:
             torch.testing.assert_close(skew_kernel(scaled), skew_kernel(32 * weight))

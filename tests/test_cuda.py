@@ -30,6 +30,7 @@ from lipbook.activations import (
     HouseholderOrder2,
     MaxMin,
     NActivation,
+    SmoothAbsoluteValue,
 )
 from lipbook.composition import Bound, Box, lipschitz_rule
 from lipbook.convolutions import (
@@ -297,6 +298,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(
             Standardize([0.5, 0.2], [0.3, 0.4]),
             AveragePooling(2),
+            AveragePooling(2, 1, 1),
             nn.AvgPool2d(2, 1),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
@@ -487,6 +489,7 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "cosines": lambda: Householder(2),
     "cosines of three angles": lambda: HouseholderOrder2(2),
     "root": lambda: NormPooling(2),
+    "root of each entry": SmoothAbsoluteValue,
     "skew": lambda: SkewOrthogonalConv2d(2, 2, 3),
     "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
 }

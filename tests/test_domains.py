@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipbook.activations import AbsoluteValue, FullSort, GroupSort, MaxMin
+from lipbook.activations import (
+    AbsoluteValue,
+    FullSort,
+    GroupSort,
+    MaxMin,
+    SmoothAbsoluteValue,
+)
 from lipbook.composition import Ball, Box, lipschitz_bound
 from lipbook.composition.local import (
     matrix_norms,
@@ -22,6 +28,7 @@ from lipbook.composition.local import (
 from lipbook.graphs import trace
 from lipbook.layers.joins import MatMul, Multiply
 from lipbook.norms import dual_exponent
+from lipbook.residual import NormResidual
 from lipbook.rules import (
     Range,
     affine_rule,
@@ -67,11 +74,19 @@ NETWORKS = {
     "signals": (
         lambda: nn.Sequential(
             *(nn.Conv1d(1, 4, 3, padding=1), nn.MaxPool1d(2), nn.Tanh(), FullSort(-1)),
-            *(nn.Flatten(), nn.Linear(12, 2)),
+            *(nn.Flatten(), SmoothAbsoluteValue(0.2), nn.Linear(12, 2)),
         ),
         (1, 6),
     ),
     "branches": (Branches, (6,)),
+    "roots of squares": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 5),
+            NormResidual(nn.Sequential(nn.Linear(5, 5), nn.Tanh()), weight=0.3),
+            nn.Linear(5, 2),
+        ),
+        (4,),
+    ),
 }
 
 

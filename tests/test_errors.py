@@ -167,6 +167,7 @@ TWO = ("exponent", 2)
 MATRIX, IMAGE = ("tensor", tensor(3, 4)), ("raw", tensor(2, 4, 4, 4))
 RAW = ("raw", tensor(3, 4))
 KERNEL = ("tensor", tensor(4, 4, 3, 3))
+MOVED = {"stride": ("size", 1), "padding": ("not negative", 0)}
 CLOUD = ("tensor", tensor(5, 2))
 
 SIZES = {"in_channels": ("size", 4), "out_channels": ("size", 4), "kernel_size": ("size", 3)}
@@ -222,6 +223,12 @@ TABLE: dict[str, Row] = {
     "activations.NActivation": row(activations.NActivation, channels=("count", 4)),
     "activations.AbsoluteValue": row(
         activations.AbsoluteValue(), x=RAW, fine="x: integers, number"
+    ),
+    "activations.smooth_absolute_value": row(
+        activations.smooth_absolute_value, x=RAW, delta=("positive", 0.1), fine="x: number"
+    ),
+    "activations.SmoothAbsoluteValue": row(
+        activations.SmoothAbsoluteValue, delta=("positive", 0.1)
     ),
     # attacks
     "attacks.fgsm": row(
@@ -313,7 +320,11 @@ TABLE: dict[str, Row] = {
         convolutions.rko_kernel, weight=("raw", KERNEL[1]), stride=("size", 1), groups=("count", 1)
     ),
     "convolutions.aol_kernel": row(
-        convolutions.aol_kernel, weight=("raw", KERNEL[1]), stride=("size", 1), groups=("count", 1)
+        convolutions.aol_kernel,
+        weight=("raw", KERNEL[1]),
+        stride=("size", 1),
+        groups=("count", 1),
+        steps=("count", 1),
     ),
     "convolutions.kernel_norm_bound": row(
         convolutions.kernel_norm_bound,
@@ -768,6 +779,10 @@ TABLE: dict[str, Row] = {
         momentum=("share", 0.1),
         fine="momentum: none",
     ),
+    "normalization.Unscale": row(
+        with_first(normalization.Unscale),
+        norms=("module", normalization.ScalarBatchNorm(3)),
+    ),
     "normalization.ScaleAndBias": row(
         normalization.ScaleAndBias,
         num_features=("count", 3),
@@ -780,7 +795,11 @@ TABLE: dict[str, Row] = {
             getattr(pooling, name),
             x=IMAGE,
             window=("size", 2),
-            fine="" if name == "norm_pooling" else "x: integers",
+            **(MOVED if name in ("average_pooling", "norm_pooling") else {}),
+            fine="; ".join(
+                (["x: integers"] if name != "norm_pooling" else [])
+                + (["stride: none"] if name in ("average_pooling", "norm_pooling") else [])
+            ),
         )
         for name in (
             *("average_pooling", "invertible_downsampling", "invertible_upsampling"),
@@ -788,7 +807,12 @@ TABLE: dict[str, Row] = {
         )
     },
     **{
-        f"pooling.{name}": row(getattr(pooling, name), window=("size", 2))
+        f"pooling.{name}": row(
+            getattr(pooling, name),
+            window=("size", 2),
+            **(MOVED if name in ("AveragePooling", "NormPooling") else {}),
+            fine="stride: none" if name in ("AveragePooling", "NormPooling") else "",
+        )
         for name in (
             *("AveragePooling", "InvertibleDownsampling", "InvertibleUpsampling"),
             *("NormPooling", "Upsampling"),
@@ -831,6 +855,14 @@ TABLE: dict[str, Row] = {
         others={"branch": nn.Identity()},
         shortcut=("module", nn.Identity()),
         weight=("positive", 0.5),
+        fine="shortcut: none",
+    ),
+    "residual.NormResidual": row(
+        residual.NormResidual,
+        others={"branch": nn.Identity()},
+        shortcut=("module", nn.Identity()),
+        weight=("positive", 0.5),
+        eps=("not negative", 0.1),
         fine="shortcut: none",
     ),
     "residual.ConcatenatedResidual": row(

@@ -27,6 +27,7 @@ from lipbook.activations import (
     HouseholderOrder2,
     MaxMin,
     NActivation,
+    SmoothAbsoluteValue,
     absolute_value,
     full_sort,
     group_sort,
@@ -34,6 +35,7 @@ from lipbook.activations import (
     householder_order_2,
     max_min,
     n_activation,
+    smooth_absolute_value,
 )
 from lipbook.composition import Ball, Box, lipschitz_bound, lipschitz_lower_bound
 from lipbook.composition.local import ranges_of
@@ -238,6 +240,10 @@ OURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], nn.Module]]] = {
         lambda: filled(NActivation(4), 0.5),
     ),
     "absolute_value": (absolute_value, AbsoluteValue),
+    "smooth_absolute_value": (
+        lambda x: smooth_absolute_value(x, delta=0.3),
+        lambda: SmoothAbsoluteValue(0.3),
+    ),
     "invertible_downsampling": (
         lambda x: invertible_downsampling(x, 2),
         lambda: InvertibleDownsampling(2),
@@ -248,6 +254,14 @@ OURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], nn.Module]]] = {
     ),
     "norm_pooling": (lambda x: norm_pooling(x, (2, 1)), lambda: NormPooling((2, 1))),
     "average_pooling": (lambda x: average_pooling(x, 2), lambda: AveragePooling(2)),
+    "norm_pooling, overlapping": (
+        lambda x: norm_pooling(x, 2, stride=1),
+        lambda: NormPooling(2, 1),
+    ),
+    "average_pooling, padded": (
+        lambda x: average_pooling(x, 3, 2, 1),
+        lambda: AveragePooling(3, 2, 1),
+    ),
     "upsampling": (lambda x: upsampling(x, 2), lambda: Upsampling(2)),
     "layer_centering": (lambda x: layer_centering(x, (2, 3)), lambda: LayerCentering((2, 3))),
 }

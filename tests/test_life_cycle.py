@@ -48,6 +48,7 @@ from lipbook.activations import (
     HouseholderOrder2,
     MaxMin,
     NActivation,
+    SmoothAbsoluteValue,
 )
 from lipbook.attention import BallProjection, EnergyAttention, EnergyStep, L2MultiheadAttention
 from lipbook.composition import Residual, Sum, check_layer, lipschitz_bound
@@ -85,6 +86,7 @@ from lipbook.normalization import (
     LayerCentering,
     ScalarBatchNorm,
     ScaleAndBias,
+    Unscale,
 )
 from lipbook.orthogonal import (
     BlockReflectorLinear,
@@ -106,6 +108,7 @@ from lipbook.residual import (
     ConcatenatedResidual,
     CPLConv2d,
     CPLLinear,
+    NormResidual,
     OrthogonalResidual,
     SandwichConv2d,
     SandwichLinear,
@@ -247,6 +250,9 @@ TABLE = {
     ),
     "aol": row(lambda: NonexpansiveConv2d(3, 4, 3), IMAGE, "nonexpansive", nn.Conv2d),
     "aol, stride": row(lambda: NonexpansiveConv2d(3, 6, 3, stride=2), IMAGE, "nonexpansive"),
+    "aol, steps": row(
+        lambda: NonexpansiveConv2d(3, 4, 2, steps=3), IMAGE, "nonexpansive", nn.Conv2d
+    ),
     "aol, depthwise": row(
         lambda: NonexpansiveConv2d(3, 3, 3, groups=3), IMAGE, "nonexpansive", nn.Conv2d
     ),
@@ -335,6 +341,9 @@ TABLE = {
         IMAGE,
         "nonexpansive",
     ),
+    "norm residual": row(
+        lambda: NormResidual(OrthogonalLinear(5, 5), weight=0.3, eps=1e-3), (5,), "nonexpansive"
+    ),
     "orthogonal residual": row(
         lambda: OrthogonalResidual(OrthogonalLinear(3, 3), angle=0.4), (6,), "orthogonal"
     ),
@@ -365,6 +374,9 @@ TABLE = {
     "layer centering, pixels": row(lambda: LayerCentering((2, 3)), IMAGE, "nonexpansive"),
     "batch centering": row(lambda: CenteringAtRest(3).eval(), IMAGE, "one number"),
     "scalar batch norm": row(lambda: ScalarAtRest(5, eps=1e-2).eval(), (5,), "one number"),
+    "unscale": row(
+        lambda: Unscale(ScalarAtRest(5, eps=1e-2, bias=False).eval()), (5,), "one number"
+    ),
     "scale and bias": row(lambda: ScaleAndBias(3, -0.7), IMAGE, "one number"),
     # pooling
     "downsampling": row(lambda: InvertibleDownsampling(2), IMAGE, "orthogonal"),
@@ -372,6 +384,8 @@ TABLE = {
     "norm pooling": row(lambda: NormPooling(2), IMAGE, "orthogonal"),
     "average pooling": row(lambda: AveragePooling((2, 3)), IMAGE, "orthogonal"),
     "average pooling, global": row(lambda: AveragePooling("global"), IMAGE, "orthogonal"),
+    "norm pooling, overlapping": row(lambda: NormPooling(3, 2, 1), IMAGE, "nonexpansive"),
+    "average pooling, overlapping": row(lambda: AveragePooling(4, 2), IMAGE, "nonexpansive"),
     "norm pooling, global": row(lambda: NormPooling("global"), IMAGE, "orthogonal"),
     "upsampling": row(lambda: Upsampling(2), (3, 3, 2), "orthogonal"),
     # activations
@@ -386,6 +400,7 @@ TABLE = {
     "householder activation of order 2": row(lambda: HouseholderOrder2(6), (6, 2), "orthogonal"),
     "n-activation": row(lambda: NActivation(6), (6, 2), "orthogonal"),
     "absolute value": row(AbsoluteValue, (5,), "orthogonal"),
+    "smooth absolute value": row(SmoothAbsoluteValue, (5,), "nonexpansive"),
 }
 every_row = pytest.mark.parametrize("name", TABLE)
 # A recurrent layer gives two tensors: what is one layer to others is one of them, and is measured
@@ -725,7 +740,8 @@ def test_functional_call_vmap_and_jacrev(name: str) -> None:
         outputs = torch.func.vmap(run, (0, None))(stacked, x)
         torch.testing.assert_close(outputs, torch.stack([each(x) for each in layers]))
 
-        parameters = {key: value.detach() for key, value in layer.named_parameters()}
+    parameters = {key: value.detach() for key, value in layer.named_parameters()}
+    if parameters:  # and not buffers alone
         loss = lambda parameters, x: run(states[0] | parameters, x[None]).square().sum()  # noqa: E731
         gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
         layer(x).square().sum().backward()

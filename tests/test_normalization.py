@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lipbook.activations import MaxMin
 from lipbook.composition import Box, check_layer, lipschitz_bound
 from lipbook.freezing import freeze
 from lipbook.normalization import (
@@ -27,6 +28,7 @@ from lipbook.normalization import (
     LayerCentering,
     ScalarBatchNorm,
     ScaleAndBias,
+    Unscale,
     batch_mean,
     layer_centering,
     pooled_variance,
@@ -409,7 +411,60 @@ def test_errors_name_argument_and_value(call: Callable[[], object], message: str
         call()
 
 
-@pytest.mark.parametrize("make", [BatchCentering, ScalarBatchNorm, ScaleAndBias])
+def unscale(c: int) -> Unscale:
+    """Of two layers with statistics."""
+    norms = scattered(ScalarBatchNorm(c, eps=0.3)), scattered(ScalarBatchNorm(4))
+    norms[0].running_var.fill_(5.0)
+    return Unscale(*norms).float()
+
+
+def test_a_product_of_scales_by_numpy() -> None:
+    layer = unscale(3).double()
+    variances = [norm.running_var.item() + norm.eps for norm in layer.norms]
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    np.testing.assert_allclose(layer(x), x.numpy() * np.sqrt(np.prod(variances)), rtol=1e-14)
+    for p in (1, 2, math.inf):
+        bound = lipschitz_bound(layer, (3, 4), p)
+        assert bound.kind == "exact"
+        assert bound.value == pytest.approx(np.sqrt(np.prod(variances)), rel=1e-14)
+
+
+def test_a_network_whose_scales_are_undone_has_constant_one() -> None:
+    """Whatever it was trained on; any two points attain it, as in a chain of orthogonal layers."""
+    torch.manual_seed(0)
+    norms = [ScalarBatchNorm(6, momentum=None) for _ in range(3)]
+    layers = [layer for norm in norms for layer in (OrthogonalLinear(6, 6), norm, MaxMin())]
+    net = nn.Sequential(*layers, Unscale(*norms))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for size in (1e-3, 1e-2, 1e-1):
+        optimizer.zero_grad()
+        net(size * torch.randn(32, 6)).square().mean().backward()
+        optimizer.step()
+    net = net.double().eval()
+    scales = [norm.running_var.item() + norm.eps for norm in norms]
+    assert min(scales) < 0.5
+    assert lipschitz_bound(net, (6,)).value == pytest.approx(1, abs=1e-6)
+    assert lipschitz_bound(net[:-1], (6,)).value > 3
+    x = torch.randn(6, dtype=torch.float64)
+    matrix = torch.func.jacrev(lambda z: net(z[None])[0])(x).detach()
+    np.testing.assert_allclose(np.linalg.svd(matrix.numpy())[1], 1, rtol=0, atol=1e-6)
+    names = [name for name in net.state_dict() if name.startswith("9.norms.2")]
+    assert "9.norms.2.running_var" in names
+    twin = copy.deepcopy(net)
+    twin[7].running_var.fill_(9.0)
+    assert twin[9].norms[2].running_var.item() == 9  # it is shared
+    assert net[7].running_var.item() != 9
+    assert torch.equal(freeze(net)(x[None]), net(x[None]))
+
+
+def test_a_product_of_scales_is_of_such_layers() -> None:
+    with pytest.raises(ValueError, match="norms must hold one layer or more, got none"):
+        Unscale()
+    with pytest.raises(TypeError, match="norms must be ScalarBatchNorm layers, got BatchNorm2d"):
+        Unscale(ScalarBatchNorm(3), nn.BatchNorm2d(3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [BatchCentering, ScalarBatchNorm, ScaleAndBias, unscale])
 def test_programs_in_another_dtype_are_not_certified(make: Any) -> None:
     layer = make(3).eval()
     with pytest.raises(ValueError, match="must run in the dtype of its parameters"):
@@ -438,6 +493,19 @@ def test_errors_of_programs_are_bounded(make: Callable[[], Any], p: float) -> No
 
 
 @pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_errors_of_a_product_of_scales_are_bounded(p: float) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        layer, x = unscale(5).float(), torch.randn(8, 5)
+        for norm in layer.norms:
+            norm.running_var.uniform_(0.1, 4)
+        result = forward_error(layer, x, p)
+        off = (layer(x).double() - copy.deepcopy(layer).double()(x.double())).norm(p, dim=1)
+        assert (off <= result.error).all()
+        assert (result.error <= 20 * 2.0**-24 * result.outputs.norm(p, dim=1)).all()
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
 def test_errors_count_their_roundings(p: float) -> None:
     """Of n numbers, a quotient and a difference; or the seven of a scale; with some to spare."""
     x = torch.randn(1, 6) + 100
@@ -458,6 +526,7 @@ ANSWERED: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "batch": (lambda: scattered(BatchCentering(3)).float().eval(), (3, 2)),
     "scalar": (lambda: scattered(ScalarBatchNorm(3)).float().eval(), (3, 2)),
     "scale": (lambda: scattered(ScaleAndBias(3)).float(), (3, 2)),
+    "unscale": (lambda: unscale(3).float(), (3, 2)),
 }
 
 

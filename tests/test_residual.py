@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,10 @@ from torch.nn.utils import parametrize
 from lipbook import residual
 from lipbook.activations import MaxMin
 from lipbook.composition import Box, lipschitz_bound
+from lipbook.composition.bounds import graph_bound
 from lipbook.convolutions import OrthogonalConv2d
 from lipbook.freezing import freeze
+from lipbook.graphs import trace
 from lipbook.orthogonal import OrthogonalLinear, Scale
 from lipbook.pooling import InvertibleDownsampling
 from lipbook.residual import (
@@ -25,15 +28,19 @@ from lipbook.residual import (
     ConcatenatedResidual,
     CPLConv2d,
     CPLLinear,
+    NormResidual,
     OrthogonalResidual,
     SandwichConv2d,
     SandwichLinear,
     SLLConv2d,
     SLLLinear,
+    _RootMeanSquare,
     cpl_scale,
     sll_scale,
 )
 from lipbook.rounding import forward_error
+from lipbook.rules import Range
+from lipbook.units import units_rule
 
 DENSE = {"sll": SLLLinear, "cpl": CPLLinear}
 CONVOLUTIONS = {"sll": SLLConv2d, "cpl": CPLConv2d}
@@ -548,6 +555,203 @@ def test_averages_refuse(call: Callable[[], object], message: str) -> None:
         call()
 
 
+# ------------------------------------------------------------------- roots of mean squares
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.5, 0.9])
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 2.0])
+def test_a_root_mean_square_by_its_formula(weight: float, eps: float) -> None:
+    branch = OrthogonalLinear(4, 4, dtype=torch.float64)
+    block = NormResidual(branch, weight=weight, eps=eps, dtype=torch.float64)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    g = x.numpy() @ branch.weight.detach().numpy().T + branch.bias.detach().numpy()
+    expected = np.sqrt((1 - weight) * x.numpy() ** 2 + weight * g**2 + eps)
+    np.testing.assert_allclose(block(x).detach().numpy(), expected, rtol=1e-14)
+    assert block.weights()[1].item() == pytest.approx(weight, rel=1e-14)
+    assert "eps=" in repr(block)
+
+
+def test_a_root_mean_square_keeps_the_norm_that_its_parts_keep() -> None:
+    skip = InvertibleDownsampling(2)
+    block = NormResidual(OrthogonalConv2d(2, 8, 4, stride=2, bias=False), skip, 0.3).double()
+    x = torch.randn(5, 2, 4, 6, dtype=torch.float64)
+    norms = [v.flatten(1).norm(dim=1).detach().numpy() for v in (block(x), x)]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-6)
+    assert lipschitz_bound(block, (2, 4, 6)).value <= 1 + 1e-6
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 6), st.floats(-8, 8), st.sampled_from([0.0, 0.1]), st.integers(0, 99))
+def test_root_mean_squares_of_nonexpansive_maps_are_nonexpansive(
+    n: int, logit: float, eps: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    branch = nn.Sequential(OrthogonalLinear(2 * n, 2 * n), MaxMin(), OrthogonalLinear(2 * n, 2 * n))
+    block = NormResidual(branch, eps=eps).double()
+    nn.init.constant_(block.logit, logit)
+    for p in (1, 2, math.inf):
+        bound = lipschitz_bound(block, (2 * n,), p).value
+        x, y = torch.randn(2, 9, 2 * n, dtype=torch.float64)
+        rise = torch.linalg.vector_norm(block(x) - block(y), p, dim=1)
+        assert (rise <= bound * torch.linalg.vector_norm(x - y, p, dim=1) * (1 + 1e-12)).all()
+        if p == 2:
+            assert bound <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("numbers", [(1.0, 1.0), (1.0, 3.0), (2.0, 0.5)])
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_the_bound_of_a_root_mean_square_is_attained(
+    numbers: tuple[float, float], p: float
+) -> None:
+    """By multiples of x, and in the 1-norm by parts that move other entries, of which 0 has none.
+
+    A graph joins by the larger part in the maximum norm, as good where both are alike.
+    """
+    skip, number = numbers
+    branch = nn.Linear(2, 2, bias=False)
+    turn = torch.tensor([[0.0, 1.0], [1.0, 0.0]]) if p == 1 else torch.eye(2)
+    branch.weight = nn.Parameter(number * turn)
+    block = NormResidual(branch, Scale(skip), weight=0.3, dtype=torch.float64).double()
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    attained = block(x).norm(p).item()  # over a distance of 1 from 0, where it is 0
+    roots = np.sqrt([0.7, 0.3]) * numbers
+    assert attained == pytest.approx(roots.sum() if p == 1 else np.linalg.norm(roots), rel=1e-12)
+    bound = lipschitz_bound(block, (2,), p)
+    assert attained * (1 - 1e-12) <= bound.value <= attained * (1 + 1e-9)
+    assert [part.name for part in bound.parts] == ["shortcut Scale", "branch Linear"]
+    graph = graph_bound(trace(block, (2,)), p).value
+    loose = max(numbers) if p == math.inf else attained
+    assert attained * (1 - 1e-12) <= graph <= loose * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.2])
+def test_slopes_of_a_root_mean_square_on_a_domain(eps: float) -> None:
+    """Each bound of the slopes by an interval of both parts is approached somewhere in it."""
+    join = _RootMeanSquare(torch.tensor(0.6).double(), torch.tensor(0.4).double(), eps)
+    ends = [(-2.0, -1.0), (-1.0, 2.0), (0.0, 1.0), (0.5, 3.0), (0.0, 0.0)]
+    for first, second in itertools.product(ends, ends):
+        sides = [torch.linspace(*side, 61, dtype=torch.float64) for side in (first, second)]
+        u, v = (grid.flatten().requires_grad_() for grid in torch.meshgrid(*sides, indexing="ij"))
+        slopes = torch.autograd.grad(join(u, v).sum(), (u, v))
+        ranges = [
+            Range(*torch.tensor([[[low]], [[high]]], dtype=torch.float64))
+            for low, high in (first, second)
+        ]
+        one = torch.ones(1, 1, 1, dtype=torch.float64)
+        found = join.pullback((one, torch.zeros_like(one)), ranges)
+        for (middle, half), slope, side in zip(found, slopes, (first, second), strict=True):
+            least, most = (middle - half).item(), (middle + half).item()
+            assert least <= slope.min().item() + 1e-15
+            assert slope.max().item() <= most + 1e-15
+            if eps or all(abs(end) > 0 for pair in (first, second) for end in pair):
+                crosses = not eps and first[0] * first[1] < 0 and second[0] * second[1] < 0
+                near = 0.1 if crosses else 0.03
+                assert slope.min().item() - least < near, (first, second, side)
+                assert most - slope.max().item() < near
+        image = join.range(ranges)
+        assert image.holds(join(u, v)[:, None])
+        assert image.high.item() == pytest.approx(join(u, v).max().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_errors_of_a_root_mean_square_are_bounded(p: float, dtype: torch.dtype) -> None:
+    """Float64 judges, with the weights of the program; on a domain too."""
+    for scale, eps, weight in ((1.0, 0.0, 0.3), (1e-3, 1e-6, 0.5), (30.0, 0.1, 0.9)):
+        block = NormResidual(nn.Linear(6, 6), weight=weight, eps=eps).to(dtype).eval()
+        join = _RootMeanSquare(*(part.detach() for part in block.weights()), eps).double()
+        x = (scale * torch.randn(4, 6)).to(dtype)
+        y = x + (0.01 * scale * torch.randn(4, 6)).to(dtype)
+        with torch.no_grad():
+            result = forward_error(block, x, p)
+            twin = copy.deepcopy(block.branch).double()
+            exact, there = (join(z.double(), twin(z.double())) for z in (x, y))
+            off = torch.linalg.vector_norm(result.outputs.double() - exact, p, dim=1)
+            assert (off <= result.error).all()
+            far = torch.linalg.vector_norm(y.double() - x.double(), p, dim=1)
+            off = torch.linalg.vector_norm(block(y).double() - there, p, dim=1)
+            assert (off <= result.error + result.slope * far).all()
+            assert (
+                torch.linalg.vector_norm(there - exact, p, dim=1) <= result.lipschitz * far
+            ).all()
+            assert (result.error <= 100 * torch.finfo(dtype).eps * (scale + 1)).all()
+            alone = NormResidual(nn.Identity(), weight=weight, eps=eps).to(dtype)
+            both = join(x.double(), x.double())
+            off = torch.linalg.vector_norm(alone(x).double() - both, p, dim=1)
+            assert (off <= forward_error(alone, x, p).error).all()
+            if dtype == torch.float32:
+                box = Box(x.min().item() - 1, x.max().item() + 1)
+                found = forward_error(block, x, p, domain=box)
+                off = torch.linalg.vector_norm(found.outputs.double() - exact, p, dim=1)
+                assert (off <= found.error).all()
+                assert (found.error < 1e-3 * (scale + 1)).all()
+
+
+def test_a_root_mean_square_whose_squares_may_overflow_is_told() -> None:
+    block = NormResidual(nn.Identity()).eval()
+    for size, holds in ((1e18, True), (1e19, False)):
+        x = torch.full((1, 2), size)
+        assert bool(forward_error(block, x).limit > 0) is holds
+        found = forward_error(block, x, domain=Box(0.0, size)).error
+        assert bool(found.isfinite()) is holds
+
+
+def test_a_root_mean_square_has_finite_gradients_at_zero() -> None:
+    block = NormResidual(Scale(-1.0))
+    x = torch.zeros(1, 3, requires_grad=True)
+    block(x).sum().backward()
+    assert x.grad is not None
+    assert not x.grad.any()
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(NormResidual(nn.Tanh(), eps=0.1).double(), x)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert NormResidual(nn.Identity())(torch.full((1, 2), 300, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("method", ["product", "lipsdp"])
+def test_the_methods_of_tightness_read_a_root_mean_square(method: Any) -> None:
+    """Of pairs of scaled entries; skip and branch of one linear map are joined by their norm."""
+    torch.manual_seed(0)
+    block = NormResidual(nn.Linear(3, 3), weight=0.4)
+    net = nn.Sequential(nn.Linear(3, 3), block, nn.Linear(3, 2)).double()
+    bound = lipschitz_bound(net, (3,), method=method).value
+    x = 100 * torch.randn(200, 3, dtype=torch.float64)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda z: net(z[None])[0]))(x)
+    steepest = torch.linalg.matrix_norm(jacobian, 2).max().item()
+    first, middle, last = (
+        layer.weight.detach().numpy() for layer in (net[0], block.branch, net[2])
+    )
+    pair = np.concatenate([np.sqrt(0.6) * np.eye(3), np.sqrt(0.4) * middle]) @ first
+    product = np.linalg.norm(pair, 2) * np.linalg.norm(last, 2)
+    assert steepest <= bound
+    if method == "lipsdp":
+        assert bound <= product * (1 + 1e-6)
+        with pytest.raises(ValueError, match="method 'absolute' does not know"):
+            lipschitz_bound(net, (3,), method="absolute")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: NormResidual(nn.Tanh(), weight=1.0), r"weight must be in \(0, 1\), got 1"),
+        (lambda: NormResidual(nn.Tanh(), eps=-1.0), "eps must be at least 0 and finite, got -1"),
+        (lambda: NormResidual(nn.Tanh(), eps=math.nan), "eps must be at least 0 and finite"),
+        (
+            lambda: NormResidual(nn.Linear(3, 1))(torch.zeros(2, 3)),
+            r"shape of the skip \(2, 3\), got \(2, 1\): give a shortcut",
+        ),
+        (lambda: lipschitz_bound(NormResidual(nn.Linear(3, 1)), (3,)), "must agree on the"),
+        (
+            lambda: lipschitz_bound(NormResidual(nn.ReLU(inplace=True)), (3,)),
+            "branch overwrites the input",
+        ),
+    ],
+)
+def test_root_mean_squares_refuse(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 # ------------------------------------------------------------------------- rotations of halves
 
 
@@ -836,6 +1040,43 @@ def test_bounds_of_a_sandwich_in_other_norms_are_attained(
     for net in (layer, freeze(layer)):
         shape = (2, 1, 1) if convolution else (2,)
         assert lipschitz_bound(net, shape, p).value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["dense", "tokens", "frozen", "convolution"])
+def test_units_of_a_sandwich(kind: str, activation: Any) -> None:
+    """The matrices around them give the layer, and LipSDP finds the scale that proves 1."""
+    shape: tuple[int, ...] = {"tokens": (2, 3), "convolution": (2, 4, 4)}.get(kind, (3,))
+    layer: nn.Module = sandwich(3, 4, 3, activation, 0.3)
+    if kind == "convolution":
+        layer = SandwichConv2d(2, 3, 2, (4, 4), 1, 2, activation, dtype=torch.float64)
+        nn.init.normal_(layer.log_scale, std=0.3)  # type: ignore[arg-type]
+    layer = freeze(layer) if kind == "frozen" else layer
+    units = units_rule(layer.double(), shape)
+    assert units is not None
+    sigma: Any = {
+        "relu": torch.relu,
+        "tanh": torch.tanh,
+        "softplus": nn.functional.softplus,
+        "identity": nn.Identity(),
+    }[activation]
+    x = torch.randn(20, *shape, dtype=torch.float64)
+    bias = layer.bias.detach()
+    bias = bias.expand(4) if kind == "convolution" else bias.repeat(math.prod(shape) // 3)
+    assert units.before is not None
+    assert units.behind is not None
+    y = sigma(x.flatten(1) @ units.before.mT + bias) @ units.behind.mT
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).flatten(1), y, rtol=1e-12, atol=1e-13)
+    assert units.piecewise_linear == (activation in ("relu", "identity"))
+    if units.piecewise_linear:
+        torch.testing.assert_close(units(x.flatten(1)), y, rtol=1e-12, atol=1e-13)
+    bound = lipschitz_bound(nn.Sequential(layer, nn.Flatten()), shape, method="lipsdp").value
+    assert bound <= 1 + 1e-4
+    if kind == "dense" and activation == "relu":
+        exact = lipschitz_bound(nn.Sequential(layer), shape, method="exact")
+        assert exact.kind == "exact"
+        assert exact.value <= bound * (1 + 1e-9)
 
 
 def test_gradcheck_of_a_sandwich() -> None:

@@ -31,6 +31,7 @@ from lipbook.activations import (
     HouseholderOrder2,
     MaxMin,
     NActivation,
+    SmoothAbsoluteValue,
 )
 from lipbook.attention import BallProjection, EnergyAttention, L2MultiheadAttention, _EnergyLayer
 from lipbook.composition import Ball, Box, Residual, Sum, lipschitz_bound
@@ -72,6 +73,7 @@ from lipbook.normalization import (
     LayerCentering,
     ScalarBatchNorm,
     ScaleAndBias,
+    Unscale,
 )
 from lipbook.norms import convolution_norm_bound, operator_norm
 from lipbook.norms.rigorous import _largest_spectral_bound
@@ -303,6 +305,9 @@ def _(module: nn.AdaptiveAvgPool2d, x: np.ndarray) -> np.ndarray:  # of a square
 
 @exact.register(AveragePooling)
 def _(module: AveragePooling, x: np.ndarray) -> np.ndarray:  # of 2 × 2 pixels, so that √4 = 2
+    if module.stride == 1:  # each pixel in four windows, which is the square of that
+        moved = [x[:, i : x.shape[1] - 1 + i, j : x.shape[2] - 1 + j] for i, j in np.ndindex(2, 2)]
+        return sum(moved[1:], moved[0]) / Fraction(4)
     return exact(nn.AvgPool2d(2), x) * 2
 
 
@@ -670,6 +675,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Functions": (Functions, (3,)),
     "Joins": (Joins, (4,)),
     "AveragePooling": (lambda: AveragePooling(2), (2, 4, 2)),
+    "AveragePooling overlapping": (lambda: AveragePooling(2, 1), (1, 3, 3)),
     "Upsampling": (lambda: Upsampling(2), (1, 2, 3)),
     "Upsample": (lambda: nn.Upsample(scale_factor=2), (1, 2, 3)),
     "MaxPool2d": (lambda: nn.MaxPool2d(2, 1), (1, 3, 3)),
@@ -872,7 +878,7 @@ def test_the_bound_is_in_sight_of_what_happens() -> None:
 @given(st.integers(0, 999), st.floats(-3, 3), st.sampled_from(EXPONENTS))
 @settings(max_examples=40)
 def test_rules_with_roots_against_float64(seed: int, log_scale: float, p: float) -> None:
-    """Householder, norm pooling, batch norm: float64 judges float32."""
+    """Householder, norm pooling, batch norm, roots of entries: float64 judges float32."""
     torch.manual_seed(seed)
     norm = nn.BatchNorm2d(4)
     for tensor in (norm.weight, norm.bias, norm.running_mean):
@@ -883,7 +889,15 @@ def test_rules_with_roots_against_float64(seed: int, log_scale: float, p: float)
     twice, zigzag = HouseholderOrder2(4, pairing="halves"), NActivation(4)
     twice.angles.data.uniform_(-9, 9)
     zigzag.kinks.data.normal_()
-    for module in (bent, twice, zigzag, NormPooling(2), norm.eval(), nn.AvgPool2d(2), nn.PReLU(4)):
+    rest = [
+        NormPooling(2),
+        NormPooling(3, 1, 1),
+        norm.eval(),
+        nn.AvgPool2d(2),
+        nn.PReLU(4),
+        SmoothAbsoluteValue(0.3),
+    ]
+    for module in (bent, twice, zigzag, *rest):
         x = 10**log_scale * torch.randn(3, 4, 4, 4)
         y = x + 0.1 * 10**log_scale * torch.randn(3, 4, 4, 4)
         with torch.no_grad():
@@ -1349,6 +1363,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
         HouseholderOrder2,
         NActivation,
         NormPooling,
+        SmoothAbsoluteValue,
         nn.BatchNorm2d,
         nn.PReLU,
         Sine,
@@ -1358,7 +1373,7 @@ def test_every_rule_meets_the_oracle_or_float64() -> None:
     by_float64 |= {_EnergyLayer, L2MultiheadAttention}
     by_float64 |= {*_RELATIVE, *_BY_INPUT, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid}
     by_float64 |= {nn.Softshrink, nn.Threshold, nn.RReLU, _Lossless}
-    by_float64 |= {BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias}
+    by_float64 |= {BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias, Unscale}
     by_fractions = {InfinityDistance}  # tests/test_distances.py
     by_decimals = {nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.RMSNorm}
     by_decimals |= {nn.Softmax, nn.Softmin, nn.LogSoftmax}

@@ -505,15 +505,21 @@ FAULTS = (
     ),
     Fault(
         "pooling",
-        "squares = means * pixels",
-        "squares = 0.25 * means * pixels",
+        "squares = means * (pixels / overlap)",
+        "squares = 0.25 * means * (pixels / overlap)",
         "norm pooling loses half the norm",
     ),
     Fault(
         "pooling",
-        "NormPooling: {1: 0, 2: 0, math.inf: 0.5}",
-        "NormPooling: {1: 0, 2: 0, math.inf: 0}",
+        "math.inf: math.sqrt(pixels)}[p]",
+        "math.inf: 1.0}[p]",
         "the ∞-norm constant of norm pooling",
+    ),
+    Fault(
+        "pooling",
+        "return means, math.prod(sizes), math.prod(-(-k // s) for k, s, _ in axes)",
+        "return means, math.prod(sizes), 1",
+        "windows that overlap and do not share",
     ),
     Fault(
         "pooling",

@@ -27,7 +27,13 @@ from lipbook.convolutions import (
     OrthogonalConvTranspose3d,
 )
 from lipbook.layers.rearrangements import LinearMap, MatrixProduct
-from lipbook.normalization import BatchCentering, LayerCentering, ScalarBatchNorm, ScaleAndBias
+from lipbook.normalization import (
+    BatchCentering,
+    LayerCentering,
+    ScalarBatchNorm,
+    ScaleAndBias,
+    Unscale,
+)
 from lipbook.orthogonal import OrthogonalLinear, Scale, polar
 from lipbook.pooling import AveragePooling, Upsampling
 from lipbook.rules import Shape, lipschitz_rule
@@ -168,7 +174,7 @@ def _own(old: nn.Module, shape: Shape) -> Chosen | None:
     value = constant(old, shape)
     if value > 1 + SLACK:
         raise ValueError(f"has the constant {value:.4g}, and no 1-Lipschitz replacement")
-    varies = isinstance(old, (ScalarBatchNorm, ScaleAndBias))
+    varies = isinstance(old, (ScalarBatchNorm, ScaleAndBias, Unscale))
     return Chosen(copy.deepcopy(old), _PRESENT if varies else ALREADY)
 
 

@@ -90,8 +90,8 @@ def _handles(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def traced_as(make: Callable[..., nn.Module]) -> Callable[[Any], Any]:
-    """Decorate a function of the library: a call is one layer, made of the arguments after x.
+def traced_as(make: Callable[..., nn.Module], inputs: int = 1) -> Callable[[Any], Any]:
+    """Decorate a function of the library: a call is one layer, made of what follows its inputs.
 
     It takes the way that torch keeps for functions which are no methods of tensors: a mode that
     watches functions is told of the call, and of nothing inside it.
@@ -100,15 +100,17 @@ def traced_as(make: Callable[..., nn.Module]) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         @functools.wraps(function)
         def called(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if torch.overrides.has_torch_function_unary(x):
-                return torch.overrides.handle_torch_function(called, (x,), x, *args, **kwargs)
+            parts = (x, *args[: inputs - 1])
+            if torch.overrides.has_torch_function(parts):
+                return torch.overrides.handle_torch_function(called, parts, x, *args, **kwargs)
             return function(x, *args, **kwargs)
 
         def handler(call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Step:
-            _constants(call, *args, *kwargs.values())
-            return make(*args, **kwargs), (x,)
+            others = args[inputs - 1 :]
+            _constants(call, *others, *kwargs.values())
+            return make(*others, **kwargs), (x, *args[: inputs - 1])
 
-        HANDLERS[function.__name__] = handler
+        HANDLERS[function.__name__.strip("_")] = handler
         return called
 
     return decorate

@@ -52,7 +52,16 @@ from lipbook.rules import (
 )
 from lipbook.units import Units, elementwise_units, units_rule
 
-__all__ = ["Absolute", "Exp", "Log", "Power", "Reciprocal", "Sine", "register_like"]
+__all__ = [
+    "Absolute",
+    "Exp",
+    "Log",
+    "Power",
+    "Reciprocal",
+    "Sine",
+    "register_like",
+    "register_rising",
+]
 
 
 class Absolute(nn.Module):
@@ -194,9 +203,13 @@ def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> _Curve:
     return _Curve(lambda m: (0.0, 1.0), local, exact=True, kinks=kinks)
 
 
-def _rising(extent: Callable[[Any], Slopes], slope: Callable[[Any, Tensor], Tensor]) -> _Curve:
+def _rising(
+    extent: Callable[[Any], Slopes],
+    slope: Callable[[Any, Tensor], Tensor],
+    turn: float = -math.inf,
+) -> _Curve:
     """Slopes that grow with x."""
-    return _Curve(extent, lambda m, low, high: (slope(m, low), slope(m, high)))
+    return _Curve(extent, lambda m, low, high: (slope(m, low), slope(m, high)), lambda m: turn)
 
 
 def _bell(extent: Callable[[Any], Slopes], slope: Callable[[Any, Tensor], Tensor]) -> _Curve:
@@ -327,10 +340,21 @@ _ELEMENTWISE = (*_CURVES, Power)
 
 def register_like(cls: type[nn.Module], known: type[nn.Module]) -> None:
     """Give a class the answers of one that computes the same function."""
-    _CURVES[cls] = _CURVES[known]
+    _register(cls, _CURVES[known])
+
+
+def register_rising(
+    cls: type[nn.Module], slope: Callable[[Any, Tensor], Tensor], least: float, most: float
+) -> None:
+    """Give a class the answers of a function with a minimum at 0, whose slope rises all the way."""
+    _register(cls, _rising(lambda m: (least, most), slope, turn=0.0))
+
+
+def _register(cls: type[nn.Module], curve: _Curve) -> None:
+    _CURVES[cls] = curve
     rules: tuple[Any, ...] = (lipschitz_rule, slope_rule, range_rule, units_rule)
     for rule in rules:
-        rule.register(cls, rule.dispatch(known))
+        rule.register(cls, rule.dispatch(nn.ReLU))
 
 
 def _largest(module: nn.Module) -> float:
