@@ -263,7 +263,8 @@ def convolutions(c: int, size: int, stride: int) -> dict[str, Any]:
         layers["lipbook SLL, residual"] = SLLConv2d(c)
         layers["lipbook CPL, residual"] = CPLConv2d(c)
         layers["orthogonium SLL, residual"] = SDPBasedLipschitzResBlock(c, 1)
-        layers["orthogonium SOC, adaptive"] = AdaptiveSOCConv2d(c, c, 3, padding=1)
+        # Its kernel has 7 × 7 taps: with a padding of 1 its images would shrink to 12 × 12.
+        layers["orthogonium SOC, adaptive"] = AdaptiveSOCConv2d(c, c, 3, padding=3)
     return layers
 
 

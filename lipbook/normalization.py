@@ -39,7 +39,7 @@ so that scales move to the end of a chain, where they multiply all logits: a net
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -227,6 +227,10 @@ def _per_channel(name: str, values: Tensor, x: Tensor) -> Tensor:
 def _affine(x: Tensor, mean: Tensor | None, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """(x - mean) * scale + bias, in the dtype of x."""
     _floating("x", x)
+    if mean is None and scale is not None and _is_plain(x, scale, bias):
+        shift = None if bias is None else _per_channel("bias", bias, x)
+        result: Tensor = _Scaled.apply(x, scale, shift)
+        return result
     y = x if mean is None else x - _per_channel("mean", mean, x)
     y = y if scale is None else y * scale
     y = y if bias is None else y + _per_channel("bias", bias, x)
@@ -236,6 +240,97 @@ def _affine(x: Tensor, mean: Tensor | None, scale: Tensor | None, bias: Tensor |
 # torch.fx records a call of these as one step, since their course depends on sizes.
 torch.fx.wrap("layer_centering")
 torch.fx.wrap("_affine")
+
+
+# Note [one pass of a gradient]
+# The derivative of a centring is the centring, and the gradient of its bias the sums that this
+# needs: torch takes them twice. It also holds two new batches at once where one is enough, and new
+# memory takes longer than the numbers in it. In the forward pass the functions below round as the
+# steps do.
+
+_PIECE = 2**16  # entries of a batch of products that is only summed, as many as a cache holds
+
+
+def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the functions of autograd below apply: one dtype, and no program that is traced."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return False
+    same = all(other is None or other.dtype == x.dtype for other in others)
+    return same and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def _by_steps(steps: Callable[..., Any]) -> Any:
+    """Rule of vmap for a function of autograd that adds in place: the steps that it takes."""
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        outputs = torch.vmap(steps, in_dims)(*arguments)
+        return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
+
+    return staticmethod(vmap)
+
+
+def _scaled(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    y = x * scale
+    return y if shift is None else y + shift
+
+
+class _Scaled(torch.autograd.Function):
+    vmap = _by_steps(_scaled)
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        y = x * scale
+        return y if shift is None else y.add_(shift)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+        ctx.shape = None if inputs[2] is None else inputs[2].shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, scale = ctx.saved_tensors
+        pieces = max(1, _PIECE // max(1, x[:1].numel()))
+        pairs = zip(gradient.split(pieces), x.split(pieces), strict=True)
+        along = torch.stack([(left * right).sum() for left, right in pairs]).sum()
+        shift = None if ctx.shape is None else gradient.sum_to_size(ctx.shape)
+        return gradient * scale, along, shift
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, turn: Tensor, shift: Tensor | None) -> Tensor:
+        x, scale = ctx.saved_tensors
+        return _scaled(tangent, scale, shift) + x * turn
+
+
+def _centred(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    mean = batch_mean(x)
+    y = x - _per_channel("mean", mean, x)
+    return y if shift is None else y + shift, mean
+
+
+class _Centred(torch.autograd.Function):
+    vmap = _by_steps(_centred)
+
+    @staticmethod
+    def forward(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, mean = _centred(x, None)
+        return y if shift is None else y.add_(shift), mean
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.shape = None if inputs[1] is None else inputs[1].shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, Tensor | None]:
+        sums = gradient.sum([0, *range(2, gradient.dim())]).view(-1, *[1] * (gradient.dim() - 2))
+        centred = gradient - sums / (gradient.numel() // gradient.shape[1])
+        return centred, None if ctx.shape is None else sums.view(ctx.shape)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, shift: Tensor | None) -> tuple[Tensor, None]:
+        return _centred(tangent, shift)[0], None
 
 
 # ------------------------------------------------------------------------ several processes
@@ -369,17 +464,24 @@ class _BatchLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise, (batch, c, *size) to the same."""
         mean, variance = self.running_mean, self.running_var if self._scales else None
-        if self.training:
+        if not self.training:
+            return _affine(x, mean, self._scale(variance), self.bias)
+        _floating("x", x)
+        y, plain = None, not (self._scales or _several_processes())
+        if plain and _is_plain(x, self.bias) and x.shape[1:2] == mean.shape:
+            shift = None if self.bias is None else _per_channel("bias", self.bias, x)
+            y, mean = _Centred.apply(x, shift)
+        else:
             mean = batch_mean(x)
-            if x.numel() == x.shape[1] and not _several_processes():
-                raise ValueError(
-                    "x must have more than one number a channel in training mode, of which the "
-                    f"mean is taken, got shape {tuple(x.shape)}"
-                )
-            if self._scales:
-                variance = pooled_variance(x, mean)
-            self._track(mean, variance)
-        return _affine(x, mean, self._scale(variance), self.bias)
+        if x.numel() == x.shape[1] and not _several_processes():
+            raise ValueError(
+                "x must have more than one number a channel in training mode, of which the "
+                f"mean is taken, got shape {tuple(x.shape)}"
+            )
+        if self._scales:
+            variance = pooled_variance(x, mean)
+        self._track(mean, variance)
+        return _affine(x, mean, self._scale(variance), self.bias) if y is None else y
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor | None) -> None:

@@ -59,7 +59,7 @@ from torch.nn.utils import parametrize
 
 from lipbook.composition import Bound, lipschitz_rule
 from lipbook.composition.bounds import _branch_bound, _check_branch
-from lipbook.convolutions import circular_fold, kernel_norm_bound
+from lipbook.convolutions import kernel_norm_bound
 from lipbook.convolutions.cayley import (
     CayleyKernel,
     _adjoint_in_frequencies,
@@ -71,6 +71,7 @@ from lipbook.convolutions.circular import (
     _pad_whole,
     channel_counts,
     check_groups,
+    circular_transpose,
     one_size,
 )
 from lipbook.errors import (
@@ -135,7 +136,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 torch.fx.wrap("sll_scale")
 torch.fx.wrap("cpl_scale")
 torch.fx.wrap("_pad_whole")
-torch.fx.wrap("circular_fold")
+torch.fx.wrap("circular_transpose")
 torch.fx.wrap("_of_size")
 torch.fx.wrap("_in_frequencies")
 torch.fx.wrap("_adjoint_in_frequencies")
@@ -371,9 +372,15 @@ class _ConvolutionStep(_PotentialStep):
         padded = _pad_whole(input, pads, strides)
         hidden = functional.conv2d(padded, self.weight, self.bias, **geometry)
         outer = _ACTIVATIONS[self.activation](hidden)
-        geometry["output_padding"] = self.stride - 1
-        outputs = functional.conv_transpose2d(outer, self._scaled(outer.dtype, 3), **geometry)
-        return input + circular_fold(outputs, pads)
+        scaled = self._scaled(outer.dtype, 3)
+        if self.padding_mode == "circular":
+            back = circular_transpose(
+                outer, scaled, None, (reach,) * 2, strides, (1, 1), self.groups
+            )
+        else:
+            geometry["output_padding"] = self.stride - 1
+            back = functional.conv_transpose2d(outer, scaled, **geometry)
+        return input + back
 
 
 class SLLLinear(_DenseStep):

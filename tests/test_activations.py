@@ -493,6 +493,18 @@ def test_repr_shows_the_arguments() -> None:
     assert repr(NActivation(5)) == "NActivation(5, dim=1)"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_slope_of_the_absolute_value_is_a_sign(dtype: torch.dtype) -> None:
+    least = torch.finfo(dtype).smallest_normal
+    values = [-2.0, -0.0, 0.0, 3.0, least, -least, math.inf, -math.inf]
+    x = torch.tensor(values, dtype=dtype, requires_grad=True)
+    gradient = torch.arange(16.0).to(dtype)[::2]  # not contiguous
+    (found,) = torch.autograd.grad(absolute_value(x), x, gradient)
+    assert torch.equal(found, gradient * torch.tensor([-1, 1, 1, 1, 1, -1, 1, -1], dtype=dtype))
+    assert torch.equal(absolute_value(x), torch.tensor([abs(v) for v in values], dtype=dtype))
+    assert absolute_value(torch.tensor([-3, 4])).tolist() == [3, 4]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_gradcheck(name: str) -> None:
     x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)

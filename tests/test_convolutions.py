@@ -54,11 +54,13 @@ from lipbook.convolutions import (
     circular_fold,
     circular_pad,
     kernel_norm_bound,
+    nonexpansive,
     rko_kernel,
     skew,
     skew_exponential,
     skew_kernel,
 )
+from lipbook.convolutions.circular import circular_transpose
 from lipbook.convolutions.frequencies import images_of, spectrum
 from lipbook.norms import circular_convolution_norm, circular_convolution_singular_values
 
@@ -273,10 +275,18 @@ def test_rko_reshaped_kernel_is_semi_orthogonal() -> None:
             torch.testing.assert_close(values, torch.full_like(values, overlap**-0.5))
 
 
-def test_aol_scales_by_the_row_sums_of_the_dense_gram_matrix() -> None:
+@pytest.mark.parametrize("phases", [128, 1])
+def test_aol_scales_by_the_row_sums_of_the_dense_gram_matrix(
+    phases: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By each of three courses; the last one where there are many phases, or 1."""
+    monkeypatch.setattr(nonexpansive, "_MANY", phases)
     few = [(1, 1, 1), ((2, 3), 1, 2), (2, 3, 1), (3, 2, 2), (2, 2, 1)]
     many = [(1, 1, 2, (4, 3)), ((2, 1), 1, 1, (5, 4))]  # whose sums are those of a correlation
-    for stride, dilation, groups, sizes in [*[(*case, (3, 2)) for case in few], *many]:
+    cases = [*[(*case, (3, 2)) for case in few], *many]
+    if phases == 1:
+        cases = [(1, 1, 1, (3, 2)), ((3, 1), 1, 2, (3, 2)), ((2, 1), 1, 1, (4, 3))]
+    for stride, dilation, groups, sizes in cases:
         weight = torch.randn(4, 4 // groups, *sizes, dtype=torch.float64)
         options = {"stride": stride, "dilation": dilation, "groups": groups}
         plain = functools.partial(functional.conv2d, **options)
@@ -937,6 +947,36 @@ def test_circular_pad_and_its_adjoint(dims: int) -> None:
         back = circular_fold(y, pads)
         assert back.shape == x.shape
         torch.testing.assert_close((padded * y).sum(), (x * back).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "stride", "dilation", "before"),
+    [
+        *[(3, 4, 2, 1, 1), (2, 5, 2, 1, 2), (1, 3, 2, 1, 1), (4, 3, 1, 2, 2)],
+        *[(5, 2, 1, 1, 1), (2, 3, 3, 1, 1), (2, 4, 3, 2, 2), (1, 2, 2, 1, 0)],
+    ],
+)
+def test_transposed_on_a_circle_by_its_sum(
+    n: int, k: int, stride: int, dilation: int, before: int
+) -> None:
+    x, weight, bias = torch.randn(2, 4, n, 2), torch.randn(4, 3, k, 3), torch.randn(6)
+    expected = bias.view(6, 1, 1).repeat(2, 1, n * stride, 2)
+    for i, j, s, t in itertools.product(range(n), range(2), range(k), range(3)):
+        row, column = (i * stride + s * dilation - before) % (n * stride), (j + t - 1) % 2
+        for group in range(2):
+            ins, outs = slice(2 * group, 2 * group + 2), slice(3 * group, 3 * group + 3)
+            term = x[:, ins, i, j] @ weight[ins, :, s, t]
+            expected[:, outs, row, column] += term
+    geometry = ((before, 1), (stride, 1), (dilation, 1), 2)
+    torch.testing.assert_close(circular_transpose(x, weight, bias, *geometry), expected)
+
+    def function(*inputs: Tensor) -> Tensor:
+        return circular_transpose(*inputs, *geometry)
+
+    inputs = [each.double().requires_grad_() for each in (x[:1], weight, bias)]
+    checks: dict[str, Any] = {"fast_mode": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, **checks)
+    assert torch.autograd.gradgradcheck(function, inputs, **checks)
 
 
 def test_kernel_norm_bound_is_from_above_and_tight_for_constants() -> None:

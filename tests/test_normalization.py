@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lipbook import normalization
 from lipbook.activations import MaxMin
 from lipbook.composition import Box, check_layer, lipschitz_bound
 from lipbook.freezing import freeze
@@ -298,6 +299,43 @@ def test_gradients_flow_through_the_statistics(name: str) -> None:
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, x)
     assert torch.autograd.gradgradcheck(layer, x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 3), (3, 3, 2, 2)])
+@pytest.mark.parametrize("make", [BatchCentering, ScaleAndBias])
+def test_gradients_of_every_kind(
+    make: Any, shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both modes, twice, in batches, and for batches of parameters."""
+    monkeypatch.setattr(normalization, "_PIECE", 24)  # two samples of the larger shape at once
+    layer = scattered(make(3, bias=bias))
+    state = {name: value.clone() for name, value in layer.named_buffers()}
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        buffers = {name: value.clone() for name, value in state.items()}
+        given = dict(zip(names, parameters, strict=True)) | buffers
+        return torch.func.functional_call(layer, given, (x,))
+
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *layer.parameters())
+    checks: dict[str, Any] = {"check_forward_ad": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(function, inputs, **checks)
+    assert torch.autograd.gradgradcheck(function, inputs, check_batched_grad=True)
+    if make is ScaleAndBias:  # of which no buffer is changed
+        *others, last = inputs
+        both = torch.vmap(lambda each: function(*others, each))(torch.stack((last, -2 * last)))
+        torch.testing.assert_close(both[1], function(*others, -2 * last))
+
+
+def test_float32_steps_are_rounded_as_if_one_by_one() -> None:
+    x = torch.randn(5, 3, 4, 4) + 100
+    layer = scattered(BatchCentering(3)).float()
+    steps = (x - batch_mean(x).view(3, 1, 1)) + layer.bias.view(3, 1, 1)
+    assert torch.equal(layer(x), steps)
+    scale = scattered(ScaleAndBias(3)).float()
+    assert torch.equal(scale(x), x * scale.weight + scale.bias.view(3, 1, 1))
 
 
 @batch_layers

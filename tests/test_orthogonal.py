@@ -389,7 +389,9 @@ def test_gradcheck(method: str, m: int, n: int) -> None:
 def test_gradcheck_of_bounded_norms(m: int, n: int) -> None:
     matrix = (2 * torch.randn(m, n, dtype=torch.float64)).requires_grad_()
     for function in (clip_spectral_norm, project_l1_ball, unit_rows):
-        assert torch.autograd.gradcheck(function, (matrix,))
+        assert torch.autograd.gradcheck(function, (matrix,), check_forward_ad=True)
+    assert torch.autograd.gradcheck(unit_rows, (matrix,), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(unit_rows, (matrix,), check_fwd_over_rev=True)
     small = (matrix.detach() / 1000).requires_grad_()
     for function in (clip_spectral_norm, project_l1_ball):
         (gradient,) = torch.autograd.grad(function(small).sum(), small)

@@ -224,9 +224,9 @@ FAULTS = (
     ),
     Fault(
         "activations",
-        "return x * sign",
-        "return x.abs()",
-        "the gradient of the absolute value is lost at zero",
+        "bits = x.sgn().view(integers)",
+        "bits = x.view(integers)",
+        "the gradient of the absolute value changes its sign at minus zero",
     ),
     Fault(
         "activations",

@@ -22,6 +22,7 @@ from lipbook.orthogonal.constrained import Constrained, raw_parameters
 __all__ = [
     "circular_pad",
     "circular_fold",
+    "circular_transpose",
     "Padding",
     "Size",
     "CONV",
@@ -47,7 +48,7 @@ Padding = Size | Literal["same", "valid"]
 # torch.fx records a call of these as one step, since their course depends on sizes.
 torch.fx.wrap("_pad_whole")
 torch.fx.wrap("circular_fold")
-torch.fx.wrap("circular_fold")
+torch.fx.wrap("circular_transpose")
 torch.fx.wrap("_pad_symmetric")
 
 
@@ -211,6 +212,95 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return _Fold.apply(tangent, ctx.pads)
+
+
+def circular_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Transposed convolution on a circle, whose output begins ``before`` pixels into the whole."""
+    geometry = tuple(before), tuple(strides), tuple(dilations), groups
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    batch = x.dim() == weight.dim() and x.dtype == weight.dtype
+    if traced or not batch or x.device.type not in ("cpu", "cuda"):
+        return _transposed(x, weight, bias, *geometry)
+    if torch.is_autocast_enabled(x.device.type):
+        return _transposed(x, weight, bias, *geometry)
+    result: Tensor = _Transposed.apply(x, weight, bias, *geometry)
+    return result
+
+
+# Note [transposed on a circle]
+# The forward pass continues the input, which a stride makes the smaller image, and cuts the output;
+# nothing is folded. The backward pass continues the gradient instead, and so cuts nothing: each
+# computes no pixel that it does not need.
+
+
+def _transposed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    pads, cuts, extra = [], [], []
+    for k, b, s, d in zip(weight.shape[2:], before, strides, dilations, strict=True):
+        span = d * (k - 1)
+        left, right = (span - b) // s, (b + s - 1) // s  # the pixels that reach across the ends
+        longer = (left - right + 1) * s + 2 * b - span - 1  # than torch cuts at the far end
+        left, right = left + max(-(longer // s), 0), right + max(longer // s, 0)
+        pads.append((left, right))
+        cuts.append(left * s + b)
+        extra.append(longer % s)
+    convolve: Any = CONV_TRANSPOSE[len(pads) - 1]
+    ends = (strides, cuts, extra, groups, dilations)
+    return cast(Tensor, convolve(circular_pad(x, pads), weight, bias, *ends))
+
+
+class _Transposed(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        return _transposed(x, weight, bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+        ctx.geometry = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        before, strides, dilations, groups = ctx.geometry
+        pads, extra = [], []
+        for k, b, s, d in zip(weight.shape[2:], before, strides, dilations, strict=True):
+            after = d * (k - 1) + 1 - s - b
+            pads.append((b, max(after, 0)))
+            extra.append(max(-after, 0))
+        whole = circular_pad(gradient, pads)
+        none = [0] * len(pads)
+        wanted = [*ctx.needs_input_grad[:2], False]
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            whole, x, weight, None, strides, none, dilations, True, extra, groups, wanted
+        )
+        axes = [axis for axis in range(gradient.dim()) if axis != gradient.dim() - len(pads) - 1]
+        of_bias = gradient.sum(axes) if ctx.needs_input_grad[2] else None
+        return of_x, of_weight, of_bias, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor, of_weight: Tensor, of_bias: Tensor | None, *_: None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        along = _transposed(of_x, weight, of_bias, *ctx.geometry)
+        return along + _transposed(x, of_weight, None, *ctx.geometry)
 
 
 def _check_axes(x: Tensor, pads: Sequence[tuple[int, int]]) -> None:
@@ -467,18 +557,14 @@ class CircularConvTranspose(ConstrainedConv):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve, (batch, c_in, *size) to (batch, c_out, *size * stride)."""
+        weight, bias = self.weight, self.bias
+        if self.padding_mode == "circular":
+            before = [pad for pad, _ in self._pads]
+            geometry = (self.stride, self.dilation, self.groups)
+            return circular_transpose(input, weight, bias, before, *geometry)
         transpose: Any = CONV_TRANSPOSE[self._dims - 1]
-        geometry = (self.groups, self.dilation)
-        if self.padding_mode == "zeros":
-            ends = (self.padding, self.output_padding)
-            return cast(
-                Tensor, transpose(input, self.weight, self.bias, self.stride, *ends, *geometry)
-            )
-        whole = transpose(input, self.weight, None, self.stride, 0, 0, *geometry)
-        output = circular_fold(whole, self._pads)
-        if self.bias is not None:
-            output = output + self.bias.view(-1, *[1] * self._dims)
-        return output
+        ends = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return cast(Tensor, transpose(input, weight, bias, *ends))
 
 
 class OnUnshuffled(Constrained):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from lipbook.norms.arguments import _got
 from lipbook.orthogonal.orthonormality import (
     admitted,
+    apply,
     check_matrix,
     map_tall,
     negligible,
     raw_of,
+    save,
+    two_modes,
     working_dtype,
 )
 
@@ -171,11 +175,45 @@ def unit_rows(rows: Tensor) -> Tensor:
     """
     _check_rows(rows)
     work = rows.to(working_dtype(rows.dtype))
-    least = negligible(work.dtype)
-    work = work / work.detach().abs().amax(-1, keepdim=True).clamp(min=least)
-    # At least 1, but for rows of zeros; torch 2.14 has no gradient where a clamp is attained.
-    norm = torch.linalg.vector_norm(work, dim=-1, keepdim=True).clamp(min=0.5)
-    return (work / norm).to(rows.dtype)
+    return cast(Tensor, apply(_UnitRows, work)[0]).to(rows.dtype)
+
+
+# Note [norms of rows]
+# Of u = r w with r = 1 / |w| the differentials are du = r (dw - u (u . dw)), dr = -r^2 (u . dw), so
+# that a backward pass needs u and r alone. A row of zeros is divided by a small constant, and so
+# is its gradient.
+
+
+@two_modes
+class _UnitRows(torch.autograd.Function):
+    """Unit rows, and the inverse norms that they were multiplied by."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor) -> tuple[Tensor, Tensor]:
+        largest = rows.abs().amax(-1, keepdim=True).clamp(min=negligible(rows.dtype))
+        unit = rows / largest
+        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp(min=0.5)
+        return unit.div_(norm), 1 / norm / largest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        save(ctx, *output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, of_inverse: Tensor) -> Tensor:
+        unit, inverse = ctx.saved_tensors
+        along = (unit * gradient).sum(-1, keepdim=True) + inverse * of_inverse
+        along = along * (inverse * negligible(unit.dtype) < 1.5)  # 2 for a row of zeros
+        return torch.addcmul(gradient, unit, along, value=-1) * inverse
+
+    @staticmethod
+    def tangent(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        unit, inverse = ctx.saved_tensors
+        along = (unit * tangent).sum(-1, keepdim=True)
+        along = along * (inverse * negligible(unit.dtype) < 1.5)
+        return (tangent - unit * along) * inverse, -inverse.square() * along
 
 
 def _check_rows(rows: Tensor) -> None:
