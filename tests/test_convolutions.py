@@ -123,6 +123,19 @@ def test_block_convolution_is_the_kernel_of_the_composition(k: Any, m: Any) -> N
     torch.testing.assert_close(conv(x, kernel), conv(conv(x, inner), outer))
 
 
+@pytest.mark.parametrize(("k", "m"), [((3,), (2,)), ((2, 3), (3, 1)), ((2, 1, 2), (1, 3, 2))])
+def test_block_convolution_of_grouped_kernels_is_that_of_each_group(k: Any, m: Any) -> None:
+    outer, inner = torch.randn(4, 3, *k).double(), torch.randn(6, 5, *m).double()
+    kernel = block_convolution(outer, inner, groups=2)
+    pairs = zip(outer.chunk(2), inner.chunk(2), strict=True)
+    each = [naive_block_convolution(*pair) for pair in pairs]
+    torch.testing.assert_close(kernel, torch.cat(each))
+    conv = (functional.conv1d, functional.conv2d, functional.conv3d)[len(k) - 1]
+    x = torch.randn(2, 10, *[6] * len(k)).double()
+    composed = conv(conv(x, inner, groups=2), outer, groups=2)
+    torch.testing.assert_close(conv(x, kernel, groups=2), composed)
+
+
 def naive_bcop(seed: Tensor, projectors: Tensor, kernel_size: Any, stride: Any) -> Tensor:
     """Seed by a QR factorisation with positive diagonal, projectors by pseudo-inverses."""
     wide = seed.shape[0] < seed.shape[1]
@@ -1342,6 +1355,10 @@ def test_shifts_refuse_other_offsets(offsets: Any, message: str) -> None:
         (lambda: cayley_kernel(torch.zeros(2, 2, 3), 2), "image_size must be at least"),
         (lambda: block_convolution(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1)), "outer and inner"),
         (lambda: block_convolution(torch.zeros(2, 3), torch.zeros(3, 3)), "outer and inner"),
+        (
+            lambda: block_convolution(torch.zeros(3, 2, 1), torch.zeros(4, 2, 1), groups=2),
+            "groups must divide the 3 channels",
+        ),
         (
             lambda: bcop_kernel(torch.zeros(1, 4, 4), torch.zeros(3, 1, 4, 2), (3,)),
             "seed and projectors must have shapes",
