@@ -71,8 +71,9 @@ def block_convolution(outer: Tensor, inner: Tensor, groups: int = 1) -> Tensor:
     check_groups(len(outer), groups)
     if groups * outer.shape[1] != inner.shape[0]:
         raise ValueError(
-            "outer and inner must be kernels (c_out, c_mid / groups, *k) and (c_mid, c_in / groups, "
-            f"*l), got {tuple(outer.shape)} and {tuple(inner.shape)} with {groups} groups"
+            "outer and inner must be kernels (c_out, c_mid / groups, *k) and "
+            f"(c_mid, c_in / groups, *l), got {tuple(outer.shape)} and {tuple(inner.shape)} "
+            f"with groups {groups}"
         )
     flipped = inner.transpose(0, 1).flip(list(range(2, inner.dim())))  # conv sums A_t B_{u + t}
     padding = [size - 1 for size in outer.shape[2:]]
