@@ -114,6 +114,19 @@ def naive_block_convolution(outer: Tensor, inner: Tensor) -> Tensor:
     return result
 
 
+@pytest.mark.parametrize("cls", [SkewOrthogonalConv2d, SkewOrthogonalConvTranspose2d])
+def test_a_skew_convolution_names_its_sizes_as_torch_does(cls: Any) -> None:
+    layer = cls(4, 6, 3, stride=2, groups=2)
+    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.groups)
+    assert sizes == (4, 6, 3, 2, 2)
+
+
+def test_convolutions_of_other_forms_name_their_channels_as_torch_does() -> None:
+    layers = CayleyConv2d(4, 6, 3, 8), BlockReflectorConv2d(4, 6, 3, 8), ShiftConv2d(4, 6)
+    assert [(layer.in_channels, layer.out_channels) for layer in layers] == [(4, 6)] * 3
+    assert [layer.kernel_size for layer in layers[:2]] == [3, 3]
+
+
 @pytest.mark.parametrize(("k", "m"), [((3,), (2,)), ((2, 3), (3, 1)), ((2, 1, 2), (1, 3, 2))])
 def test_block_convolution_is_the_kernel_of_the_composition(k: Any, m: Any) -> None:
     outer, inner = torch.randn(2, 3, *k).double(), torch.randn(3, 4, *m).double()
@@ -123,6 +136,19 @@ def test_block_convolution_is_the_kernel_of_the_composition(k: Any, m: Any) -> N
     conv = (functional.conv1d, functional.conv2d, functional.conv3d)[len(k) - 1]
     x = torch.randn(2, 4, *[6] * len(k)).double()
     torch.testing.assert_close(conv(x, kernel), conv(conv(x, inner), outer))
+
+
+@pytest.mark.parametrize(("k", "m"), [((3,), (2,)), ((2, 3), (3, 1)), ((2, 1, 2), (1, 3, 2))])
+def test_block_convolution_of_grouped_kernels_is_that_of_each_group(k: Any, m: Any) -> None:
+    outer, inner = torch.randn(4, 3, *k).double(), torch.randn(6, 5, *m).double()
+    kernel = block_convolution(outer, inner, groups=2)
+    pairs = zip(outer.chunk(2), inner.chunk(2), strict=True)
+    each = [naive_block_convolution(*pair) for pair in pairs]
+    torch.testing.assert_close(kernel, torch.cat(each))
+    conv = (functional.conv1d, functional.conv2d, functional.conv3d)[len(k) - 1]
+    x = torch.randn(2, 10, *[6] * len(k)).double()
+    composed = conv(conv(x, inner, groups=2), outer, groups=2)
+    torch.testing.assert_close(conv(x, kernel, groups=2), composed)
 
 
 def naive_bcop(seed: Tensor, projectors: Tensor, kernel_size: Any, stride: Any) -> Tensor:
@@ -1438,7 +1464,8 @@ def test_shifts_refuse_other_offsets(offsets: Any, message: str) -> None:
             lambda: OrthogonalConvTranspose2d(3, 3, 2, padding_mode="zeros"),
             "padding must be integers",
         ),
-        (lambda: SkewOrthogonalConv2d(3, 3, 2), "odd sizes"),
+        (lambda: SkewOrthogonalConv2d(3, 3, 2), "kernel_size must be odd, .*, got 2"),
+        (lambda: SkewOrthogonalConvTranspose2d(3, 3, 4), "kernel_size must be odd, .*, got 4"),
         (lambda: SkewOrthogonalConv2d(4, 3, 3, groups=2), "groups must divide in_channels 4 and"),
         (
             lambda: SkewOrthogonalConvTranspose2d(3, 4, 3, groups=2),
@@ -1455,6 +1482,10 @@ def test_shifts_refuse_other_offsets(offsets: Any, message: str) -> None:
         (lambda: cayley_kernel(torch.zeros(2, 2, 3), 2), "image_size must be at least"),
         (lambda: block_convolution(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1)), "outer and inner"),
         (lambda: block_convolution(torch.zeros(2, 3), torch.zeros(3, 3)), "outer and inner"),
+        (
+            lambda: block_convolution(torch.zeros(3, 2, 1), torch.zeros(4, 2, 1), groups=2),
+            "groups must divide the 3 channels",
+        ),
         (
             lambda: bcop_kernel(torch.zeros(1, 4, 4), torch.zeros(3, 1, 4, 2), (3,)),
             "seed and projectors must have shapes",

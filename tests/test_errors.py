@@ -309,6 +309,7 @@ TABLE: dict[str, Row] = {
         convolutions.block_convolution,
         outer=("raw", tensor(4, 4, 2)),
         inner=("raw", tensor(4, 4, 2)),
+        groups=("count", 1),
     ),
     "convolutions.bcop_kernel": row(
         convolutions.bcop_kernel,

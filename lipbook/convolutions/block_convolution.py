@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lipbook.convolutions.circular import CONV, Size, per_axis
+from lipbook.convolutions.circular import CONV, Size, check_groups, per_axis
 from lipbook.norms.arguments import _floating
 from lipbook.orthogonal.orthonormality import apply, save, two_modes, without_autocast
 
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-def block_convolution(outer: Tensor, inner: Tensor) -> Tensor:
+def block_convolution(outer: Tensor, inner: Tensor, groups: int = 1) -> Tensor:
     r"""Block convolution of two kernels: the kernel of the composed convolutions.
 
     .. math:: (A \mathbin{\square} B)_u = \sum_t A_t\, B_{u - t}
@@ -31,19 +31,22 @@ def block_convolution(outer: Tensor, inner: Tensor) -> Tensor:
     Parameters
     ----------
     outer : torch.Tensor
-        :math:`A`, (c_out, c_mid, \*k) with one to three sizes k.
+        :math:`A`, (c_out, c_mid / groups, \*k) with one to three sizes k.
     inner : torch.Tensor
-        :math:`B`, (c_mid, c_in, \*l) with as many.
+        :math:`B`, (c_mid, c_in / groups, \*l) with as many.
+    groups : int
+        Groups of channels, the same of both convolutions.
 
     Returns
     -------
     torch.Tensor
-        (c_out, c_in, \*(k + l - 1)).
+        (c_out, c_in / groups, \*(k + l - 1)).
 
     Raises
     ------
     ValueError
-        If the kernels differ in their number of axes or in ``c_mid``.
+        If the kernels differ in their number of axes or in ``c_mid``, or ``groups`` does not
+        divide their channels.
 
     Examples
     --------
@@ -60,15 +63,22 @@ def block_convolution(outer: Tensor, inner: Tensor) -> Tensor:
     _floating("outer", outer)
     _floating("inner", inner)
     dims = outer.dim() - 2
-    if outer.dim() != inner.dim() or dims not in (1, 2, 3) or outer.shape[1] != inner.shape[0]:
+    if outer.dim() != inner.dim() or dims not in (1, 2, 3):
         raise ValueError(
             "outer and inner must be kernels (c_out, c_mid, *k) and (c_mid, c_in, *l), "
             f"got {tuple(outer.shape)} and {tuple(inner.shape)}"
         )
+    check_groups(len(outer), groups)
+    if groups * outer.shape[1] != inner.shape[0]:
+        raise ValueError(
+            "outer and inner must be kernels (c_out, c_mid / groups, *k) and "
+            f"(c_mid, c_in / groups, *l), got {tuple(outer.shape)} and {tuple(inner.shape)} "
+            f"with groups {groups}"
+        )
     flipped = inner.transpose(0, 1).flip(list(range(2, inner.dim())))  # conv sums A_t B_{u + t}
     padding = [size - 1 for size in outer.shape[2:]]
     convolve: Any = CONV[dims - 1]
-    kernel = convolve(flipped, outer, padding=padding)
+    kernel = convolve(flipped, outer, padding=padding, groups=groups)
     return kernel.transpose(0, 1).flip(list(range(2, inner.dim())))
 
 

@@ -154,7 +154,7 @@ class OneSizeConv2d(OnUnshuffled):
         weight = torch.empty(*raw, kernel_size, kernel_size, device=device, dtype=dtype)
         kernel = constraint([n // stride for n in sizes])
         super().__init__(out_channels, stride, bias, weight, kernel, new_shape=True)
-        self.image_size = sizes
+        self.kernel_size, self.image_size = kernel_size, sizes
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve, (batch, c_in, h, w) to (batch, c_out, h / stride, w / stride)."""
@@ -228,6 +228,7 @@ class CayleyConv2d(OneSizeConv2d):
         raw = (out_channels, in_channels * stride**2)
         geometry = (kernel_size, image_size, stride, bias)
         super().__init__(out_channels, raw, *geometry, CayleyKernel, device, dtype)
+        self.in_channels = in_channels
 
 
 def _of_size(images: Tensor, size: tuple[int, ...]) -> Tensor:

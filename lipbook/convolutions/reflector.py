@@ -173,6 +173,7 @@ class BlockReflectorConv2d(OneSizeConv2d):
 
         geometry = (kernel_size, image_size, stride, bias)
         super().__init__(out_channels, (larger, rank), *geometry, constraint, device, dtype)
+        self.in_channels = in_channels
 
 
 lipschitz_rule.register(BlockReflectorConv2d, response_rule)

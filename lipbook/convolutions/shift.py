@@ -187,6 +187,7 @@ class ShiftConv2d(OnUnshuffled):
             )
         weight = torch.empty(out_channels, in_channels * stride**2, device=device, dtype=dtype)
         super().__init__(out_channels, stride, bias, weight, METHODS[method]())
+        self.in_channels = in_channels
         self.offsets = moves
 
     def reset_parameters(self) -> None:

@@ -214,6 +214,11 @@ class _SkewOrthogonal(OnUnshuffled):
         _check_terms(terms)
         in_channels, out_channels = channel_counts(in_channels, out_channels)
         kernel_size = _integer("kernel_size", kernel_size, 1)
+        if kernel_size % 2 == 0:
+            raise ValueError(
+                "kernel_size must be odd, since a skew-symmetric kernel turns about a middle "
+                f"pixel, got {kernel_size}"
+            )
         stride, groups = _integer("stride", stride, 1), _integer("groups", groups, 1)
         if in_channels % groups or out_channels % groups:
             raise ValueError(
@@ -224,6 +229,7 @@ class _SkewOrthogonal(OnUnshuffled):
         n = max(in_channels * phases[0], out_channels * phases[1])
         weight = torch.empty(n, n // groups, kernel_size, kernel_size, device=device, dtype=dtype)
         super().__init__(out_channels, stride, bias, weight, SOC(groups))
+        self.in_channels, self.kernel_size = in_channels, kernel_size
         self.terms, self.groups = int(terms), groups
 
 
