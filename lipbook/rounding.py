@@ -137,7 +137,9 @@ def forward_error(
 
     The program is the module as it runs now: with autocast if that is on, on any CPU. Assumed
     is the model of rounding :math:`|\mathrm{fl}(w^\top x) - w^\top x| \le \gamma_n |w|^\top|x|`
-    with :math:`\gamma_n = nu / (1 - nu)`, sums in float32 for bfloat16 and float16 (and one
+    with :math:`\gamma_n = nu / (1 - nu)`, each addition being off by its own result times u, so that
+    in float32 and float64 half of :math:`\gamma_n (|w|^\top|x| + |w^\top x|)` bounds it in any order
+    (a partial sum is at most the sum of the terms of one sign); sums in float32 for bfloat16 and float16 (and one
     rounding of the sum and one of the bias), and that elementary functions (exp, tanh, ...) are
     accurate to 32 units in the last place. torch computes so on CPUs: its convolutions are direct
     or matrix products, never by Winograd's algorithm, which NNPACK would use. What is known to

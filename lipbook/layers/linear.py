@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,14 @@ from lipbook.norms import (
     dual_exponent,
     operator_norm,
 )
-from lipbook.norms.rigorous import _UP, _gamma, rigorous_convolution_norm, rigorous_matrix_norm
+from lipbook.norms.precision import _scale
+from lipbook.norms.rigorous import (
+    _UP,
+    _gamma,
+    _nonnegative_norm,
+    rigorous_convolution_norm,
+    rigorous_matrix_norm,
+)
 from lipbook.rules import (
     Affine,
     Bound,
@@ -149,13 +157,41 @@ def _(module: nn.Linear, example: Tensor, p: float) -> Analysis:
     affine = _Affine(
         layer=module,
         norm=rigorous_matrix_norm(weight, p),
-        absolute_norm=_absolute_norm(lambda q: rigorous_matrix_norm(weight, q), p),
+        absolute_norm=matrix_of_moduli(weight, p),
         bias_norm=_bias_norm(module.bias, dtype, positions, p),
         largest=weight.abs().max().item(),
         terms=module.in_features,
         magnitude=magnitude,
+        plain_sums=True,
     )
     return _after_cast(affine, dtype, p)
+
+
+def matrix_of_moduli(weight: Tensor, p: float) -> float:
+    """Bound of ‖|W|‖; see Note [the norm of a matrix of moduli]."""
+    if p != 2:
+        return rigorous_matrix_norm(weight, p)
+    moduli = weight.detach().double().cpu().abs()
+    scale = _scale(moduli).item()
+    moduli = moduli / scale
+    return _nonnegative_norm(lambda v: functional.linear(v, moduli), weight.shape[1:]) * scale * _UP
+
+
+def _of_weight(module: Any, weight: Tensor) -> Any | None:
+    """Convolve as a layer of torch does, with another weight and no bias; None for other layers."""
+    if all(type(module).forward is not cls.forward for cls in _CONVOLUTIONS):
+        return None
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight, False), "bias": None}
+    return twin if "weight" in module._parameters else None
+
+
+def convolution_of_moduli(module: Any, weight: Tensor, shape: Shape) -> float:
+    """Bound of ‖|A|‖ in the 2-norm, if torch computes the convolution; else infinity."""
+    moduli = weight.double().cpu().abs()
+    scale = _scale(moduli.flatten(1))
+    twin = _of_weight(module, moduli / scale)
+    return math.inf if twin is None else _nonnegative_norm(twin, shape) * scale.item() * _UP
 
 
 def convolution_error(
@@ -190,13 +226,18 @@ def convolution_error(
     # An output sums over the channels and taps of a group. Folding a circle adds the same products.
     channels = weight.shape[0] // module.groups if module.transposed else weight.shape[1]
     outputs = module(example)
+    terms = channels * weight[0, 0].numel()
+    absolute_norm = _absolute_norm(norm, p)
+    if p == 2 and norm_of is None:
+        absolute_norm = min(absolute_norm, convolution_of_moduli(module, weight, example.shape[1:]))
     affine = _Affine(
         layer=module,
         norm=norm(p),
-        absolute_norm=_absolute_norm(norm, p),
+        absolute_norm=absolute_norm,
         bias_norm=_bias_norm(module.bias, dtype, outputs[0, 0].numel(), p),
         largest=weight.abs().max().item(),
-        terms=channels * weight[0, 0].numel(),
+        terms=terms,
+        plain_sums=True,
         sums_in_half=module.transposed,  # torch adds up overlapping windows in the output's dtype
     )
     return _after_cast(affine, dtype, p)

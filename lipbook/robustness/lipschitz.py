@@ -889,8 +889,13 @@ class _HeadDifferences:
         inside = inside.double().cpu() * (1 + 2 * gamma) + self.bias  # |W||x| + |b|
         underflow = 2 * terms * torch.finfo(working).tiny
         largest = self.absolute.max().item() + errors._norms(features, self.p)[:, None]
-        off_by = gamma * inside + underflow * (1 + largest)
-        slopes = gamma * self.rows + underflow
+        if half:
+            off_by, slopes = gamma * inside, gamma * self.rows + underflow
+        else:  # the sum of a row is at most ‖w‖ ‖x‖, as is that of the moduli: Note [partial sums]
+            underflow *= 1 + gamma
+            off_by = gamma / 2 * ((1 + gamma) * inside + logits.double().abs())
+            slopes = gamma * self.rows + underflow
+        off_by = off_by + underflow * (1 + largest)
         if half:  # as in _Affine
             off = torch.finfo(logits.dtype).eps
             off *= 1 + 4 * off
