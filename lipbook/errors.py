@@ -604,7 +604,7 @@ class _Affine(NamedTuple):
     bias_norm: float  # ‖b‖, of a whole sample
     largest: float  # entry of |A|
     terms: int  # products in a sum
-    magnitude: Callable[[Tensor], Tensor] | None = None  # bound of ‖|A||x|‖
+    magnitude: Callable[[Tensor, Tensor], Tensor] | None = None  # of x and ‖x‖: ‖|A||x|‖
     sums_in_half: bool = False
     plain_sums: bool = False  # of products and a bias, see Note [partial sums]
 
@@ -614,7 +614,7 @@ class _Affine(NamedTuple):
         working = torch.float32 if half and not self.sums_in_half else outputs.dtype
         gamma = _gamma(self.terms + 2, working) if not half else _gamma(2 * self.terms + 4, working)
         size = _norms(x, p)
-        inside = self.absolute_norm * size if self.magnitude is None else self.magnitude(x)
+        inside = self.absolute_norm * size if self.magnitude is None else self.magnitude(x, size)
         inside = inside + self.bias_norm  # ‖|A||x| + |b|‖
         entries = _entries(outputs, p)
         underflow = 2 * (self.terms + 2) * torch.finfo(working).tiny * entries

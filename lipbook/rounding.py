@@ -137,14 +137,22 @@ def forward_error(
 
     The program is the module as it runs now: with autocast if that is on, on any CPU. Assumed
     is the model of rounding :math:`|\mathrm{fl}(w^\top x) - w^\top x| \le \gamma_n |w|^\top|x|`
-    with :math:`\gamma_n = nu / (1 - nu)`, each addition being off by its own result times u, so that
-    in float32 and float64 half of :math:`\gamma_n (|w|^\top|x| + |w^\top x|)` bounds it in any order
-    (a partial sum is at most the sum of the terms of one sign); sums in float32 for bfloat16 and float16 (and one
+    with :math:`\gamma_n = nu / (1 - nu)`, sums in float32 for bfloat16 and float16 (and one
     rounding of the sum and one of the bias), and that elementary functions (exp, tanh, ...) are
     accurate to 32 units in the last place. torch computes so on CPUs: its convolutions are direct
     or matrix products, never by Winograd's algorithm, which NNPACK would use. What is known to
     break the model is refused. On a GPU of NVIDIA it holds within :func:`ieee_cuda`, for layers
     that add, multiply, divide and move numbers (:func:`cuda_rule`).
+
+    In float32 and float64 a sum of n products and a bias, in any order, is off by half as much
+    where its terms cancel,
+
+    .. math::
+        |\mathrm{fl}(y) - y| \le \tfrac12 \gamma_{n+2} \big(|w|^\top|x| + |b| + |y|\big), \qquad
+        y = w^\top x + b,
+
+    since an addition loses u of the partial sum that it returns, which is at most the sum of the
+    terms of one sign.
 
     Parameters
     ----------
@@ -173,7 +181,8 @@ def forward_error(
 
     References
     ----------
-    The composition is that of :cite:t:`murray2026`, with constants that depend on the input.
+    The composition is that of :cite:t:`murray2026`, with constants that depend on the input;
+    :cite:t:`higham2002`, (4.3), for partial sums.
 
     Examples
     --------

@@ -57,7 +57,7 @@ from lipbook.errors import (
 )
 from lipbook.freezing import freeze
 from lipbook.layers.elementwise import _BY_INPUT, _RELATIVE, Sine
-from lipbook.layers.linear import convolution_of_moduli, matrix_of_moduli
+from lipbook.layers.linear import _products_of_moduli, convolution_of_moduli, matrix_of_moduli
 from lipbook.layers.normalization import UnitNormalize
 from lipbook.layers.rearrangements import (
     Cast,
@@ -1059,7 +1059,7 @@ def test_the_constants_of_a_sum_of_products(dtype: torch.dtype, in_half: bool) -
     )
     x = torch.tensor([X], dtype=dtype)
     agrees(affine(x, 2), error, slope, (torch.finfo(dtype).max / 4 - 20) / 3)
-    known = affine._replace(magnitude=lambda x: torch.tensor([35.0], dtype=torch.float64))
+    known = affine._replace(magnitude=lambda x, size: torch.tensor([35.0], dtype=torch.float64))
     assert known(x, 2).error.item() - affine(x, 2).error.item() == pytest.approx(
         g * 20 * (1 + (2 * h if half and not in_half else 0)), rel=1e-4
     )
@@ -1145,6 +1145,27 @@ def test_the_norm_of_moduli_is_above_the_singular_value_and_near(name: str, seed
     )
     assert largest <= ours * (1 + 1e-14)
     assert ours <= largest * 1.01
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("kind", ["gaussian", "rank one", "diagonal"])
+def test_products_of_moduli_are_below_their_bounds(kind: str, p: float) -> None:
+    """For a matrix of rank one the bound is the product, for others the norm at most."""
+    torch.manual_seed(0)
+    matrices = {"gaussian": torch.randn(9, 12), "diagonal": torch.eye(9, 12)}
+    weight = matrices.get(kind, -torch.rand(9, 1) @ torch.rand(1, 12))
+    x = torch.randn(40, 3, 12) * torch.rand(40, 1, 12).round()
+    x[0], x[1, :, 1:] = 0, 0
+    norm, magnitude = _products_of_moduli(weight, p)
+    size = _norms(x, p)
+    ours = magnitude(x, size)
+    paper = torch.linalg.vector_norm(
+        (x.double().abs() @ weight.double().abs().mT).flatten(1), p, dim=1
+    )
+    assert (paper <= ours).all()
+    assert (ours <= norm * size * (1 + 1e-4) + 1e-12).all()
+    if p != 2 or kind == "rank one":
+        assert (ours <= paper * (1 + 1e-4) + 1e-12).all()
 
 
 def test_the_norm_of_moduli_where_nothing_is_connected() -> None:

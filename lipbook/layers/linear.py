@@ -142,22 +142,24 @@ def _(module: Any, input_shape: Shape) -> Affine:
 # ------------------------------------------------------------------- errors of programs
 
 
+# Note [products of moduli]
+# For any y and v, |W||x| = y (v . |x|) + (|W| - y vᵀ) |x|. With v near the first singular vector of
+# |W| and y = |W| v, the second matrix is small, since |W| is near a matrix of rank one. So
+# ‖|W||x|‖ <= ‖y‖ (v . |x|) + ‖|W| - y vᵀ‖ ‖x‖ takes one product of vectors, where |W||x| would take
+# as long as W x. In other norms than p = 2 it is formed.
+
+
 @forward_error_rule.register
 def _(module: nn.Linear, example: Tensor, p: float) -> Analysis:
     dtype = _computing_dtype(example, module.weight)
     weight = module.weight.detach().to(dtype)
-    absolute = weight.abs().to(torch.promote_types(dtype, torch.float32))
     positions = example[0, ..., 0].numel()
-    gamma = _gamma(module.in_features + 2, absolute.dtype)
-
-    def magnitude(x: Tensor) -> Tensor:
-        inside = _exactly(functional.linear, x.abs().to(absolute.dtype), absolute)
-        return _norms(inside, p) * (1 + 2 * gamma)
+    absolute_norm, magnitude = _products_of_moduli(weight, p)
 
     affine = _Affine(
         layer=module,
         norm=rigorous_matrix_norm(weight, p),
-        absolute_norm=matrix_of_moduli(weight, p),
+        absolute_norm=absolute_norm,
         bias_norm=_bias_norm(module.bias, dtype, positions, p),
         largest=weight.abs().max().item(),
         terms=module.in_features,
@@ -167,14 +169,51 @@ def _(module: nn.Linear, example: Tensor, p: float) -> Analysis:
     return _after_cast(affine, dtype, p)
 
 
-def matrix_of_moduli(weight: Tensor, p: float) -> float:
-    """Bound of ‖|W|‖; see Note [the norm of a matrix of moduli]."""
+def _products_of_moduli(
+    weight: Tensor, p: float
+) -> tuple[float, Callable[[Tensor, Tensor], Tensor]]:
+    """Bounds of ‖|W|‖ and, for a batch and its norms, of ‖|W||x|‖."""
+    working = torch.promote_types(weight.dtype, torch.float32)
+    gamma = _gamma(weight.shape[1] + 2, working)
     if p != 2:
-        return rigorous_matrix_norm(weight, p)
+        absolute = weight.abs().to(working)
+
+        def formed(x: Tensor, size: Tensor) -> Tensor:
+            inside = _exactly(functional.linear, x.abs().to(working), absolute)
+            return _norms(inside, p) * (1 + 2 * gamma)
+
+        return rigorous_matrix_norm(weight, p), formed
+    norm, vector = _first_of_moduli(weight)
+    vector = vector / torch.linalg.vector_norm(vector)
+    vector = vector.to(working)
+    moduli, along = weight.detach().double().cpu().abs(), vector.double()
+    image = moduli @ along
+    rest = moduli - image[:, None] * along
+    length = torch.linalg.vector_norm(image).item() * (1 + _gamma(len(image) + 4, torch.float64))
+    hidden = 2.0**-50 * torch.linalg.matrix_norm(moduli).item()  # by the rounding of the rest
+    apart = (rigorous_matrix_norm(rest, 2) + hidden) * _UP
+    vector = vector.to(weight.device)
+
+    def magnitude(x: Tensor, size: Tensor) -> Tensor:
+        parts = _exactly(torch.matmul, x.abs().to(working), vector).view(len(x), -1)
+        share = _norms(parts, 2) * (1 + 2 * gamma)
+        return torch.minimum(norm * size, length * share + apart * size) * _UP
+
+    return norm, magnitude
+
+
+def _first_of_moduli(weight: Tensor) -> tuple[float, Tensor]:
+    """Bound of ‖|W|‖ in the 2-norm, and a vector near the first singular one."""
     moduli = weight.detach().double().cpu().abs()
     scale = _scale(moduli).item()
     moduli = moduli / scale
-    return _nonnegative_norm(lambda v: functional.linear(v, moduli), weight.shape[1:]) * scale * _UP
+    norm, vector = _nonnegative_norm(lambda v: functional.linear(v, moduli), weight.shape[1:])
+    return norm * scale * _UP, vector
+
+
+def matrix_of_moduli(weight: Tensor, p: float) -> float:
+    """Bound of ‖|W|‖; see Note [the norm of a matrix of moduli]."""
+    return _first_of_moduli(weight)[0] if p == 2 else rigorous_matrix_norm(weight, p)
 
 
 def _of_weight(module: Any, weight: Tensor) -> Any | None:
@@ -191,7 +230,7 @@ def convolution_of_moduli(module: Any, weight: Tensor, shape: Shape) -> float:
     moduli = weight.double().cpu().abs()
     scale = _scale(moduli.flatten(1))
     twin = _of_weight(module, moduli / scale)
-    return math.inf if twin is None else _nonnegative_norm(twin, shape) * scale.item() * _UP
+    return math.inf if twin is None else _nonnegative_norm(twin, shape)[0] * scale.item() * _UP
 
 
 def convolution_error(

@@ -260,10 +260,13 @@ def rigorous_convolution_norm(
 _STEPS = 12
 
 
-def _nonnegative_norm(apply: Callable[[Tensor], Tensor], shape: Sequence[int]) -> float:
-    """Upper bound of the spectral norm of a linear map with coefficients >= 0 and < 2.
+def _nonnegative_norm(
+    apply: Callable[[Tensor], Tensor], shape: Sequence[int]
+) -> tuple[float, Tensor]:
+    """Upper bound of the spectral norm of a map with coefficients >= 0 and < 2, and a vector.
 
-    ``apply`` maps one sample of the shape, a batch of one, in float64 by sums of products.
+    ``apply`` is linear and maps one sample of the shape, a batch of one, in float64 by sums of
+    products. The vector is near the first singular one, positive and at most 1 in each entry.
     """
     vector, best, gamma = torch.ones(1, *shape, dtype=torch.float64), math.inf, math.inf
     for _ in range(_STEPS):
@@ -277,7 +280,7 @@ def _nonnegative_norm(apply: Callable[[Tensor], Tensor], shape: Sequence[int]) -
         if not largest > 0:
             break
         vector = (image / largest).clamp(min=2.0**-20)
-    return math.sqrt(best * (1 + gamma) + 2.0**-900) * _UP
+    return math.sqrt(best * (1 + gamma) + 2.0**-900) * _UP, vector[0]
 
 
 def _mean(a: float, b: float) -> float:
