@@ -401,6 +401,23 @@ def _check_arithmetic(example: Tensor) -> None:
 # A sum of n products and a bias has n + 1 roundings on a path; gamma_{n+2} has one to spare. Each
 # operation may flush, and so may an input or a weight, which the other one multiplies:
 # 2 (n + 2) q (1 + max |A| + |v|). In half precision u is doubled, hence gamma_{2n+4}.
+#
+# Note [partial sums]
+# A sum of n products and a bias is a tree of at most n additions, in any order. What an addition
+# loses is u times the partial sum that it returns, and is added to the result as it is (Higham
+# 2002, (4.3)). The terms of a partial sum are some of all terms t, each with at most n + 1
+# roundings, so that it is at most (1 + gamma) max(P, N), with P the sum of the positive t, N that
+# of the moduli of the others and gamma = gamma_{n+2}. With y the exact sum and M that of all
+# moduli, max(P, N) = (M + |y|) / 2: where terms cancel, it is half of M. The products lose u M. So
+# the result is off by at most
+#
+#     u M + n u (1 + gamma) (M + |y|) / 2  <=  gamma (M + |y|) / 2,
+#
+# since (n + 2) u (1 + gamma) = gamma and |y| >= 0. At x, |y| <= |P(x)| + gamma M; around x, M grows
+# by |A| |v - x| and y by A (v - x). Flushed numbers meet the same roundings, hence their factor
+# 1 + gamma. This is no bound for maps that compute a factor of several terms, as a folded
+# normalisation does, whose errors are those of terms and not of partial sums.
+#
 # tests/test_rounding.py recomputes the constants and attains some of them.
 
 
@@ -587,8 +604,9 @@ class _Affine(NamedTuple):
     bias_norm: float  # ‖b‖, of a whole sample
     largest: float  # entry of |A|
     terms: int  # products in a sum
-    magnitude: Callable[[Tensor], Tensor] | None = None  # bound of ‖|A||x|‖
+    magnitude: Callable[[Tensor, Tensor], Tensor] | None = None  # of x and ‖x‖: ‖|A||x|‖
     sums_in_half: bool = False
+    plain_sums: bool = False  # of products and a bias, see Note [partial sums]
 
     def __call__(self, x: Tensor, p: float) -> ForwardError:
         outputs = self.layer(x)
@@ -596,12 +614,17 @@ class _Affine(NamedTuple):
         working = torch.float32 if half and not self.sums_in_half else outputs.dtype
         gamma = _gamma(self.terms + 2, working) if not half else _gamma(2 * self.terms + 4, working)
         size = _norms(x, p)
-        inside = self.absolute_norm * size if self.magnitude is None else self.magnitude(x)
+        inside = self.absolute_norm * size if self.magnitude is None else self.magnitude(x, size)
         inside = inside + self.bias_norm  # ‖|A||x| + |b|‖
         entries = _entries(outputs, p)
         underflow = 2 * (self.terms + 2) * torch.finfo(working).tiny * entries
-        error = gamma * inside + underflow * (1 + self.largest + size)
-        slope = gamma * self.absolute_norm + underflow
+        if self.plain_sums and not half:
+            underflow *= 1 + gamma
+            error = gamma / 2 * ((1 + gamma) * inside + _norms(outputs, p))
+            slope = gamma / 2 * (self.absolute_norm + self.norm) + underflow
+        else:
+            error, slope = gamma * inside, gamma * self.absolute_norm + underflow
+        error = error + underflow * (1 + self.largest + size)
         if half and not self.sums_in_half:
             # The sum is rounded, the bias added and the result rounded: off by h (|s| + |b|) with
             # h = 2u + u² and s = A v. Solving ‖s‖ ≤ ‖outputs‖ + ‖b‖ + its error costs 1 + 4h.

@@ -91,6 +91,7 @@ from lipbook.errors import (
 from lipbook.freezing import computes_as, freeze_rule
 from lipbook.graphs.operations import traced_as
 from lipbook.layers.joins import Join, interval_product, rounded
+from lipbook.layers.linear import convolution_of_moduli, matrix_of_moduli
 from lipbook.norms import convolution_norm_bound, dual_exponent, operator_norm
 from lipbook.norms.arguments import _floating, _integer, _real
 from lipbook.norms.rigorous import (
@@ -1578,6 +1579,38 @@ def _check_program(module: Any, example: Tensor, weight: Tensor) -> None:
         raise ValueError("half precision is not supported: use float32 or float64")
 
 
+# Note [rounding of a potential step]
+# With G = (2 / T)^(1/2) W and c = (2 / T)^(1/2) b the step is x - Gᵀ h, h = σ(G x + c), since ReLU
+# and the identity commute with positive factors; and so do the relative errors of sums. By Note
+# [partial sums] a hidden number is off by e <= gamma_{n+2} / 2 (|G||v| + |c| + |G v + c|), which σ
+# does not increase. The factors 2 W / T of the second sum take three roundings and its products
+# one, so that it is off by gamma_{m+8} / 2 (|Gᵀ||h| + |Gᵀ h|) for the h that it is given, which is
+# within e of the exact one. The last sum is rounded once. With norms throughout,
+#
+#     e <= r ‖v‖ + gamma ‖c‖,  r = gamma_{n+2} / 2 (‖|G|‖ + ‖G‖),
+#     ‖P(v) - f(v)‖ <= ‖Gᵀ‖ e + s (‖G‖‖v‖ + ‖c‖ + e) + u ‖v‖,
+#     s = (1 + u) gamma_{m+8} / 2 (‖|Gᵀ|‖ + ‖Gᵀ‖) + u ‖Gᵀ‖.
+
+
+def _moduli_norm(
+    module: Any, root: Tensor, example: Tensor, norm: Callable[[float], float], p: float
+) -> float:
+    """Bound of ‖|G|‖, G dense or a convolution with the geometry of a step."""
+    sums = _absolute_norm(norm, p) * _UP
+    if p != 2:
+        return sums
+    if root.dim() == 2:
+        return min(sums, matrix_of_moduli(root, p))
+    inner, outer, reach = len(root), root.shape[1] * module.groups, root.shape[-1] // 2
+    if reach > min(example.shape[2:]):  # which torch does not pad
+        return sums
+    layer = nn.Conv2d(
+        outer, inner, root.shape[-1], module.stride, reach, groups=module.groups, bias=False,
+        padding_mode=module.padding_mode,
+    )  # fmt: skip
+    return min(sums, convolution_of_moduli(layer, root, tuple(example.shape[1:])))
+
+
 @_error_rule_of(SLLLinear, CPLLinear, SLLConv2d, CPLConv2d)
 def _(module: Any, example: Tensor, p: float) -> Analysis:
     weight, dtype = module.weight.detach(), module.weight.dtype
@@ -1599,30 +1632,40 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
     view = scale.view(-1, *[1] * (weight.dim() - 1))
     absolute = _absolute_norm(functools.partial(norm, weight), p)
     back = _absolute_norm(functools.partial(norm, view * weight.double()), dual_exponent(p)) * _UP
-    if p == 2:
-        lipschitz = max(1.0, norm(view.sqrt() * weight.double(), 2) ** 2 * _UP - 1)
-    else:
-        lipschitz = (1 + back * absolute) * _UP
+    root = view.sqrt() * weight.double()  # G
+    there, here = norm(root, p) * _UP, norm(root, dual_exponent(p)) * _UP
+    moduli = [
+        _moduli_norm(module, root, example, functools.partial(norm, root), q)
+        for q in (p, dual_exponent(p))
+    ]
+    lipschitz = max(1.0, there**2 * _UP - 1) if p == 2 else (1 + back * absolute) * _UP
     positions = example[0, ..., 0].numel() if dense else example[0, 0].numel() // module.stride**2
     bias_norm = _bias_norm(module.bias, dtype, positions, p)
-    rows, columns = weight[0].numel() + 3, weight[:, 0].numel() + 3
-    gamma = _gamma(rows + columns, dtype)
+    bias_root = _bias_norm(
+        module.bias.detach().double() * scale.sqrt(), torch.float64, positions, p
+    )
+    rows, columns = weight[0].numel(), weight[:, 0].numel() // module.groups
+    before, after = _gamma(rows + 2, dtype), _gamma(columns + 8, dtype)
+    unit = _gamma(1, dtype)
+    hidden_rate = before / 2 * (moduli[0] + there)
+    last = after / 2 * (moduli[1] + here) * (1 + unit) + unit * here
+    rate = (here * hidden_rate + last * (there + hidden_rate) + unit) * _UP
+    constant = (here * before + last * (1 + before)) * bias_root * _UP
     largest = max(1.0, weight.abs().max().item(), scale.max().item()) ** 3
 
     def analysis(x: Tensor) -> ForwardError:
-        # Every product on a path from x to the output is rounded at most rows + columns times.
         outputs = module(x)
         size = _norms(x, p)
         inside = size + back * (absolute * size + bias_norm)
-        entries = _entries(outputs, p) * len(weight) * rows * columns
-        underflow = torch.finfo(dtype).tiny * entries * largest
-        slope = gamma * (1 + back * absolute) + underflow
+        entries = _entries(outputs, p) * len(weight) * (rows + 3) * (columns + 3)
+        underflow = 2 * torch.finfo(dtype).tiny * entries * largest
+        slope = rate + underflow
         room = (torch.finfo(dtype).max / 4 - inside.clamp(min=back)) / (1 + back * absolute)
         hidden = torch.finfo(dtype).max / 4 - absolute * size - bias_norm  # W x + b
         return ForwardError(
             outputs,
             lipschitz,
-            (gamma * inside + underflow * (2 + size + bias_norm)) * _UP,
+            (rate * size + constant + underflow * (2 + size + bias_norm)) * _UP,
             slope * _UP,
             torch.minimum(room, hidden / max(absolute, 1e-300)),
         )

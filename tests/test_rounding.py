@@ -58,6 +58,7 @@ from lipbook.errors import (
 )
 from lipbook.freezing import freeze
 from lipbook.layers.elementwise import _BY_INPUT, _RELATIVE, Sine
+from lipbook.layers.linear import _products_of_moduli, convolution_of_moduli, matrix_of_moduli
 from lipbook.layers.normalization import UnitNormalize
 from lipbook.layers.rearrangements import (
     Cast,
@@ -1072,7 +1073,7 @@ def test_the_constants_of_a_sum_of_products(dtype: torch.dtype, in_half: bool) -
     )
     x = torch.tensor([X], dtype=dtype)
     agrees(affine(x, 2), error, slope, (torch.finfo(dtype).max / 4 - 20) / 3)
-    known = affine._replace(magnitude=lambda x: torch.tensor([35.0], dtype=torch.float64))
+    known = affine._replace(magnitude=lambda x, size: torch.tensor([35.0], dtype=torch.float64))
     assert known(x, 2).error.item() - affine(x, 2).error.item() == pytest.approx(
         g * 20 * (1 + (2 * h if half and not in_half else 0)), rel=1e-4
     )
@@ -1089,6 +1090,128 @@ def test_what_underflows_in_a_sum_of_products(dtype: torch.dtype) -> None:
     last = 0.0 if dtype == torch.float32 else 2 * LEAST[dtype] * math.sqrt(2)
     lost = 0.0 if dtype == torch.float32 else 4 * UNITS[dtype] * (1 + 8 * UNITS[dtype]) * 2.0**-63
     assert result.error.item() == pytest.approx(8 * flush + last + lost, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_constants_of_partial_sums(dtype: torch.dtype) -> None:
+    """Half of |A||x| + |b|, which is 20, and of the outputs, which are 13 long."""
+    n, u = 2**17, torch.finfo(dtype).eps / 2
+    g, flush = gamma(n + 2, u), 2 * (n + 2) * torch.finfo(dtype).tiny * math.sqrt(2)
+    affine = _Affine(lambda x: torch.tensor([Y], dtype=dtype), terms=n, plain_sums=True, **AFFINE)
+    error = g / 2 * ((1 + g) * 20 + 13) + flush * (1 + g) * (1 + 7 + 5)
+    slope = g / 2 * (3 + 2) + flush * (1 + g)
+    agrees(
+        affine(torch.tensor([X], dtype=dtype), 2),
+        error,
+        slope,
+        (torch.finfo(dtype).max / 4 - 20) / 3,
+    )
+
+
+def test_a_program_whose_terms_cancel_attains_the_constant() -> None:
+    """1 + u rounds to 1, sixty-two times, and - 1 leaves nothing: half of |w||x| = 2 counts."""
+    x = np.full(64, 0.99 * 2.0**-24, dtype=np.float32)
+    x[0], x[-1] = 1, -1
+    total = functools.reduce(lambda a, b: np.float32(a + b), x)
+    layer = nn.Linear(64, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    single = forward_error(layer, torch.from_numpy(x)[None]).error.item()
+    off = abs(Fraction(float(total)) - sum(map(Fraction, x.tolist())))
+    assert 0.9 * single < off <= single
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_in_any_order_keep_the_bound_of_partial_sums(seed: int) -> None:
+    """Random trees of additions, and the two that gather the positive terms first or last."""
+    rng = np.random.default_rng(seed)
+    w, x = (rng.standard_normal(48).astype(np.float16) * np.float16(8) for _ in range(2))
+    w[:2], x[:2] = 90, (90, -90)
+    terms = [Fraction(float(a)) * Fraction(float(b)) for a, b in zip(w, x, strict=True)]
+    exact_sum, moduli = sum(terms), sum(map(abs, terms))
+    bound = Fraction(gamma(50, 2.0**-11)) / 2 * (moduli + abs(exact_sum))
+    products = [a * b for a, b in zip(w, x, strict=True)]
+    for order in (rng.permutation(48), np.argsort(products), np.argsort(products)[::-1]):
+        ahead = functools.reduce(lambda a, b: np.float16(a + b), [products[k] for k in order])
+        nodes = [products[k] for k in order]
+        while len(nodes) > 1:
+            one, other = (nodes.pop(rng.integers(len(nodes))) for _ in range(2))
+            nodes.append(np.float16(one + other))
+        for total in (ahead, nodes[0]):
+            assert abs(Fraction(float(total)) - exact_sum) <= bound
+
+
+# -------------------------------------------------------------- norms of matrices of moduli
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "Conv2d stride", "Conv2d circular"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_norm_of_moduli_is_above_the_singular_value_and_near(name: str, seed: int) -> None:
+    module, shape = small(name, seed)
+    moduli = copy.deepcopy(module).double()
+    moduli.weight.data.abs_()
+    moduli.bias = None
+    largest = np.linalg.norm(np.abs(dense(moduli, shape).astype(float)), 2)
+    weight = module.weight.detach()
+    ours = (
+        matrix_of_moduli(weight, 2)
+        if name == "Linear"
+        else convolution_of_moduli(module, weight, shape)
+    )
+    assert largest <= ours * (1 + 1e-14)
+    assert ours <= largest * 1.01
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize("kind", ["gaussian", "rank one", "diagonal"])
+def test_products_of_moduli_are_below_their_bounds(kind: str, p: float) -> None:
+    """For a matrix of rank one the bound is the product, for others the norm at most."""
+    torch.manual_seed(0)
+    matrices = {"gaussian": torch.randn(9, 12), "diagonal": torch.eye(9, 12)}
+    weight = matrices.get(kind, -torch.rand(9, 1) @ torch.rand(1, 12))
+    x = torch.randn(40, 3, 12) * torch.rand(40, 1, 12).round()
+    x[0], x[1, :, 1:] = 0, 0
+    norm, magnitude = _products_of_moduli(weight, p)
+    size = _norms(x, p)
+    ours = magnitude(x, size)
+    paper = torch.linalg.vector_norm(
+        (x.double().abs() @ weight.double().abs().mT).flatten(1), p, dim=1
+    )
+    assert (paper <= ours).all()
+    assert (ours <= norm * size * (1 + 1e-4) + 1e-12).all()
+    if p != 2 or kind == "rank one":
+        assert (ours <= paper * (1 + 1e-4) + 1e-12).all()
+
+
+def test_the_norm_of_moduli_where_nothing_is_connected() -> None:
+    """A block of zeros, blocks of their own, and numbers whose squares underflow."""
+    weight = torch.block_diag(torch.zeros(2, 2), torch.full((2, 2), 3.0), torch.full((3, 1), -1.0))
+    for scale in (1e-300, 1.0, 1e300):
+        ours = matrix_of_moduli(weight.double() * scale, 2) / scale
+        assert 6 * (1 - 1e-14) <= ours <= 6 * (1 + 1e-9)
+    assert matrix_of_moduli(torch.zeros(2, 3), 2) < 1e-100
+
+
+@pytest.mark.parametrize("p", EXPONENTS)
+def test_the_constants_of_a_potential_step(p: float) -> None:
+    """The note, in NumPy, for a step whose matrices have norms on paper."""
+    step = SLLLinear(2, 1)
+    step.weight.data[:] = torch.tensor([[3.0, -4.0]])
+    step.bias.data[:] = 2.0
+    root = math.sqrt(2 / step.scale().item())
+    norms = {1.0: (4 * root, 7 * root), 2.0: (5 * root, 5 * root), INF: (7 * root, 4 * root)}
+    there, here = norms[p]  # of G, |G| and of their transposes
+    u = 2.0**-24
+    before, after, unit, c = gamma(4, u), gamma(9, u), gamma(1, u), 2 * root
+    rate = before * there
+    last = after * here * (1 + unit) + unit * here
+    slope = here * rate + last * (there + rate) + unit
+    constant = (here * before + last * (1 + before)) * c
+    with torch.no_grad():
+        result = forward_error(step, torch.tensor([X]), p)
+    size = np.linalg.norm(X, p)
+    assert slope <= result.slope <= slope * (1 + 1e-5)
+    error = slope * size + constant
+    assert error <= result.error.item() <= error * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("dtype", UNITS)

@@ -14,7 +14,6 @@ from lipbook.composition import Bound, lipschitz_rule
 from lipbook.convolutions.circular import OnUnshuffled, channel_counts, semi_orthogonal
 from lipbook.errors import (
     Analysis,
-    _absolute_norm,
     _Affine,
     _after_cast,
     _bias_norm,
@@ -22,7 +21,7 @@ from lipbook.errors import (
     _computing_dtype,
     _error_rule_of,
 )
-from lipbook.layers.linear import weighted_affine
+from lipbook.layers.linear import matrix_of_moduli, weighted_affine
 from lipbook.norms import operator_norm
 from lipbook.norms.arguments import _integer, _tensor
 from lipbook.norms.rigorous import rigorous_matrix_norm
@@ -229,9 +228,10 @@ def _(module: Any, example: Tensor, p: float) -> Analysis:
     affine = _Affine(
         layer=module,
         norm=norm(p),
-        absolute_norm=_absolute_norm(norm, p),
+        absolute_norm=matrix_of_moduli(weight, p),
         bias_norm=_bias_norm(module.bias, dtype, module(example)[0, 0].numel(), p),
         largest=weight.abs().max().item(),
         terms=weight.shape[1],
+        plain_sums=True,
     )
     return _after_cast(affine, dtype, p)

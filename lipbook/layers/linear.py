@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,14 @@ from lipbook.norms import (
     dual_exponent,
     operator_norm,
 )
-from lipbook.norms.rigorous import _UP, _gamma, rigorous_convolution_norm, rigorous_matrix_norm
+from lipbook.norms.precision import _scale
+from lipbook.norms.rigorous import (
+    _UP,
+    _gamma,
+    _nonnegative_norm,
+    rigorous_convolution_norm,
+    rigorous_matrix_norm,
+)
 from lipbook.rules import (
     Affine,
     Bound,
@@ -134,28 +142,95 @@ def _(module: Any, input_shape: Shape) -> Affine:
 # ------------------------------------------------------------------- errors of programs
 
 
+# Note [products of moduli]
+# For any y and v, |W||x| = y (v . |x|) + (|W| - y vᵀ) |x|. With v near the first singular vector of
+# |W| and y = |W| v, the second matrix is small, since |W| is near a matrix of rank one. So
+# ‖|W||x|‖ <= ‖y‖ (v . |x|) + ‖|W| - y vᵀ‖ ‖x‖ takes one product of vectors, where |W||x| would take
+# as long as W x. In other norms than p = 2 it is formed.
+
+
 @forward_error_rule.register
 def _(module: nn.Linear, example: Tensor, p: float) -> Analysis:
     dtype = _computing_dtype(example, module.weight)
     weight = module.weight.detach().to(dtype)
-    absolute = weight.abs().to(torch.promote_types(dtype, torch.float32))
     positions = example[0, ..., 0].numel()
-    gamma = _gamma(module.in_features + 2, absolute.dtype)
-
-    def magnitude(x: Tensor) -> Tensor:
-        inside = _exactly(functional.linear, x.abs().to(absolute.dtype), absolute)
-        return _norms(inside, p) * (1 + 2 * gamma)
+    absolute_norm, magnitude = _products_of_moduli(weight, p)
 
     affine = _Affine(
         layer=module,
         norm=rigorous_matrix_norm(weight, p),
-        absolute_norm=_absolute_norm(lambda q: rigorous_matrix_norm(weight, q), p),
+        absolute_norm=absolute_norm,
         bias_norm=_bias_norm(module.bias, dtype, positions, p),
         largest=weight.abs().max().item(),
         terms=module.in_features,
         magnitude=magnitude,
+        plain_sums=True,
     )
     return _after_cast(affine, dtype, p)
+
+
+def _products_of_moduli(
+    weight: Tensor, p: float
+) -> tuple[float, Callable[[Tensor, Tensor], Tensor]]:
+    """Bounds of ‖|W|‖ and, for a batch and its norms, of ‖|W||x|‖."""
+    working = torch.promote_types(weight.dtype, torch.float32)
+    gamma = _gamma(weight.shape[1] + 2, working)
+    if p != 2:
+        absolute = weight.abs().to(working)
+
+        def formed(x: Tensor, size: Tensor) -> Tensor:
+            inside = _exactly(functional.linear, x.abs().to(working), absolute)
+            return _norms(inside, p) * (1 + 2 * gamma)
+
+        return rigorous_matrix_norm(weight, p), formed
+    norm, vector = _first_of_moduli(weight)
+    vector = vector / torch.linalg.vector_norm(vector)
+    vector = vector.to(working)
+    moduli, along = weight.detach().double().cpu().abs(), vector.double()
+    image = moduli @ along
+    rest = moduli - image[:, None] * along
+    length = torch.linalg.vector_norm(image).item() * (1 + _gamma(len(image) + 4, torch.float64))
+    hidden = 2.0**-50 * torch.linalg.matrix_norm(moduli).item()  # by the rounding of the rest
+    apart = (rigorous_matrix_norm(rest, 2) + hidden) * _UP
+    vector = vector.to(weight.device)
+
+    def magnitude(x: Tensor, size: Tensor) -> Tensor:
+        parts = _exactly(torch.matmul, x.abs().to(working), vector).view(len(x), -1)
+        share = _norms(parts, 2) * (1 + 2 * gamma)
+        return torch.minimum(norm * size, length * share + apart * size) * _UP
+
+    return norm, magnitude
+
+
+def _first_of_moduli(weight: Tensor) -> tuple[float, Tensor]:
+    """Bound of ‖|W|‖ in the 2-norm, and a vector near the first singular one."""
+    moduli = weight.detach().double().cpu().abs()
+    scale = _scale(moduli).item()
+    moduli = moduli / scale
+    norm, vector = _nonnegative_norm(lambda v: functional.linear(v, moduli), weight.shape[1:])
+    return norm * scale * _UP, vector
+
+
+def matrix_of_moduli(weight: Tensor, p: float) -> float:
+    """Bound of ‖|W|‖; see Note [the norm of a matrix of moduli]."""
+    return _first_of_moduli(weight)[0] if p == 2 else rigorous_matrix_norm(weight, p)
+
+
+def _of_weight(module: Any, weight: Tensor) -> Any | None:
+    """Convolve as a layer of torch does, with another weight and no bias; None for other layers."""
+    if all(type(module).forward is not cls.forward for cls in _CONVOLUTIONS):
+        return None
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight, False), "bias": None}
+    return twin if "weight" in module._parameters else None
+
+
+def convolution_of_moduli(module: Any, weight: Tensor, shape: Shape) -> float:
+    """Bound of ‖|A|‖ in the 2-norm, if torch computes the convolution; else infinity."""
+    moduli = weight.double().cpu().abs()
+    scale = _scale(moduli.flatten(1))
+    twin = _of_weight(module, moduli / scale)
+    return math.inf if twin is None else _nonnegative_norm(twin, shape)[0] * scale.item() * _UP
 
 
 def convolution_error(
@@ -190,13 +265,18 @@ def convolution_error(
     # An output sums over the channels and taps of a group. Folding a circle adds the same products.
     channels = weight.shape[0] // module.groups if module.transposed else weight.shape[1]
     outputs = module(example)
+    terms = channels * weight[0, 0].numel()
+    absolute_norm = _absolute_norm(norm, p)
+    if p == 2 and norm_of is None:
+        absolute_norm = min(absolute_norm, convolution_of_moduli(module, weight, example.shape[1:]))
     affine = _Affine(
         layer=module,
         norm=norm(p),
-        absolute_norm=_absolute_norm(norm, p),
+        absolute_norm=absolute_norm,
         bias_norm=_bias_norm(module.bias, dtype, outputs[0, 0].numel(), p),
         largest=weight.abs().max().item(),
-        terms=channels * weight[0, 0].numel(),
+        terms=terms,
+        plain_sums=True,
         sums_in_half=module.transposed,  # torch adds up overlapping windows in the output's dtype
     )
     return _after_cast(affine, dtype, p)

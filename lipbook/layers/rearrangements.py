@@ -595,6 +595,7 @@ def _(module: MatrixProduct, example: Tensor, p: float) -> Analysis:
         bias_norm=0.0,
         largest=matrix.abs().max().item(),
         terms=blocks.shape[1],
+        plain_sums=True,
     )
     return _after_cast(affine, dtype, p)
 

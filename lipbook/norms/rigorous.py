@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -248,6 +249,38 @@ def rigorous_convolution_norm(
     completed = factor * (largest + rounding * math.sqrt(rows * columns * copies) * _UP) * _UP
     completed = math.nextafter(completed * scale.item(), math.inf) if completed else 0.0
     return min(completed, _mean(sums(1), sums(math.inf)))
+
+
+# Note [the norm of a matrix of moduli]
+# B with entries >= 0 has ‖B‖² = ρ(Bᵀ B) <= max_i (Bᵀ B v)_i / v_i for each v > 0 (Collatz and
+# Wielandt): with D = diag(v), that is the largest row sum of D⁻¹ Bᵀ B D, which has the eigenvalues
+# of Bᵀ B. With v of ones it is at most ‖B‖_1 ‖B‖_∞, and steps of the power method lower it. Sums of
+# numbers >= 0 are computed with a small relative error, whatever their order.
+
+_STEPS = 12
+
+
+def _nonnegative_norm(
+    apply: Callable[[Tensor], Tensor], shape: Sequence[int]
+) -> tuple[float, Tensor]:
+    """Upper bound of the spectral norm of a map with coefficients >= 0 and < 2, and a vector.
+
+    ``apply`` is linear and maps one sample of the shape, a batch of one, in float64 by sums of
+    products. The vector is near the first singular one, positive and at most 1 in each entry.
+    """
+    vector, best, gamma = torch.ones(1, *shape, dtype=torch.float64), math.inf, math.inf
+    for _ in range(_STEPS):
+        with torch.enable_grad():
+            inputs = vector.detach().requires_grad_()
+            outputs = apply(inputs)
+            (image,) = torch.autograd.grad(outputs, inputs, outputs.detach())
+        gamma = _gamma(outputs.numel() + vector.numel() + 8, torch.float64)
+        best = min(best, (image / vector).max().item())
+        largest = image.max()
+        if not largest > 0:
+            break
+        vector = (image / largest).clamp(min=2.0**-20)
+    return math.sqrt(best * (1 + gamma) + 2.0**-900) * _UP, vector[0]
 
 
 def _mean(a: float, b: float) -> float:
