@@ -496,17 +496,20 @@ def _kappa(tokens: Tensor, causal: int | None) -> Tensor:
 
     def inverse(target: Tensor) -> Tensor:
         t = target.log1p()  # above the solution of t e^(t + 1) = target, and Newton stays there
-        for _ in range(16):
+        for _ in range(12):  # enough for 10^15 tokens
             slope = (t + 1).exp()
             t = t - (t * slope - target) / ((t + 1) * slope)
         return t.clamp(min=0.0)
 
-    mu, pair = inverse(tokens - 1), inverse(torch.ones_like(tokens))
-    own, total = ((tokens + 1) / 2).sqrt(), (tokens - 1) * mu
-    if causal is not None:
-        earlier = torch.arange(causal, dtype=tokens.dtype, device=tokens.device)
-        sums = inverse(earlier).cumsum(0) * (1 + causal * 2.0**-51)  # what it rounds
-        total = sums[tokens.long() - 1]
+    if causal is None:
+        mu, pair = inverse(torch.stack([tokens - 1, torch.ones_like(tokens)]))
+        total = (tokens - 1) * mu
+    else:
+        each = inverse(torch.arange(max(causal, 2), dtype=tokens.dtype, device=tokens.device))
+        sums = each.cumsum(0) * (1 + causal * 2.0**-51)  # what it rounds
+        at = tokens.long() - 1
+        mu, pair, total = each[at], each[1], sums[at]
+    own = ((tokens + 1) / 2).sqrt()
     return (own + 2 * mu + 2 * (pair * total).sqrt()) * _UP
 
 

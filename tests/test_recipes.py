@@ -43,6 +43,7 @@ from lipbook.lab.recipes import (
     deep_networks,
     digit_generator,
     equal_budget,
+    equal_budget_cifar10,
     gradient_controls,
     gradients,
     group_sizes,
@@ -100,7 +101,8 @@ def test_every_recipe_has_its_record(name: str) -> None:
     assert record.facts["seed"] == parameters["seed"].default
     assert "rows" in parameters
     longest = {
-        "ablation": 1200, "cifar10": 900, "equal_budget": 1200, "mnist_small": 1800,
+        "ablation": 1200, "cifar10": 900, "equal_budget": 1200,
+        "equal_budget_cifar10": 1200, "mnist_small": 1800,
         "speedrun": 3600, "speedrun_cifar10": 2400, "waterfall": 1200,
     }  # fmt: skip
     assert 0 < record.facts["seconds"] <= longest.get(name, 600)
@@ -1586,7 +1588,9 @@ def test_equal_budgets_choose_on_held_out_digits_and_resume(
     few = few_digits()
     asked = []
 
-    def told(layer: str, fitted: Any, judges: Any, *, lr: float, budget: float, seed: int) -> Any:
+    def told(
+        layer: str, fitted: Any, judges: Any, *, lr: float, budget: float, seed: int, epsilons: Any
+    ) -> Any:
         asked.append((layer, fitted, judges, lr))
         score = 0.4 - abs(math.log10(lr / best[layer]))
         return {
@@ -1601,13 +1605,14 @@ def test_equal_budgets_choose_on_held_out_digits_and_resume(
     results, tensors = equal_budget.run(**sizes)
     count = len(asked)
     assert equal_budget.run(**sizes) == (results, tensors)
-    assert len(asked) == count == 8 * 4 + 8 * equal_budget.SEEDS
+    choices, layers = 4 * len(equal_budget.LAYERS), len(equal_budget.LAYERS)
+    assert len(asked) == count == choices + layers * equal_budget.SEEDS
     whole = sorted(map(bytes, few.train_images.flatten(1).numpy()))
-    for _, (fitted, _), (judging, _), _ in asked[:32]:
+    for _, (fitted, _), (judging, _), _ in asked[:choices]:
         together = torch.cat([fitted, judging]).flatten(1)
         assert sorted(map(bytes, together.numpy())) == whole
         assert len(judging) == 300
-    for layer, (fitted, _), (judging, _), lr in asked[32:]:
+    for layer, (fitted, _), (judging, _), lr in asked[choices:]:
         assert judging is few.test_images
         assert fitted is few.train_images
         assert lr == best[layer]
@@ -1647,6 +1652,36 @@ def test_a_budget_without_all_its_rows_is_refused(
     change(record.results["rows"])
     with pytest.raises(ValueError, match=words):
         equal_budget.entries(record)
+
+
+def test_layers_are_compared_on_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = colours(300)
+    monkeypatch.setattr(equal_budget_cifar10, "cifar10", lambda jpeg: few)
+    timeless = functools.partial(equal_budget.row, clock=ticking())
+    monkeypatch.setattr(equal_budget, "row", timeless)
+    results, tensors = equal_budget_cifar10.run(
+        layers=["shift"], rates=(0.03,), budget=25, seeds=2, validation=20,
+        rows=Rows(tmp_path),
+    )  # fmt: skip
+    assert results["data"] == "made up"
+    assert not tensors
+    assert [row["layer"] for row in results["rows"]] == 2 * ["shift"]
+    assert all(row["count"] == 20 for row in [*results["judged"], *results["rows"]])
+    assert all(row["certified"][0] > 0.25 for row in results["rows"])  # a tenth by chance
+
+
+def test_the_record_of_equal_budgets_on_colours_keeps_its_choices() -> None:
+    record = records.read("equal_budget_cifar10")
+    judged, budget = record.results["judged"], record.results["budget"]
+    assert record.results["data"] == "CIFAR-10 (JPEG q75)"
+    assert budget == equal_budget_cifar10.BUDGET
+    assert record.results["epsilons"] == list(equal_budget_cifar10.EPSILONS)
+    assert {row["count"] for row in judged} == {5000}
+    assert {row["count"] for row in record.results["rows"]} == {10_000}
+    for layer, entry in equal_budget.entries(record).items():
+        mine = {row["lr"]: sum(row["certified"]) for row in judged if row["layer"] == layer}
+        assert entry.lr == max(mine, key=lambda lr: mine[lr])
+        assert budget <= entry.seconds <= 1.1 * budget
 
 
 def test_a_budget_of_other_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

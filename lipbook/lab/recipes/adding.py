@@ -18,7 +18,7 @@ answer, so that a constant is allowed:
 Each learns in 1,500 steps of Adam, on new sequences in batches of 32, at a rate that falls to 0.
 Lengths grow from 10 to 100 in the first four fifths of the steps. The rate is chosen by the error
 on other new sequences, with the first seed; then two more layers are trained at it. Sequences of a
-third generator judge them, of the length that was learnt and of three times that.
+third generator judge them, of the length that was learnt, of three times and of ten times that.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ __all__ = [
 
 #: Layers, as the page shows them.
 NETWORKS = ("lossless", "orthogonal", "LSTM")
-#: Length that is learnt, and a longer one.
-LENGTHS = (100, 300)
+#: Length that is learnt, and longer ones.
+LENGTHS = (100, 300, 1000)
 #: First rates to choose from.
 RATES = (0.003, 0.01)
 #: Mean squared error of the answer 1, which is the variance of a sum of two uniform numbers.

@@ -37,16 +37,16 @@ __all__ = ["BUDGET", "LAYERS", "network", "row", "run"]
 
 #: Steps of each network at equal steps; and at equal multiply-adds those of a plain convolution.
 BUDGET = 100
-#: Each layer and the multiply-adds of its step, in steps of a plain convolution, as the chapter
-#: counts them.
-LAYERS: dict[str, tuple[Callable[[], nn.Module], float]] = {
-    "BCOP": (lambda: OrthogonalConv2d(16, 16, 3), 1.0),
-    "SOC": (lambda: SkewOrthogonalConv2d(16, 16, 3), 8.0),
-    "Cayley": (lambda: CayleyConv2d(16, 16, 3, image_size=6), 0.5),
-    "AOL": (lambda: NonexpansiveConv2d(16, 16, 3), 1.0),
-    "RKO": (lambda: NonexpansiveConv2d(16, 16, 3, method="rko"), 1.0),
-    "SLL": (lambda: SLLConv2d(16), 2.0),
-    "CPL": (lambda: CPLConv2d(16), 2.0),
+#: Each layer, made for a number of channels and a size of images, and the multiply-adds of its
+#: step, in steps of a plain convolution, as the chapter counts them.
+LAYERS: dict[str, tuple[Callable[[int, int], nn.Module], float]] = {
+    "BCOP": (lambda channels, _: OrthogonalConv2d(channels, channels, 3), 1.0),
+    "SOC": (lambda channels, _: SkewOrthogonalConv2d(channels, channels, 3), 8.0),
+    "Cayley": (lambda channels, size: CayleyConv2d(channels, channels, 3, image_size=size), 0.5),
+    "AOL": (lambda channels, _: NonexpansiveConv2d(channels, channels, 3), 1.0),
+    "RKO": (lambda channels, _: NonexpansiveConv2d(channels, channels, 3, method="rko"), 1.0),
+    "SLL": (lambda channels, _: SLLConv2d(channels), 2.0),
+    "CPL": (lambda channels, _: CPLConv2d(channels), 2.0),
 }
 BATCH = 50
 RATE = 0.01
@@ -77,7 +77,7 @@ def row(digits: Mnist, layer: str, steps: int, *, seed: int = 0) -> Outcome:
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(seed)
-        model = network(layer)
+        model = network(LAYERS[layer][0])
     finally:
         torch.set_default_dtype(default)
     middle = (..., slice(2, 26), slice(2, 26))
@@ -99,24 +99,27 @@ def row(digits: Mnist, layer: str, steps: int, *, seed: int = 0) -> Outcome:
     return {"layer": layer, "steps": steps, "seed": seed, "certified": share}, {}
 
 
-def network(layer: str) -> nn.Sequential:
+def network(
+    make: Callable[[int, int], nn.Module], channels: int = 1, size: int = 24
+) -> nn.Sequential:
     """Build a network, its weights drawn by torch's generator in the default dtype.
 
     Parameters
     ----------
-    layer : str
-        Key of ``LAYERS``.
+    make : callable
+        Gives a layer for a number of channels and a size of images, as those of ``LAYERS``.
+    channels, size : int
+        Of the images, which invertible downsampling makes four times smaller.
 
     Returns
     -------
     torch.nn.Sequential
-        For the middle 24 × 24 pixels of digits.
+        Downsampling, three layers, and a linear one.
     """
-    make, _ = LAYERS[layer]
     layers: list[nn.Module] = [InvertibleDownsampling(4)]
     for _ in range(3):
-        layers += [make(), MaxMin()]
-    model = nn.Sequential(*layers, nn.Flatten(), OrthogonalLinear(576, 10))
+        layers += [make(16 * channels, size // 4), MaxMin()]
+    model = nn.Sequential(*layers, nn.Flatten(), OrthogonalLinear(channels * size**2, 10))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(SHIFT * torch.randn_like(parameter))

@@ -1,7 +1,8 @@
-r"""Seven convolutions that are 1-Lipschitz, and a dense layer, for equal processor seconds.
+r"""Nine convolutions that are 1-Lipschitz, and a dense layer, for equal processor seconds.
 
 The networks of :mod:`lipbook.lab.recipes.convolution_gallery`, which differ in the constrained
-layer only, and a dense one, 576-256-256-256-10 with orthonormal weights. There, networks of a
+layer only, with two layers more, block reflectors (BRO) and shifts of channels between orthogonal
+matrices, and a dense one, 576-256-256-256-10 with orthonormal weights. There, networks of a
 hundred steps are compared, at a rate that nobody chose; here each trains for the same processor
 seconds of one thread, whatever a step of it costs, at a rate chosen for it. All train on the middle
 24 × 24 pixels of digits in batches of 128, with the offset cross-entropy and Adam, whose rate falls
@@ -11,8 +12,8 @@ computation of weights from parameters.
 The rate is chosen among four, for each layer, on 5,000 training digits drawn at random, after a
 training on the other 55,000, for the mean of clean and certified accuracy. Networks are then
 trained on all 60,000, from three seeds each, and certified on the 10,000 test digits: in float64,
-but as in real arithmetic, since the Fourier transforms of the Cayley layer have no bound of their
-rounding here.
+but as in real arithmetic, since the Fourier transforms of the Cayley layer and of block reflectors
+have no bound of their rounding here.
 
 Where a training stops depends on the machine and on what else it does: two runs differ a little,
 even with the same seed.
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lipbook.convolutions import BlockReflectorConv2d, ShiftConv2d
 from lipbook.export import freeze
 from lipbook.lab import networks
 from lipbook.lab.data import mnist
@@ -49,6 +51,7 @@ __all__ = [
     "RATES",
     "SEEDS",
     "Entry",
+    "compare",
     "entries",
     "row",
     "run",
@@ -64,10 +67,17 @@ RATES = (0.001, 0.003, 0.01, 0.03)
 SEEDS = 3
 #: Radii at which accuracies are certified; at 0 it is the clean accuracy.
 EPSILONS = (0.0, 1.0, 1.58)
+CONVOLUTIONS: dict[str, Callable[[int, int], nn.Module]] = {
+    **{name: make for name, (make, _) in convolution_gallery.LAYERS.items()},
+    "BRO": lambda channels, size: BlockReflectorConv2d(channels, channels, 3, image_size=size),
+    "shift": lambda channels, _: ShiftConv2d(channels, channels),
+}
 #: Names of the layers that are compared.
-LAYERS = (*convolution_gallery.LAYERS, "dense")
+LAYERS = (*CONVOLUTIONS, "dense")
 BATCH = 128
 RADIUS = 1.2  # whose margin the loss asks for
+LOSS = LOSSES["offset cross-entropy"][0](RADIUS)
+SIZE = 24  # of the middle of a digit
 
 
 def train_for(
@@ -158,6 +168,9 @@ def row(
     *,
     lr: float,
     budget: float = BUDGET,
+    size: int = SIZE,
+    loss: Callable[[Tensor, Tensor], Tensor] = LOSS,
+    epsilons: Sequence[float] = EPSILONS,
     seed: int = 0,
     clock: Callable[[], float] = time.process_time,
 ) -> Outcome:
@@ -168,17 +181,21 @@ def row(
     layer : str
         One of :data:`LAYERS`.
     fitted, judges : sequence of torch.Tensor
-        Images of digits and labels, to train on and to certify on.
-    lr, seed, clock
+        Images and labels, to train on and to certify on.
+    lr, loss, seed, clock
         As in :func:`train_for`; the seed is also that of the weights.
     budget : float
         Seconds of the training.
+    size : int
+        Of the middle of an image that a network sees, a multiple of 4.
+    epsilons : sequence of float
+        Radii at which accuracies are certified.
 
     Returns
     -------
     tuple of dict
-        Results: ``layer``, ``lr``, ``seed``; ``epochs``; ``seconds``; ``count`` of the digits that
-        judged; ``certified`` accuracy at each of :data:`EPSILONS`. No tensors.
+        Results: ``layer``, ``lr``, ``seed``; ``epochs``; ``seconds``; ``count`` of the images that
+        judged; ``certified`` accuracy at each of the radii. No tensors.
 
     Raises
     ------
@@ -188,16 +205,16 @@ def row(
     if layer not in LAYERS:
         raise ValueError(f"layer: expected one of {LAYERS}, got {layer!r}")
     torch.manual_seed(seed)
+    channels, border = fitted[0].shape[1], (fitted[0].shape[-1] - size) // 2
     if layer == "dense":
-        model = networks.dense((576, 256, 256, 256, 10))
+        model = networks.dense((channels * size**2, 256, 256, 256, 10))
     else:
-        model = convolution_gallery.network(layer)
-    middle = (..., slice(2, 26), slice(2, 26))
+        model = convolution_gallery.network(CONVOLUTIONS[layer], channels, size)
+    middle = (..., *2 * (slice(border, border + size),))
     images, labels = fitted[0][middle].contiguous(), fitted[1]
     train = functools.partial(
         train_for, model, images, labels,
-        seconds=budget, lr=lr, loss=LOSSES["offset cross-entropy"][0](RADIUS), seed=seed,
-        clock=clock,
+        seconds=budget, lr=lr, loss=loss, seed=seed, clock=clock,
     )  # fmt: skip
     (epochs, seconds), _ = timed(train)
     images, labels = judges
@@ -205,8 +222,75 @@ def row(
     return {
         "layer": layer, "lr": lr, "seed": seed, "epochs": epochs, "seconds": round(seconds, 2),
         "count": len(images),
-        "certified": [found.certified_accuracy(epsilon).value for epsilon in EPSILONS],
+        "certified": [found.certified_accuracy(epsilon).value for epsilon in epsilons],
     }, {}  # fmt: skip
+
+
+def compare(
+    data: Sequence[Tensor],
+    *,
+    layers: Sequence[str],
+    rates: Sequence[float],
+    budget: float,
+    seeds: int,
+    validation: int,
+    seed: int,
+    rows: Rows | None,
+    epsilons: Sequence[float] = EPSILONS,
+    **sizes: Any,
+) -> Outcome:
+    """Choose a rate for each layer, then train it from all seeds.
+
+    Parameters
+    ----------
+    data : sequence of torch.Tensor
+        Images and labels to train on, and to test.
+    layers : sequence of str
+        Some of :data:`LAYERS`.
+    rates : sequence of float
+        To choose from.
+    budget : float
+        Seconds of a training.
+    seeds : int
+        Trainings of each layer.
+    validation : int
+        How many of the training images, drawn by the seed, choose. Nothing is trained on them.
+    seed : int
+        The first one.
+    rows : Rows, optional
+        Keeps finished ones.
+    epsilons, **sizes
+        As in :func:`row`.
+
+    Returns
+    -------
+    tuple of dict
+        Results: ``budget``; ``epsilons``; ``judged``, rows of :func:`row` on validation images;
+        ``rows``, those on the test images. No tensors.
+
+    Raises
+    ------
+    ValueError
+        ``validation`` is no number of the images.
+    """
+    rows = rows or Rows()
+    whole, test = data[:2], data[2:]
+    held_out, fitted = halves(*whole, validation, seed)
+    sizes |= {"budget": budget, "epsilons": epsilons}
+    judged: list[dict[str, Any]] = []
+    scores: dict[str, dict[float, float]] = {layer: {} for layer in layers}
+    for layer, lr in rows.bar(list(itertools.product(layers, rates)), "choices"):
+        one = functools.partial(row, layer, fitted, held_out, lr=lr, seed=seed, **sizes)
+        results, _ = rows.compute(f"judged {layer} {lr}", one)
+        judged.append(results)
+        scores[layer][lr] = score(results)
+    table = []
+    jobs = list(itertools.product(range(seed, seed + seeds), layers))
+    for each, layer in rows.bar(jobs, "networks"):
+        lr = max(scores[layer], key=lambda rate: scores[layer][rate])
+        one = functools.partial(row, layer, whole, test, lr=lr, seed=each, **sizes)
+        table.append(rows.compute(f"{layer} seed {each}", one)[0])
+    return {"budget": budget, "epsilons": epsilons, "judged": judged, "rows": table}, {}
 
 
 def run(
@@ -219,54 +303,22 @@ def run(
     seed: int = 0,
     rows: Rows | None = None,
 ) -> Outcome:
-    """Choose a rate for each layer, then train it from all seeds.
+    """Choose a rate for each layer on digits, then train it from all seeds.
 
     Parameters
     ----------
-    layers : sequence of str
-        Some of :data:`LAYERS`.
-    rates : sequence of float
-        To choose from.
-    budget : float
-        Seconds of a training.
-    seeds : int
-        Trainings of each layer.
-    validation : int
-        How many of the training digits, drawn by the seed, choose. Nothing is trained on them.
-    seed : int
-        The first one.
-    rows : Rows, optional
-        Keeps finished ones.
+    layers, rates, budget, seeds, validation, seed, rows
+        As in :func:`compare`.
 
     Returns
     -------
     tuple of dict
-        Results: ``budget``; ``epsilons``; ``judged``, rows of :func:`row` on validation digits;
-        ``rows``, those on the test digits. No tensors.
-
-    Raises
-    ------
-    ValueError
-        ``validation`` is no number of the digits.
+        Of :func:`compare`.
     """
-    rows = rows or Rows()
-    digits = mnist(full=True)
-    whole = digits.train_images, digits.train_labels
-    held_out, fitted = halves(*whole, validation, seed)
-    judged: list[dict[str, Any]] = []
-    scores: dict[str, dict[float, float]] = {layer: {} for layer in layers}
-    for layer, lr in rows.bar(list(itertools.product(layers, rates)), "choices"):
-        one = functools.partial(row, layer, fitted, held_out, lr=lr, budget=budget, seed=seed)
-        results, _ = rows.compute(f"judged {layer} {lr}", one)
-        judged.append(results)
-        scores[layer][lr] = score(results)
-    table = []
-    jobs = list(itertools.product(range(seed, seed + seeds), layers))
-    for each, layer in rows.bar(jobs, "networks"):
-        lr = max(scores[layer], key=lambda rate: scores[layer][rate])
-        one = functools.partial(row, layer, whole, digits[2:], lr=lr, budget=budget, seed=each)
-        table.append(rows.compute(f"{layer} seed {each}", one)[0])
-    return {"budget": budget, "epsilons": EPSILONS, "judged": judged, "rows": table}, {}
+    return compare(
+        mnist(full=True), layers=layers, rates=rates, budget=budget, seeds=seeds,
+        validation=validation, seed=seed, rows=rows,
+    )  # fmt: skip
 
 
 def score(results: Mapping[str, Any]) -> float:
