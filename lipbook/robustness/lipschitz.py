@@ -164,7 +164,7 @@ def certify(
 
     Notes
     -----
-    Of the median radius of a dense net 784-256-256-10 on digits 0.6 % is lost to rounding in
+    Of the median radius of a dense net 784-256-256-10 on digits 0.4 % is lost to rounding in
     float32, 7 % in float16 and 46 % in bfloat16 (``lipbook reproduce counterexamples``). The bound
     is computed once, and for many calls by :class:`Certifier`; a batch of 500 takes 1.3 times as
     long as the net alone in real arithmetic, and 1.8 times sound.
