@@ -34,6 +34,7 @@ from lipbook.convolutions import OrthogonalConv2d
 from lipbook.lab import evaluation
 from lipbook.orthogonal import OrthogonalLinear
 from lipbook.robustness import Certificate, Certifier, certify, lipschitz
+from lipbook.wasserstein import blocks as blocks_module
 from lipbook.wasserstein import bracket as bracket_module
 from lipbook.wasserstein import sparse, transforms
 
@@ -284,19 +285,17 @@ def counted(group: Any) -> tuple[int, int, int]:
     """How many inputs a process certifies, blocks it solves, and rows it looks at."""
     runs, blocks, rows = [], [], []
     certifier = Certifier(dense(), (FEATURES,))
-    solve, members = bracket_module.network_simplex, sparse._members
+    solve, members = blocks_module.network_simplex, sparse._members
     read = lipschitz._check_inputs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             lipschitz, "_check_inputs", lambda x, *a: (runs.append(len(x)), read(x, *a))[1]
         )
-        patch.setattr(
-            bracket_module, "network_simplex", lambda *a: (blocks.append(1), solve(*a))[1]
-        )
+        patch.setattr(blocks_module, "network_simplex", lambda *a: (blocks.append(1), solve(*a))[1])
         patch.setattr(sparse, "_members", lambda *a: (rows.append(len(a[0])), members(*a))[1])
         certifier(batches((5, 1, 1)), group)
         FOUND["sparse"](group)
-    return sum(runs), len(blocks), sum(rows)
+    return sum(runs), len(blocks) - 1, sum(rows)  # less the plan of cells, which each has
 
 
 def uneven(group: Any, me: int) -> Any:
@@ -319,6 +318,7 @@ def run(folder: Path) -> None:
     torch.set_num_threads(1)
     transforms.CHUNK, transforms._TILE, sparse._ENTRIES = 2**10, 16, 2**11  # many small parts
     bracket_module._SAMPLE = 50
+    blocks_module.COARSE = 16
     alone = {name: fields(function(None)) for name, function in FOUND.items()}
     alone["trained"], alone["counts"] = trained(), counted(None)
     alone["recipe"] = recipe()

@@ -32,6 +32,7 @@ from lipbook.orthogonal import OrthogonalLinear
 from lipbook.wasserstein import (
     HeldOut,
     TransportBracket,
+    blocks,
     c_transform,
     clip_weights_,
     clouds,
@@ -56,7 +57,17 @@ UNIT = 2.0**-53
 
 # --------------------------------------------------------------------------------- the package
 
-ORDER = ["clouds", "transforms", "exact", "sparse", "critics", "fitting", "bracket", "baselines"]
+ORDER = [
+    "clouds",
+    "transforms",
+    "exact",
+    "blocks",
+    "sparse",
+    "critics",
+    "fitting",
+    "bracket",
+    "baselines",
+]
 
 
 def imported_files(source: str) -> set[str]:
@@ -663,12 +674,67 @@ def test_blocks_never_hold_the_cost_matrix(monkeypatch: pytest.MonkeyPatch) -> N
         sizes.append(len(a) * len(b))
         return distances(a, b)
 
-    for module in (bracket_module, exact, transforms):
+    for module in (bracket_module, blocks, exact, transforms):
         monkeypatch.setattr(module, "distances", counted)
     bracket = wasserstein1_bracket(x, y, method="blocks", sweeps=4)
     assert max(sizes) <= 1500**2 < 3000 * 2500
     assert bracket.relative_gap <= 0.05
     assert bracket.plan._nnz() <= 2 * 5500
+
+
+def test_cells_are_halves_of_halves_across_their_longest_axes() -> None:
+    corners = np.array([[0, 0], [9, 1], [0, 1], [9, 0]], float)
+    order = blocks.order_of_cells(corners, 2)
+    assert order.tolist() == [0, 2, 3, 1]
+    place = np.random.default_rng(0).standard_normal((1000, 2))
+    order = blocks.order_of_cells(place, 10)
+    assert np.array_equal(np.sort(order), np.arange(1000))
+    cells = place[order].reshape(8, 125, 2)
+    widths = np.linalg.norm(np.ptp(cells, axis=1), axis=1)
+    assert widths.mean() < np.linalg.norm(np.ptp(place, axis=0)) / 2
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.integers(2, 60))
+@settings(max_examples=20, deadline=None)
+def test_a_refined_plan_has_the_marginals_and_the_cells_of_the_coarse_one(
+    seed: int, n: int, m: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = (rng.multinomial(1000, np.full(k, 1 / k)) + 0.0 for k in (n, m))
+    a, b = a[a > 0], b[b > 0]
+    cells = [(np.arange(len(z)) << 1) // len(z) for z in (a, b)]
+    sums = [np.bincount(c, z) for c, z in zip(cells, (a, b), strict=True)]
+    coarse = exact.northwest(sums[0], sums[1][::-1])
+    coarse = coarse._replace(j=len(sums[1]) - 1 - coarse.j)
+    fine = blocks.refined(coarse, a, b)
+    assert np.array_equal(np.bincount(fine.i, fine.mass, len(a)), a)
+    assert np.array_equal(np.bincount(fine.j, fine.mass, len(b)), b)
+    moved, wanted = np.zeros((2, 2)), np.zeros((2, 2))
+    np.add.at(moved, (cells[0][fine.i], cells[1][fine.j]), fine.mass)
+    np.add.at(wanted, (coarse.i, coarse.j), coarse.mass)
+    assert np.array_equal(moved, wanted)
+
+
+@pytest.mark.parametrize(("d", "gap"), [(2, 0.1), (3, 0.2)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_blocks_beyond_all_pairs_prove_their_bounds(
+    d: int, gap: float, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = mixture(400, 300, d, seed=5)
+    y[:100] = x[:100]  # where f + g <= 0 is tight
+    a, b = (
+        torch.from_numpy(np.random.default_rng(2).dirichlet(np.ones(len(z)))) if weighted else None
+        for z in (x, y)
+    )
+    monkeypatch.setattr(bracket_module, "_TRANSFORMED_SIZE", 0)
+    monkeypatch.setattr(bracket_module, "_SAMPLE", 250)
+    monkeypatch.setattr(blocks, "COARSE", 16)
+    bracket = wasserstein1_bracket(x, y, None, a, b, method="blocks")
+    value = wasserstein1(x, y, a, b).item()
+    assert bracket.lower <= value <= bracket.upper
+    assert bracket.relative_gap <= gap
+    assert bracket.lower_from == "the mean of exact potentials of samples"
+    assert feasible(bracket, x, y)
 
 
 # ------------------------------------------------------------------------------- sparse graphs
@@ -783,7 +849,7 @@ def test_sparse_comes_within_a_percent_without_a_cost_matrix(
         sizes.append(len(a) * len(b))
         return distances(a, b)
 
-    for module in (bracket_module, exact, transforms):
+    for module in (bracket_module, blocks, exact, transforms):
         monkeypatch.setattr(module, "distances", counted)
     seen: list[tuple[float, float]] = []
     bracket = wasserstein1_bracket(

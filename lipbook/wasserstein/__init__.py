@@ -18,7 +18,8 @@ Clouds are tensors of shape (n, d) and (m, d), float32 or float64; (n, ...) coun
 All distances are Euclidean and all values are :math:`W_1` itself, in the units of the points.
 
 The files are the sections of the chapter, and each imports only those before it: ``clouds``,
-``transforms``, ``exact``, ``sparse``, ``critics``, ``fitting``, ``bracket``, ``baselines``.
+``transforms``, ``exact``, ``blocks``, ``sparse``, ``critics``, ``fitting``, ``bracket``,
+``baselines``.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def row(
 
 
 def compare(
-    data: Sequence[Tensor],
+    data: tuple[Tensor, Tensor, Tensor, Tensor],
     *,
     layers: Sequence[str],
     rates: Sequence[float],
@@ -243,7 +243,7 @@ def compare(
 
     Parameters
     ----------
-    data : sequence of torch.Tensor
+    data : tuple of torch.Tensor
         Images and labels to train on, and to test.
     layers : sequence of str
         Some of :data:`LAYERS`.
