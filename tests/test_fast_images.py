@@ -75,6 +75,26 @@ def test_max_min_and_absolute_values_are_the_same_up_to_turns(moves: Any) -> Non
     assert torch.allclose(model.double()(x), wanted, atol=1e-5)  # weights are in float32
 
 
+def test_biases_of_the_first_layer_take_over_a_mean_colour() -> None:
+    found, x, mean = net(), draw(6, 3, 8, 8), torch.tensor([0.5, -1.0, 2.0]).double()
+    centred = x - mean.view(3, 1, 1)
+    wanted = found.forward(centred.permute(1, 2, 3, 0).contiguous())[2].T
+    assert torch.allclose(found.network(mean).double()(x), wanted, atol=1e-5)
+    assert not torch.allclose(found.network().double()(x), wanted, atol=0.1)
+
+
+def test_what_all_images_share_in_colour_changes_no_training() -> None:
+    images, labels = torch.rand(64, 3, 4, 4), torch.arange(64) % 2
+    images[labels == 1, 0] /= 2
+    options: dict[str, Any] = {
+        "stages": [Stage(16, 2, 1)], "loss": LOSS, "epochs": 4, "batch_size": 32,
+    }  # fmt: skip
+    model = fast_images.fit(images, labels, **options)
+    colour = torch.tensor([0.5, 0.25, 0.0]).view(3, 1, 1)
+    moved = fast_images.fit(images + colour, labels, **options)
+    assert torch.allclose(model(images), moved(images + colour), atol=1e-3)
+
+
 def test_a_network_is_nonexpansive_but_for_its_last_layer() -> None:
     found = net()
     for weight in found.weights:

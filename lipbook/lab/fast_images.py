@@ -9,7 +9,8 @@ What :mod:`lipbook.lab.fast` is for digits, with shift convolutions in the place
   The two channels of a pair move alike, so that the turn of a pair can be absorbed.
 - **Layout.** Channels first, images last: one product mixes the channels of all pixels of a batch,
   and a shift copies whole rows of memory. Signs are bits, and are changed as such.
-- **Images.** Sixteen share a shift and a reflection (:func:`views`).
+- **Images.** Sixteen share a shift and a reflection (:func:`views`). The mean colour is taken off
+  first, so that what a shift lays bare has it; biases take it over.
 
 Gradients, steps and the last layer are those of :mod:`lipbook.lab.fast`.
 """
@@ -223,7 +224,8 @@ class ShiftNet(AbsoluteNet):
             outer = outer.flatten(1)
             weights.append(outer @ inputs[layer].flatten(1).T)
             pixels = inputs[layer][0, ..., 0].numel()
-            biases.append(outer.sum(1, dtype=self.biases[layer].dtype) / pixels)
+            sums = outer @ outer.new_ones(outer.shape[1], 1)  # faster than outer.sum(1)
+            biases.append(sums[:, 0].to(self.biases[layer].dtype) / pixels)
             if layer:
                 outer = (self.low[layer].T @ outer).view(inputs[layer].shape)
                 outer = _upsampled(outer, self.strides[layer])
@@ -234,8 +236,14 @@ class ShiftNet(AbsoluteNet):
             weight, low, direction = weight.T, low.T, direction.T
         super()._step_hidden(weight, low, direction, lr)
 
-    def network(self) -> nn.Sequential:
+    def network(self, mean: Tensor | None = None) -> nn.Sequential:
         """Make the network with MaxMin, each hidden weight replaced by its polar factor.
+
+        Parameters
+        ----------
+        mean : torch.Tensor, optional
+            (c,): what the colours of an image are less before they come to :meth:`forward`. Biases
+            of the first layer take it over. Default 0.
 
         Returns
         -------
@@ -246,6 +254,9 @@ class ShiftNet(AbsoluteNet):
         weights = [_orthonormal(weight.double()) for weight in self.weights[:-1]]
         weights.append(self.weights[-1].double())
         biases = [bias.double() for bias in self.biases]
+        if mean is not None:
+            colours = mean.double().repeat_interleave(self.strides[0] ** 2)
+            biases[0] = biases[0] - weights[0] @ colours
         for layer in range(len(self.strides)):
             weights[layer], biases[layer] = _turned(weights[layer]), _turned(biases[layer])
             blocks = weights[layer + 1].unflatten(1, (len(weights[layer]), -1))
@@ -325,8 +336,9 @@ def fit(
 ) -> nn.Sequential:
     r"""Train a network of shift convolutions.
 
-    Rates fall linearly to 0, for biases from 1 on. Of each shuffled epoch, what does not fill a
-    batch is left out. The result is determined by the arguments, bit for bit on one machine.
+    The mean colour of the images is taken off, which the biases of the first layer take over. Rates
+    fall linearly to 0, for biases from 1 on. Of each shuffled epoch, what does not fill a batch is
+    left out. The result is determined by the arguments, bit for bit on one machine.
 
     Parameters
     ----------
@@ -387,13 +399,15 @@ def fit(
     if epochs < 1:
         raise ValueError(f"epochs: expected at least 1, got {epochs}")
     net = ShiftNet(stages, seed, _PRECISIONS[precision], (images.shape[1], images.shape[2]))
+    mean = images.mean((0, 2, 3))
     rng = np.random.default_rng(seed)
     steps = len(images) // batch_size
     for epoch, step in itertools.product(range(epochs), range(steps)):
         if step == 0:
             order = torch.from_numpy(rng.permutation(len(images)))
         batch = order[step * batch_size :][:batch_size]
-        x = views(images.index_select(0, batch).to(net.dtype), rng, shift)
+        centred = images.index_select(0, batch) - mean.view(-1, 1, 1)
+        x = views(centred.to(net.dtype), rng, shift)
         inputs, signs, logits = net.forward(x)
         logits = logits.T.float().requires_grad_()
         value = loss(logits, labels[batch])
@@ -403,4 +417,4 @@ def fit(
         weights, biases = net.gradients(inputs, signs, outer.T.to(net.dtype))
         left = 1 - (epoch * steps + step) / (epochs * steps)
         net.step(weights, biases, lr * left, left)
-    return net.network()
+    return net.network(mean)
