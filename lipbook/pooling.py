@@ -352,7 +352,7 @@ def _means(
         means = _POOLS[len(axes) - 1](x, sizes, strides, pads)
     else:
         means = _taps(x, axes).mean(-1)
-    return means, math.prod(sizes), math.prod(-(-k // s) for k, s, _ in axes)
+    return means, math.prod(sizes), math.prod([-(-k // s) for k, s, _ in axes])
 
 
 def _geometry(

@@ -549,7 +549,10 @@ def test_gan_critics_divided_are_lower_bounds() -> None:
 
 @pytest.mark.parametrize("name", networks.names())
 def test_each_network_that_ships_is_certified_again(name: str) -> None:
-    """On digits that ship, or on the images in the record; norms are those of NumPy's SVD."""
+    """On digits that ship, or on the images in the record; norms are those of NumPy's SVD.
+
+    Records keep what was certified when they were made; sharper bounds of rounding certify more.
+    """
     record, _, key = name.partition("/")
     recorded = records.read(record, tensors=False).results["networks"][key]["shipped"]
     model, p = networks.load(name), networks.norm(name)
@@ -557,12 +560,15 @@ def test_each_network_that_ships_is_certified_again(name: str) -> None:
     found = certificate(model, images, labels, p)
     assert found.sound
     # Colour images are large and their margins small: the error of a program weighs more.
-    assert found.facts["lost_to_rounding"] < (0.15 if record == "cifar10" else 0.05)
+    assert found.facts["lost_to_rounding"] < (0.08 if record == "cifar10" else 0.02)
+    real = certificate(model, images, labels, p, sound=False)
     assert recorded["count"] == len(images)
     for epsilon, share in zip(
         [0, *recorded["epsilons"]], [recorded["clean"], *recorded["certified"]], strict=True
     ):  # on another machine an input may fall on the other side
-        assert found.certified_accuracy(epsilon).value == pytest.approx(share, abs=1 / len(images))
+        certified, most = (each.certified_accuracy(epsilon).value for each in (found, real))
+        assert share - 1 / len(images) <= certified <= most
+        assert epsilon or certified == pytest.approx(share, abs=1 / len(images))
     # where the rows of the last layer have one length, their differences count and not its norm
     layers = model[:-1] if record == "speedrun" else model
     for layer in layers:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from lipbook.errors import (
     Analysis,
@@ -192,10 +193,10 @@ def _products_of_moduli(
     length = torch.linalg.vector_norm(image).item() * (1 + _gamma(len(image) + 4, torch.float64))
     hidden = 2.0**-50 * torch.linalg.matrix_norm(moduli).item()  # by the rounding of the rest
     apart = (rigorous_matrix_norm(rest, 2) + hidden) * _UP
-    vector = vector.to(weight.device)
+    row = vector.to(weight.device).unsqueeze(0)
 
     def magnitude(x: Tensor, size: Tensor) -> Tensor:
-        parts = _exactly(torch.matmul, x.abs().to(working), vector).view(len(x), -1)
+        parts = _exactly(functional.linear, x.abs().to(working), row).view(len(x), -1)
         share = _norms(parts, 2) * (1 + 2 * gamma)
         return torch.minimum(norm * size, length * share + apart * size) * _UP
 
@@ -216,17 +217,22 @@ def matrix_of_moduli(weight: Tensor, p: float) -> float:
     return _first_of_moduli(weight)[0] if p == 2 else rigorous_matrix_norm(weight, p)
 
 
-def _of_weight(module: Any, weight: Tensor) -> Any | None:
-    """Convolve as a layer of torch does, with another weight and no bias; None for other layers."""
-    if all(type(module).forward is not cls.forward for cls in _CONVOLUTIONS):
+def _of_weight(module: Any, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Convolve as a layer does, with another weight and no bias; None if it has no weight."""
+    constrained = parametrize.is_parametrized(module, "weight")
+    if not constrained and "weight" not in module._parameters:
         return None
-    twin = copy.copy(module)
-    twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight, False), "bias": None}
-    return twin if "weight" in module._parameters else None
+    cls = type(module).__mro__[1] if constrained else type(module)
+    twin = cls.__new__(cls)
+    parameters = {"weight": nn.Parameter(weight, False), "bias": None}
+    twin.__dict__.update(vars(module), _parameters=parameters, _modules={})
+    twin.__dict__.pop("forward", None)
+    forward: Callable[[Tensor], Tensor] = twin.forward
+    return forward
 
 
 def convolution_of_moduli(module: Any, weight: Tensor, shape: Shape) -> float:
-    """Bound of ‖|A|‖ in the 2-norm, if torch computes the convolution; else infinity."""
+    """Bound of ‖|A|‖ in the 2-norm, if the layer has its weight as ``weight``; else infinity."""
     moduli = weight.double().cpu().abs()
     scale = _scale(moduli.flatten(1))
     twin = _of_weight(module, moduli / scale)
