@@ -222,7 +222,7 @@ def _of_weight(module: Any, weight: Tensor) -> Callable[[Tensor], Tensor] | None
     constrained = parametrize.is_parametrized(module, "weight")
     if not constrained and "weight" not in module._parameters:
         return None
-    cls = type(module).__mro__[1] if constrained else type(module)
+    cls: Any = type(module).__mro__[1] if constrained else type(module)
     twin = cls.__new__(cls)
     parameters = {"weight": nn.Parameter(weight, False), "bias": None}
     twin.__dict__.update(vars(module), _parameters=parameters, _modules={})
