@@ -1175,7 +1175,7 @@ def test_a_few_steps_of_the_speedrun_on_colours_learn_images_that_ship() -> None
     setting = dataclasses.replace(found.setting, batch_size=96)
     model = setting.fit(images[:192], labels[:192], 8, "float32", 0)
     bound = lipschitz_bound(torch.nn.Sequential(*model[:-1]), (3, 32, 32))
-    assert bound.value == pytest.approx(1, abs=1e-5)  # ten layers, a millionth each
+    assert bound.value == pytest.approx(1, abs=1e-5)  # eleven layers, a millionth each
     learnt = certificate(model, images[:192], labels[:192])
     clean, certified = (
         learnt.certified_accuracy(epsilon).value for epsilon in (0, speedrun_cifar10.EPSILON)

@@ -6,8 +6,8 @@ machine that the record names. Each of the :data:`CANDIDATES` is trained for :da
 45,000 of the training images and judged on the other 5,000, drawn at random; the one with the best
 :func:`~lipbook.lab.evaluation.certified_score` is taken. It is then trained on all 50,000 for
 :data:`EPOCHS`, from five seeds, and each network is certified on all 10,000 test images, soundly in
-float64, with the norms that it has. They are opened once: nothing is chosen with them, nothing is
-stopped early, and no epoch is picked.
+float64, with the norms that it has. Nothing is chosen with them, nothing is stopped early, and no
+epoch is picked.
 
 Networks and training are those of :mod:`lipbook.lab.fast_images`: shift convolutions, with products
 in bfloat16. The images are a lossy copy (JPEG) of the data set, as ``data`` says; with
@@ -17,16 +17,36 @@ Published (:cite:t:`li2019preventing`), on the official pixels, after 200 epochs
 BCOP-Small, 64.53 % clean and 50.01 % certified; BCOP-Large, 72.41 % and 58.72 %.
 
 What else was seen. Offset and temperature are those of :mod:`lipbook.lab.recipes.cifar10`, where
-the offset was moved once with test results known. A first record of this recipe, with three stages
-that end at 4 × 4 pixels, with images as they are, and with a choice after two epochs, came to
-66.0 % and 51.6 % on the test images; they had been opened once before, then. Since that, trials of
-a few epochs on validation images alone have led to images less their mean colour, and to stages
-that halve the image until one pixel is left, with more channels. The candidates differ in channels
-and in layers of the last stages.
+the offset was moved once with test results known. A first record of this recipe, ten layers of 32,
+64 and 128 channels at 16×16, 8×8 and 4×4 pixels, came to 66.0 % and 51.6 % on the test images. The
+candidates come from sixteen trials of four epochs each that followed, one seed, judged on the
+validation images alone. Two were among the networks tried; the third, which was taken, joins what
+helped. Clean and certified accuracy of the first network, in per cent, add up to 109.0 there. What
+changed the sum, with times of a busy machine:
+
+- the mean colour taken off: 110.7; shifts by one pixel and not two: 111.3, and so in what follows;
+- two layers of 256 channels at 2×2 pixels: 113.6, in half as much time again;
+- a third one, and fewer layers at 16×16 and 8×8 pixels, where they take most of the time: 114.1,
+  in less than a fifth more time than the first network;
+- behind it a layer of 256 units at 1×1: 115.7; with two at 2×2 and four at 1×1 as much;
+- instead of it 192 channels at 4×4 and two layers at 2×2: 114.6;
+- patches of 4×4 pixels, with no layer at 16×16: 107.5 instead of 110.7, in a fifth less time.
+
+Half a point or less, which is noise, came from one epoch without shifts at the end, a rate of 0.02,
+weights that start near the identity, and a quarter of the channels that move instead of half.
+Batches of 512 lost a point and a half in so few epochs. With offset 0.5 and temperature 0.15, clean
+accuracy gained 0.7 points and certified accuracy lost 1.8.
+
+Then the candidates were judged, and the one that was taken was trained for 18 epochs. The first
+seed took 303 seconds on a busy machine, which is too long, so that epochs were set to 16 and all
+five seeds were trained anew; the choice was kept. That network had been certified on the test
+images, 68.3 % and 56.2 %, and these numbers were known when epochs were set; the reason was the
+time. With the first record and this one, the test images have been opened three times.
 
 The aim was 69 % and 56 %: the second number is reached, the first is missed by half a point. In
 trials before, whose setting was not kept, such a network came to 69.7 % and 56.7 % on validation
-images.
+images. Not tried: other momenta, averages of weights, and whether the choice after three epochs is
+the best one after sixteen.
 """
 
 from __future__ import annotations
