@@ -517,7 +517,7 @@ FAULTS = (
     ),
     Fault(
         "pooling",
-        "return means, math.prod(sizes), math.prod(-(-k // s) for k, s, _ in axes)",
+        "return means, math.prod(sizes), math.prod([-(-k // s) for k, s, _ in axes])",
         "return means, math.prod(sizes), 1",
         "windows that overlap and do not share",
     ),
