@@ -169,7 +169,7 @@ def row(
     lr: float,
     budget: float = BUDGET,
     size: int = SIZE,
-    loss: Callable[[Tensor, Tensor], Tensor] = LOSS,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     epsilons: Sequence[float] = EPSILONS,
     seed: int = 0,
     clock: Callable[[], float] = time.process_time,
@@ -182,8 +182,10 @@ def row(
         One of :data:`LAYERS`.
     fitted, judges : sequence of torch.Tensor
         Images and labels, to train on and to certify on.
-    lr, loss, seed, clock
+    lr, seed, clock
         As in :func:`train_for`; the seed is also that of the weights.
+    loss : callable, optional
+        As there; the offset cross-entropy of the radius 1.2 unless given.
     budget : float
         Seconds of the training.
     size : int
@@ -214,7 +216,7 @@ def row(
     images, labels = fitted[0][middle].contiguous(), fitted[1]
     train = functools.partial(
         train_for, model, images, labels,
-        seconds=budget, lr=lr, loss=loss, seed=seed, clock=clock,
+        seconds=budget, lr=lr, loss=loss or LOSS, seed=seed, clock=clock,
     )  # fmt: skip
     (epochs, seconds), _ = timed(train)
     images, labels = judges
