@@ -46,6 +46,7 @@ which is 1 for unit vectors: the first step since :math:`2 d_i a_i c_i` is at mo
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 import operator
@@ -541,6 +542,7 @@ class _Sandwich(Constrained):
     activation: str
     bias: Tensor
 
+    @abc.abstractmethod
     def matrices(self) -> tuple[Tensor, Tensor]:
         r"""Matrices behind and before the activation.
 
@@ -551,11 +553,10 @@ class _Sandwich(Constrained):
         tuple of torch.Tensor
             (out, inner) and (inner, in).
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def scale(self) -> Tensor:
         r"""Diagonal of :math:`\Psi`, (inner,)."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Sizes, and the activation."""
@@ -818,7 +819,37 @@ class SandwichConv2d(Constrained):
         return _in_frequencies(_ACTIVATIONS[self.activation](hidden), outer)
 
 
-class AverageResidual(nn.Module):
+class _Averaging(nn.Module):
+    """Skip and branch with learnt weights that add up to 1."""
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module | None = None,
+        weight: float = 0.5,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_branch("branch", branch)
+        self.branch = branch
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+        _check_branch("shortcut", self.shortcut)
+        self._start = _logit_of(weight)
+        self.logit = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to that of the beginning; branch and shortcut stay."""
+        nn.init.constant_(self.logit, self._start)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        r"""Weights of skip and branch, or of their squares, :math:`1 - w` and :math:`w`."""
+        weight = self.logit.sigmoid()
+        return 1 - weight, weight
+
+
+class AverageResidual(_Averaging):
     r"""Residual block whose skip and branch are averaged by a learnt weight.
 
     .. math:: f(x) = (1 - w)\, s(x) + w\, g(x), \qquad w = \frac{1}{1 + e^{-\theta}} \in (0, 1),
@@ -890,32 +921,6 @@ class AverageResidual(nn.Module):
     ----------
     Residual blocks: :cite:t:`he2016`.
     """
-
-    def __init__(
-        self,
-        branch: nn.Module,
-        shortcut: nn.Module | None = None,
-        weight: float = 0.5,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        _check_branch("branch", branch)
-        self.branch = branch
-        self.shortcut = nn.Identity() if shortcut is None else shortcut
-        _check_branch("shortcut", self.shortcut)
-        self._start = _logit_of(weight)
-        self.logit = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to that of the beginning; branch and shortcut stay."""
-        nn.init.constant_(self.logit, self._start)
-
-    def weights(self) -> tuple[Tensor, Tensor]:
-        r"""Weights of skip and branch, :math:`1 - w` and :math:`w`."""
-        weight = self.logit.sigmoid()
-        return 1 - weight, weight
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Average skip and branch of a batch."""
@@ -1072,7 +1077,7 @@ class ConcatenatedResidual(nn.Module):
         return _beside(self.shortcut(inputs), self.branch(inputs), skip, branch)
 
 
-class NormResidual(nn.Module):
+class NormResidual(_Averaging):
     r"""Residual block that returns the root mean square of skip and branch, entry by entry.
 
     .. math:: f(x)_i = \sqrt{(1 - w)\, s(x)_i^2 + w\, g(x)_i^2 + \varepsilon},
@@ -1143,31 +1148,15 @@ class NormResidual(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
-        _check_branch("branch", branch)
-        self.branch = branch
-        self.shortcut = nn.Identity() if shortcut is None else shortcut
-        _check_branch("shortcut", self.shortcut)
-        self._start = _logit_of(weight)
+        super().__init__(branch, shortcut, weight, device, dtype)
         _real("eps", eps)
         if not 0 <= eps < math.inf:
             raise ValueError(f"eps must be at least 0 and finite, got {eps}")
         self.eps = float(eps)
-        self.logit = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to that of the beginning; branch and shortcut stay."""
-        nn.init.constant_(self.logit, self._start)
 
     def extra_repr(self) -> str:
         """Show the argument that is no module."""
         return f"eps={self.eps:g}"
-
-    def weights(self) -> tuple[Tensor, Tensor]:
-        r"""Weights of the squares of skip and branch, :math:`1 - w` and :math:`w`."""
-        weight = self.logit.sigmoid()
-        return 1 - weight, weight
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Average the squares of skip and branch of a batch, and take roots."""

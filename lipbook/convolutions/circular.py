@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 import math
 import operator
@@ -595,9 +596,9 @@ class OnUnshuffled(Constrained):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @abc.abstractmethod
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply the map of channels with this weight, without the bias."""
-        raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve, (batch, c_in, h, w) to (batch, c_out, h / stride, w / stride)."""

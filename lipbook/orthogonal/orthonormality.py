@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import math
 from collections.abc import Callable
@@ -269,8 +270,9 @@ class Signed(nn.Module):
         self.signs = signs.to(weight.dtype)
         return raw_of(raw, weight)
 
+    @abc.abstractmethod
     def _invert(self, tall: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Find a raw parameter and signs for an orthonormal matrix, tall or square."""
 
 
 def check_matrix(weight: Tensor) -> Tensor:
