@@ -167,7 +167,7 @@ def certify(
     Of the median radius of a dense net 784-256-256-10 on digits 0.4 % is lost to rounding in
     float32, 7 % in float16 and 46 % in bfloat16 (``lipbook reproduce counterexamples``). The bound
     is computed once, and for many calls by :class:`Certifier`; a batch of 500 takes 1.3 times as
-    long as the net alone in real arithmetic, and 1.8 times sound.
+    long as the net alone in real arithmetic, and 1.6 times sound, there.
     The loss grows with the width of layers, since :math:`\gamma_n` does: it is a
     worst case, a thousand times what happens. ``facts`` of the certificate holds the median loss
     as ``lost_to_rounding``, and what is assumed of a GPU of NVIDIA as ``assumed``.
